@@ -1,0 +1,165 @@
+"""Supervised fine-tuning on a CPU, side by side: Luthier, LLaMA-Factory, TRL twice, plain Trainer.
+
+    python benchmarks/sft_cpu.py --model FOLDER --lf-python PEER/bin/python --trl-python PEER/bin/python
+
+Every contender trains LoRA on all linear layers in float32 on the same token sequences, in a process of its
+own; each round runs all of them once and the next round starts with another one. Only ratios within a round
+are quoted. `FOLDER` holds the model as safetensors (a small Llama-shaped one) with its tokenizer.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shlex
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import floor
+import sequences
+import summary
+
+HERE = Path(__file__).resolve().parent
+REPOSITORY = HERE.parent
+WORKERS = {
+    "luthier": "luthier_sft.py",
+    "llamafactory": "llama_factory.py",
+    "trl": "trl_sft.py",
+    "trl_packing": "trl_sft.py",
+    "trainer": "plain_trainer.py",
+    "gemm": "gemm_rate.py",
+}
+CONTENDERS = tuple(name for name in WORKERS if name != "gemm")
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--model", type=Path, required=True, help="folder with safetensors weights and tokenizer"
+    )
+    parser.add_argument(
+        "--data", type=Path, default=REPOSITORY.parent / "shared" / "data", help="data folder"
+    )
+    parser.add_argument("--dataset", default="alpaca_en_demo", help="name in the folder's dataset_info.json")
+    parser.add_argument("--contenders", nargs="+", choices=CONTENDERS, default=list(CONTENDERS))
+    parser.add_argument("--lf-python", default=sys.executable, help="Python that has LLaMA-Factory")
+    parser.add_argument("--trl-python", default=sys.executable, help="Python that has TRL")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--steps", type=int, default=8, help="optimizer steps of each contender in a round")
+    parser.add_argument("--warmup", type=int, default=1, help="first steps that are not timed")
+    parser.add_argument("--rows-per-step", type=int, default=8)
+    parser.add_argument("--pack-length", type=int, default=1024, help="block length of TRL's packing")
+    parser.add_argument("--rank", type=int, default=8)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument(
+        "--launcher", default="", help="put before every worker's command, e.g. 'taskset -c 0,1'"
+    )
+    parser.add_argument("--results", type=Path, default=HERE / "results" / "sft_cpu.json")
+    return parser.parse_args()
+
+
+def build_job(options: argparse.Namespace) -> dict[str, Any]:
+    """What all workers are told. Sizes for the matrix products are those of the mean step."""
+    rows = sequences.load(options.model, options.data, options.dataset, options.steps * options.rows_per_step)
+    tokens = sum(len(row["input_ids"]) for row in rows) // options.steps
+    targets = sum(map(sequences.supervised, rows)) // options.steps
+    decoder = floor.Decoder.from_config(
+        json.loads((options.model / "config.json").read_text(encoding="utf-8"))
+    )
+    return {
+        "model": str(options.model.resolve()),
+        "data": str(options.data.resolve()),
+        "dataset": options.dataset,
+        "rows": rows,
+        "max_length": max(len(row["input_ids"]) for row in rows),
+        "steps": options.steps,
+        "warmup": options.warmup,
+        "rows_per_step": options.rows_per_step,
+        "pack_length": options.pack_length,
+        "rank": options.rank,
+        "alpha": 2 * options.rank,
+        "lr": 1e-4,
+        "seed": 42,
+        "threads": options.threads,
+        "products": floor.products(decoder, tokens, targets),
+        "gemm_repeats": 5,
+    }
+
+
+def flops_per_token(job: dict[str, Any], model: Path) -> tuple[float, dict[str, float]]:
+    """Matrix-product operations for each real token of the timed steps, and their parts."""
+    timed = job["rows"][job["warmup"] * job["rows_per_step"] :]
+    decoder = floor.Decoder.from_config(json.loads((model / "config.json").read_text(encoding="utf-8")))
+    lengths = [len(row["input_ids"]) for row in timed]
+    parts = floor.step_flops(decoder, lengths, sum(map(sequences.supervised, timed)), job["rank"])
+    return sum(parts.values()) / sum(lengths), parts
+
+
+def run_worker(options: argparse.Namespace, job: dict[str, Any], name: str) -> dict[str, Any]:
+    """Run one contender in a process of its own and return the JSON line it prints.
+
+    Raises SystemExit with the worker's last lines where it fails.
+    """
+    python = {"llamafactory": options.lf_python, "trl": options.trl_python, "trl_packing": options.trl_python}
+    environment = {
+        **os.environ,
+        "OMP_NUM_THREADS": str(options.threads),
+        "MKL_NUM_THREADS": str(options.threads),
+        "TOKENIZERS_PARALLELISM": "false",
+        "HF_HUB_OFFLINE": "1",
+        "PYTHONPATH": str(REPOSITORY / "src"),
+    }
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "job.json"
+        path.write_text(
+            json.dumps({**job, "contender": name, "output": str(Path(folder) / "output")}), encoding="utf-8"
+        )
+        command = [
+            *shlex.split(options.launcher),
+            python.get(name, sys.executable),
+            str(HERE / "workers" / WORKERS[name]),
+            str(path),
+        ]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    for line in reversed(done.stdout.splitlines()):
+        if line.startswith('{"contender":'):
+            measured: dict[str, Any] = json.loads(line)
+            return measured
+    raise SystemExit(f"{name} failed ({done.returncode}):\n" + "\n".join(done.stderr.splitlines()[-25:]))
+
+
+def main() -> None:
+    options = parse()
+    job = build_job(options)
+    per_token, parts = flops_per_token(job, options.model)
+    rounds: list[summary.Round] = []
+    for number in range(options.rounds):
+        turn = number % len(options.contenders)
+        order = ["gemm", *options.contenders[turn:], *options.contenders[:turn]]
+        measured: summary.Round = {}
+        for name in order:
+            measured[name] = run_worker(options, job, name)
+            if name != "gemm":
+                print(f"round {number + 1}: {name} {summary.speed(measured[name]):.0f} tokens/s", flush=True)
+        rounds.append(measured)
+    result = {
+        "settings": {
+            key: value for key, value in job.items() if key not in ("rows", "products", "model", "data")
+        },
+        "flops_of_timed_steps": parts,
+        **summary.summarise(rounds, options.contenders, per_token),
+        "rounds": rounds,
+    }
+    options.results.parent.mkdir(parents=True, exist_ok=True)
+    options.results.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    summary.show(result)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,110 @@
+"""What every contender's process measures, in one way for all: step times, losses, tokens and memory.
+
+`install()` adds one callback to transformers' list of default callbacks, so the same clock runs in every
+trainer that is built on `transformers.Trainer`, whoever builds it. Memory is the kernel's resident set
+size: the high-water mark is reset when training begins, so loading the model does not count as training.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from transformers import TrainerCallback
+from transformers import trainer as transformers_trainer
+
+KIB_IN_MIB = 1024
+
+
+def load_job() -> dict[str, Any]:
+    """Read the job file named on the command line and limit torch to the job's threads."""
+    import torch
+
+    job: dict[str, Any] = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))
+    torch.set_num_threads(job["threads"])
+    return job
+
+
+def memory(field: str) -> float:
+    """`VmRSS` (now) or `VmHWM` (high-water mark) of this process in MiB, from the Linux kernel."""
+    for line in Path("/proc/self/status").read_text(encoding="ascii").splitlines():
+        if line.startswith(field + ":"):
+            return int(line.split()[1]) / KIB_IN_MIB
+    raise KeyError(f"{field} is not in /proc/self/status")
+
+
+class Record:
+    """Filled by the clock while the contender trains. Times are seconds of `time.perf_counter`."""
+
+    def __init__(self) -> None:
+        self.step_ends: list[float] = []
+        self.losses: list[float] = []
+        self.counted_tokens: list[int] = []
+        self.began = 0.0
+        self.rss_before_mib = 0.0
+        self.peak_before_mib = 0.0
+        self.peak_training_mib = 0.0
+
+
+RECORD = Record()
+
+
+class StepClock(TrainerCallback):  # type: ignore[misc]
+    """Notes the end of each optimizer step and what is logged for it."""
+
+    def on_train_begin(self, *_: Any, **__: Any) -> None:
+        RECORD.rss_before_mib = memory("VmRSS")
+        RECORD.peak_before_mib = memory("VmHWM")
+        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # resets VmHWM to VmRSS
+        RECORD.began = time.perf_counter()
+
+    def on_step_end(self, *_: Any, **__: Any) -> None:
+        RECORD.step_ends.append(time.perf_counter())
+        RECORD.peak_training_mib = memory("VmHWM")
+
+    def on_log(
+        self, _args: Any, _state: Any, _control: Any, logs: dict[str, Any] | None = None, **__: Any
+    ) -> None:
+        if logs and "loss" in logs:
+            RECORD.losses.append(float(logs["loss"]))
+            if "num_tokens" in logs:
+                RECORD.counted_tokens.append(int(logs["num_tokens"]))
+
+
+def install() -> None:
+    """Let every trainer built from now on in this process carry the clock."""
+    transformers_trainer.DEFAULT_CALLBACKS.append(StepClock)
+
+
+def tokens_of_steps(job: dict[str, Any]) -> list[int]:
+    """Real tokens of each step of a contender that takes the rows in order, `rows_per_step` at a time."""
+    size = job["rows_per_step"]
+    lengths = [len(row["input_ids"]) for row in job["rows"]]
+    return [sum(lengths[start : start + size]) for start in range(0, size * job["steps"], size)]
+
+
+def report(job: dict[str, Any], contender: str, tokens: list[int], **extra: Any) -> None:
+    """Print the one JSON line. `tokens`: real tokens of each step; the first `warmup` steps are not timed."""
+    warmup, ends = job["warmup"], RECORD.step_ends
+    if len(ends) != len(tokens) or len(ends) <= warmup:
+        raise RuntimeError(
+            f"{contender}: {len(ends)} steps were timed, {len(tokens)} expected, {warmup} of them warm-up"
+        )
+    line = {
+        "contender": contender,
+        "tokens": sum(tokens[warmup:]),
+        "seconds": ends[-1] - ends[warmup - 1] if warmup else ends[-1] - RECORD.began,
+        "timed_steps": len(ends) - warmup,
+        "tokens_of_steps": tokens,
+        "losses": RECORD.losses,
+        "rss_before_mib": RECORD.rss_before_mib,
+        "peak_before_mib": RECORD.peak_before_mib,
+        "peak_training_mib": RECORD.peak_training_mib,
+        "pid": os.getpid(),
+        **extra,
+    }
+    print("\n" + json.dumps(line), flush=True)

@@ -1,0 +1,173 @@
+"""The plan of an epoch: steps -> ranks -> passes -> sample indices.
+
+A *step* is what one optimizer step sees, all processes together. It is divided among *ranks*, and a rank's
+share is cut into *passes*, each of which goes through the model at once. Division and passes bound memory and
+spread work; because losses are sums over the whole step, they cannot change the result.
+
+Every process computes the same plan from the same numbers; nothing is communicated.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, overload
+
+import numpy as np
+
+from luthier.data.packing import balanced, best_fit
+
+Step = list[list[list[int]]]
+Lengths = np.ndarray[Any, np.dtype[np.int64]]
+
+
+@dataclass(frozen=True, slots=True)
+class RowsRule:
+    """`rows` rows per device and micro-batch, `accumulation` micro-batches per step."""
+
+    rows: int
+    accumulation: int = 1
+
+
+@dataclass(frozen=True, slots=True)
+class TokensRule:
+    """At most `tokens` real tokens in a step, all processes together."""
+
+    tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class EpochPlan(Sequence[Step]):
+    """The steps of one epoch; `plan[s][r][p]` are the sample indices of pass p of rank r in step s.
+
+    Every rank has the same number of passes in a step; a rank with fewer has empty ones, for which it runs a
+    dummy forward. `units[s]` are the samples of step s, one list for each micro-batch (rows rule) or one list
+    (tokens rule).
+    """
+
+    lengths: Lengths
+    units: list[list[list[int]]]
+    rule: RowsRule | TokensRule
+    world_size: int
+    tokens_per_pass: int | None
+
+    def __len__(self) -> int:
+        return len(self.units)
+
+    @overload
+    def __getitem__(self, step: int) -> Step: ...
+    @overload
+    def __getitem__(self, step: slice) -> list[Step]: ...
+    def __getitem__(self, step: int | slice) -> Step | list[Step]:
+        if isinstance(step, slice):
+            return [self[i] for i in range(*step.indices(len(self)))]
+        ranks = [self._passes(batches) for batches in self._ranks(self.units[step])]
+        most = max(len(passes) for passes in ranks)
+        return [passes + [[] for _ in range(most - len(passes))] for passes in ranks]
+
+    def tokens(self, step: int) -> int:
+        """Real tokens of a step, all ranks together."""
+        return int(sum(self.lengths[batch].sum() for batch in self.units[step] if batch))
+
+    def _ranks(self, batches: list[list[int]]) -> list[list[list[int]]]:
+        if isinstance(self.rule, RowsRule):
+            return [batches[rank :: self.world_size] for rank in range(self.world_size)]
+        samples = [index for batch in batches for index in batch]
+        shares = balanced([int(self.lengths[i]) for i in samples], self.world_size)
+        return [[[samples[i] for i in share]] if share else [] for share in shares]
+
+    def _passes(self, batches: list[list[int]]) -> list[list[int]]:
+        """A rank's micro-batches as they are, or regrouped to at most `tokens_per_pass` tokens each."""
+        if self.tokens_per_pass is None:
+            return batches
+        samples = [index for batch in batches for index in batch]
+        groups = best_fit([int(self.lengths[i]) for i in samples], self.tokens_per_pass)
+        return [[samples[i] for i in group] for group in groups]
+
+
+def plan_epoch(
+    lengths: Sequence[int] | Lengths,
+    *,
+    rule: RowsRule | TokensRule,
+    epoch: int,
+    seed: int,
+    shuffle: bool = True,
+    world_size: int = 1,
+    tokens_per_pass: int | None = None,
+    groups: Sequence[Sequence[int]] | None = None,
+) -> EpochPlan:
+    """The plan of epoch `epoch` (from 0) over samples of the given lengths.
+
+    Rows rule. The order is the one in which transformers' Trainer visits rows with this seed: a permutation
+    by a torch generator seeded with `seed + epoch` (accelerate's `SeedableRandomSampler`). Consecutive rows
+    form micro-batches, micro-batch j goes to rank j modulo world size, and `accumulation` of them per rank
+    form a step. What is left at the end of the epoch is a smaller step; no row is visited twice to fill it,
+    so some ranks may get nothing. With `groups` (packing), a row is a whole group of samples.
+
+    Tokens rule. Samples are put into steps once, for all epochs: in an order shuffled by `seed`, each goes
+    into the fullest step that has room for it. An epoch only changes the order of the steps. So every epoch
+    has the same number of steps, and schedules and resuming can count on it; regrouping in every epoch could
+    not promise that. A sample longer than `tokens` is a step of its own. Without `shuffle`, samples stay in
+    order and a step takes as many as fit. `groups` has no meaning here, as steps are already packed by
+    tokens.
+    """
+    lengths = np.asarray(lengths, dtype=np.int64)
+    units = (
+        _row_steps(len(lengths), rule, epoch, seed, shuffle, world_size, groups)
+        if isinstance(rule, RowsRule)
+        else _token_steps(lengths, rule, epoch, seed, shuffle)
+    )
+    return EpochPlan(lengths, units, rule, world_size, tokens_per_pass)
+
+
+def _row_steps(
+    num_samples: int,
+    rule: RowsRule,
+    epoch: int,
+    seed: int,
+    shuffle: bool,
+    world_size: int,
+    groups: Sequence[Sequence[int]] | None,
+) -> list[list[list[int]]]:
+    num_rows = num_samples if groups is None else len(groups)
+    order = _permutation(num_rows, seed + epoch) if shuffle else list(range(num_rows))
+    rows = [[row] for row in order] if groups is None else [list(groups[row]) for row in order]
+    batches = [
+        [index for row in rows[start : start + rule.rows] for index in row]
+        for start in range(0, num_rows, rule.rows)
+    ]
+    window = rule.accumulation * world_size
+    return [batches[start : start + window] for start in range(0, len(batches), window)]
+
+
+def _token_steps(
+    lengths: Lengths, rule: TokensRule, epoch: int, seed: int, shuffle: bool
+) -> list[list[list[int]]]:
+    if not shuffle:
+        return [[group] for group in _in_order(lengths, rule.tokens)]
+    order = _permutation(len(lengths), seed)
+    groups = best_fit([int(lengths[i]) for i in order], rule.tokens, decreasing=False)
+    turn = _permutation(len(groups), seed + epoch)
+    return [[[order[i] for i in groups[g]]] for g in turn]
+
+
+def _in_order(lengths: Lengths, capacity: int) -> list[list[int]]:
+    groups: list[list[int]] = []
+    room = -1
+    for index, length in enumerate(lengths.tolist()):
+        if length > room:
+            groups.append([])
+            room = capacity
+        groups[-1].append(index)
+        room -= length
+    return groups
+
+
+def _permutation(n: int, seed: int) -> list[int]:
+    """The order of torch's RandomSampler with a generator of this seed."""
+    import torch
+
+    generator = torch.Generator()
+    generator.manual_seed(seed)
+    order: list[int] = torch.randperm(n, generator=generator).tolist()
+    return order

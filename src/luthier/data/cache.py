@@ -1,0 +1,112 @@
+"""The tokenized cache, addressed by content.
+
+An entry's name is the hash of everything that decides its tokens (see `prepare.cache_key`). Change any of it
+and another entry is made; change none and the entry is used. Entries appear by renaming a finished folder, so
+two processes that prepare the same data at once cannot harm each other, and a killed one leaves nothing that
+is read.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import secrets
+import shutil
+import sys
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+
+from luthier.data.report import DataReport, ReportBuilder
+from luthier.data.table import Placed, SampleTable, write_table
+from luthier.types import DataError, Encoded
+
+CODE_VERSION = 1
+"""Raise when the code makes other tokens, weights or reports of the same inputs."""
+
+_TOKENS, _REPORT = "tokens.arrow", "report.json"
+
+
+def default_folder() -> Path:
+    """`$LUTHIER_CACHE`, or `luthier/tokens` in the user's cache folder."""
+    if chosen := os.environ.get("LUTHIER_CACHE"):
+        return Path(chosen)
+    if sys.platform == "darwin":
+        return Path.home() / "Library" / "Caches" / "luthier" / "tokens"
+    if sys.platform == "win32":
+        return Path(os.environ.get("LOCALAPPDATA", Path.home() / "AppData" / "Local")) / "luthier" / "tokens"
+    return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "luthier" / "tokens"
+
+
+def content_key(parts: Mapping[str, Any]) -> str:
+    """SHA-256 of a JSON-like value, independent of the order of its keys."""
+    text = json.dumps(parts, sort_keys=True, ensure_ascii=False, separators=(",", ":"))
+    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
+
+
+class TokenCache:
+    """A folder of entries, each a folder with the samples (Arrow) and their report (JSON)."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def get(self, key: str, dataset: str) -> tuple[SampleTable, DataReport] | None:
+        """The entry, under the name of this data set; None where there is none or it is damaged."""
+        entry = self.folder / key
+        try:
+            record = json.loads((entry / _REPORT).read_text(encoding="utf-8"))
+            if (entry / _TOKENS).stat().st_size != record["bytes"]:
+                return None
+            table = SampleTable.open(entry / _TOKENS, dataset)
+        except (FileNotFoundError, json.JSONDecodeError, KeyError, pa.ArrowInvalid):
+            return None
+        return table, DataReport.from_dict(record["report"] | {"dataset": dataset})
+
+    def put(
+        self, key: str, dataset: str, rows: Iterable[tuple[int, Encoded]]
+    ) -> tuple[SampleTable, DataReport]:
+        """Store encoded rows, given as (row number in the data set, what became of it), and return the entry.
+
+        Rows are consumed one at a time. Raises DataError where the disk is full or the folder cannot be
+        written.
+        """
+        unfinished = self.folder / f".{key[:16]}-{os.getpid()}-{secrets.token_hex(4)}"
+        builder = ReportBuilder(dataset)
+        try:
+            unfinished.mkdir(parents=True)
+            write_table(unfinished / _TOKENS, _counted(rows, builder))
+            size = (unfinished / _TOKENS).stat().st_size
+            record = {"bytes": size, "report": builder.report().to_dict()}
+            (unfinished / _REPORT).write_text(json.dumps(record, indent=1), encoding="utf-8")
+            self._publish(unfinished, self.folder / key, dataset)
+        except OSError as error:
+            raise DataError(
+                f"cannot write the tokenized cache in {self.folder}: {error.strerror or error}; "
+                "make room, or choose another folder with data.cache"
+            ) from error
+        finally:
+            shutil.rmtree(unfinished, ignore_errors=True)
+        found = self.get(key, dataset)
+        if found is None:
+            raise DataError(f"the tokenized cache entry {self.folder / key} vanished while it was written")
+        return found
+
+    def _publish(self, unfinished: Path, entry: Path, dataset: str) -> None:
+        if entry.exists() and self.get(entry.name, dataset) is None:
+            shutil.rmtree(entry, ignore_errors=True)
+        try:
+            unfinished.rename(entry)
+        except OSError:
+            # somebody else has finished the same entry in the meantime: it holds the same bytes
+            if self.get(entry.name, dataset) is None:
+                raise
+
+
+def _counted(rows: Iterable[tuple[int, Encoded]], builder: ReportBuilder) -> Iterable[Placed]:
+    for position, (index, encoded) in enumerate(rows):
+        builder.add(index, encoded)
+        for sample in encoded.samples:
+            yield position, sample

@@ -1,0 +1,60 @@
+"""The check that stands between a data set and training: what is trained is what will be served."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from luthier.data.rendering import chat_messages
+from luthier.data.template import ChatTemplate
+from luthier.types import Conversation, DataError, Row, RowError
+
+
+def gate(template: ChatTemplate, rows: Iterable[Row]) -> int:
+    """Check conversations against the chat template that will be saved; returns how many were checked.
+
+    For each row: the installed template renders the text that is trained; the trained tokens read back as
+    that text; the prompt of every answer, tokenized on its own as generation does, is a true prefix; each
+    answer's last supervised tokens hold a stop token; the supervised tokens read back as the answer. Raises
+    DataError naming data set and row. Rows that cannot be encoded at all are left to be counted as dropped.
+    """
+    checked = 0
+    for row in rows:
+        if row.conversation is None:
+            continue
+        try:
+            _check(template, row.conversation)
+        except RowError:
+            continue
+        except DataError as error:
+            raise DataError(f"data set {row.source!r}, row {row.index}: {error}") from error
+        checked += 1
+    return checked
+
+
+def _check(template: ChatTemplate, conversation: Conversation) -> None:
+    encoded = template.encode(conversation)
+    ids = encoded.input_ids
+    saved = template.tokenizer.apply_chat_template(
+        chat_messages(conversation), tools=[dict(tool) for tool in conversation.tools] or None, tokenize=False
+    )
+    if template.rendering(conversation) != saved:
+        raise DataError("the tokenizer's chat template was changed after it was loaded")
+    read_back = template.decode(ids)
+    # tokenizers that normalize text read back as the normalized text, however the text was cut
+    if read_back != saved and read_back != template.decode(template.whole(conversation)):
+        raise DataError(f"the tokens read back as {_difference(read_back, saved)} of the template's text")
+    for span in encoded.answers:
+        prompt = template.prompt(Conversation(conversation.messages[: span.message], conversation.tools))
+        if prompt != ids[: span.start]:
+            raise DataError(
+                f"message {span.message}: the prompt is not a token prefix of the training sequence; they part at "
+                f"{_difference(template.decode(prompt), template.decode(ids[: span.start]))}"
+            )
+        if not set(template.end_token_ids) & set(ids[span.start : span.stop]):
+            raise DataError(f"message {span.message}: the stop token is not supervised")
+
+
+def _difference(found: str, expected: str) -> str:
+    same = next((i for i, (a, b) in enumerate(zip(found, expected, strict=False)) if a != b), len(expected))
+    start = max(0, same - 10)
+    return f"{found[start : same + 20]!r} instead of {expected[start : same + 20]!r}"

@@ -1,0 +1,227 @@
+"""The whole data path: recipe -> tokenized training and evaluation sets.
+
+    prepare(spec, encode, template, ...) -> PreparedData
+
+Each data set is read, formatted, checked and encoded once, and kept in the cache; the sets are put one after
+the other, `dev_split` is taken out, and rows are packed where the recipe says so.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from luthier import __version__
+from luthier.data.cache import CODE_VERSION, TokenCache, content_key, default_folder
+from luthier.data.encode import blocks
+from luthier.data.formats import RowKind, to_row
+from luthier.data.gate import gate
+from luthier.data.packing import best_fit, greedy_groups
+from luthier.data.read import RawRow, data_fingerprint, read_rows
+from luthier.data.registry import DatasetAttr, resolve_datasets
+from luthier.data.report import DataReport
+from luthier.data.table import SampleTable
+from luthier.data.template import ChatTemplate
+from luthier.data.workers import map_ordered
+from luthier.recipe.schema import DataSpec
+from luthier.types import DataError, Encoded, Lost, Row, RowError
+
+EncodeRow = Callable[[Row, ChatTemplate], Encoded]
+Progress = Callable[[str, int], None]
+"""Called with the data set's name and the rows done so far."""
+
+DEV = "dev"
+"""Name of the evaluation set that `dev_split` makes."""
+
+_GATE_FIRST, _GATE_EVERY = 50, 100
+_MAP_BATCH = 1000
+
+
+@dataclass(frozen=True, slots=True)
+class PreparedData:
+    """Tokenized data, one report for each data set (training first), and the cache keys by data set."""
+
+    train: SampleTable
+    eval: dict[str, SampleTable]
+    reports: list[DataReport]
+    fingerprints: dict[str, str]
+
+
+@dataclass(frozen=True, slots=True)
+class Preparation:
+    """What turns rows into samples.
+
+    encode: a stage's `encode`. kind: whether the stage learns from conversations or from plain text.
+    identity: everything that decides what `encode` does (stage, its options), as JSON-like values: part of
+    the cache's key. seed: of `dev_split` and `num_samples`. llamafactory: rows are grouped, and texts
+    concatenated, as that tool does, for recipes translated from it. first_id: see `encode.blocks`.
+    """
+
+    encode: EncodeRow
+    template: ChatTemplate
+    kind: RowKind
+    identity: Mapping[str, Any]
+    seed: int
+    llamafactory: bool = False
+    first_id: int | None = None
+    hub_cache: str | None = None
+    hub_token: str | None = None
+
+
+def prepare(spec: DataSpec, how: Preparation, progress: Progress | None = None) -> PreparedData:
+    """Tokenize what the recipe names.
+
+    `dev_split` takes rows as LLaMA-Factory's `val_size` does: a permutation of all training rows by NumPy's
+    default generator with the seed; its first ceil(share x rows) (or that many) rows are for evaluation, the
+    others for training, both in the permutation's order.
+
+    Raises DataError for anything wrong with the data, and where nothing is left to train on. Losses are only
+    counted here; `report.check_max_lost` judges them.
+    """
+    cache = TokenCache(Path(spec.cache).expanduser() if spec.cache else default_folder())
+    attrs = {"train": resolve_datasets(spec.train, spec), "eval": resolve_datasets(spec.eval, spec)}
+    reports: list[DataReport] = []
+    fingerprints: dict[str, str] = {}
+    tables: dict[str, list[SampleTable]] = {"train": [], "eval": []}
+    for part, sets in attrs.items():
+        _no_twins([attr.name for attr in sets], f"data.{part}")
+        for attr in sets:
+            table, report, key = _one_dataset(attr, spec, how, cache, progress)
+            tables[part].append(table)
+            reports.append(report)
+            fingerprints[attr.name] = key
+    train = SampleTable.concat(tables["train"], [report.rows for report in reports[: len(tables["train"])]])
+    num_rows = sum(report.rows for report in reports[: len(tables["train"])])
+    evaluation = {
+        attr.name: _arranged(table, spec, how)
+        for attr, table in zip(attrs["eval"], tables["eval"], strict=True)
+    }
+    if spec.dev_split:
+        _no_twins([*evaluation, DEV], "data.eval")
+        kept, held_out = split_rows(num_rows, spec.dev_split, how.seed)
+        evaluation = {DEV: _arranged(train.take_rows(held_out), spec, how), **evaluation}
+        train = train.take_rows(kept)
+    train = _arranged(train, spec, how)
+    if spec.train and not len(train):
+        losses = "; ".join(text for report in reports if (text := report.losses()))
+        raise DataError(f"nothing to train on: {losses or 'the data sets are empty'}")
+    return PreparedData(train, evaluation, reports, fingerprints)
+
+
+def split_rows(num_rows: int, dev_split: float, seed: int) -> tuple[Any, Any]:
+    """Row positions for training and for evaluation; see `prepare`. Raises DataError if either would be empty."""
+    wanted = math.ceil(dev_split * num_rows) if dev_split < 1 else int(dev_split)
+    if not 0 < wanted < num_rows:
+        raise DataError(
+            f"data.dev_split: {dev_split:g} holds out {wanted} of {num_rows} rows; both parts need rows"
+        )
+    order = np.random.default_rng(seed).permutation(num_rows)
+    return order[wanted:], order[:wanted]
+
+
+def cache_key(attr: DatasetAttr, spec: DataSpec, how: Preparation) -> str:
+    """The hash of all that decides a data set's tokens: bytes, format, template, tokenizer, options, code."""
+    template = how.template
+    description = asdict(attr)
+    for name in ("name", "path", "dataset_sha1"):
+        description.pop(name)
+    description |= {
+        "columns": attr.columns.model_dump(),
+        "tags": attr.tags.model_dump(),
+        "named": sorted(attr.named),
+    }
+    return content_key(
+        {
+            "code": [CODE_VERSION, __version__],
+            "data": data_fingerprint(attr, how.hub_cache, how.hub_token),
+            "format": description,
+            "kind": how.kind,
+            "rows": [spec.max_samples, how.seed if attr.num_samples is not None else None],
+            "template": template.fingerprint,
+            "encode": how.identity,
+        }
+    )
+
+
+def _one_dataset(
+    attr: DatasetAttr, spec: DataSpec, how: Preparation, cache: TokenCache, progress: Progress | None
+) -> tuple[SampleTable, DataReport, str]:
+    if attr.ranking:
+        raise DataError(
+            f"data set {attr.name!r} holds preference pairs (ranking: true), which stage "
+            f"{how.identity.get('stage', how.kind)!r} does not learn from"
+        )
+    key = cache_key(attr, spec, how)
+    found = cache.get(key, attr.name)
+    if found is None:
+        attr.check_sha1()
+        rng = np.random.RandomState(how.seed)
+        raws = read_rows(
+            attr, max_samples=spec.max_samples, rng=rng, cache_dir=how.hub_cache, token=how.hub_token
+        )
+        rows = map_ordered(_EncodeRaw(attr, how), raws, spec.workers)
+        found = cache.put(key, attr.name, _reported(rows, attr.name, progress))
+    return *found, key
+
+
+@dataclass(frozen=True, slots=True)
+class _EncodeRaw:
+    """One raw row -> (its number, samples and losses); a value that other processes can be sent."""
+
+    attr: DatasetAttr
+    how: Preparation
+
+    def __call__(self, raw: RawRow) -> tuple[int, Encoded]:
+        try:
+            row = to_row(raw, self.attr, self.how.kind)
+        except RowError as error:
+            return raw.index, Encoded(lost=Lost(dropped=error.reason))
+        if self.how.kind == "conversation" and (raw.index < _GATE_FIRST or raw.index % _GATE_EVERY == 0):
+            gate(self.how.template, [row])
+        return raw.index, self.how.encode(row, self.how.template)
+
+
+def _reported(
+    rows: Iterable[tuple[int, Encoded]], name: str, progress: Progress | None
+) -> Iterator[tuple[int, Encoded]]:
+    for done, row in enumerate(rows, start=1):
+        yield row
+        if progress is not None:
+            progress(name, done)
+
+
+def _arranged(table: SampleTable, spec: DataSpec, how: Preparation) -> SampleTable:
+    """The table with the groups that packing asks for."""
+    if not spec.packing or not len(table):
+        return table
+    if not how.llamafactory:
+        return table.with_groups(best_fit(table.lengths.tolist(), spec.max_length))
+    bounds = np.searchsorted(
+        table.rows, np.arange(0, int(table.rows[-1]) + 1 + _MAP_BATCH, _MAP_BATCH)
+    ).tolist()
+    parts = [range(a, b) for a, b in pairwise(bounds)]
+    if how.kind == "text":
+        cut = [
+            block
+            for part in parts
+            for block in blocks(table[part.start : part.stop], spec.max_length, first_id=how.first_id)
+        ]
+        return SampleTable.of_mixed(cut)
+    groups = [
+        [part.start + i for i in group]
+        for part in parts
+        for group in greedy_groups(table.lengths[part.start : part.stop].tolist(), spec.max_length)
+    ]
+    return table.with_groups(groups)
+
+
+def _no_twins(names: Sequence[str], key: str) -> None:
+    twins = sorted({name for name in names if names.count(name) > 1})
+    if twins:
+        raise DataError(f"{key}: two data sets are called {twins[0]!r}; give one of them another name")

@@ -1,0 +1,271 @@
+"""Names in a recipe -> descriptions of data sets.
+
+    resolve_datasets(refs, spec)  -> list[DatasetAttr]
+
+`dataset_info.json` is read in LLaMA-Factory's format. A data set may also be named by the path of its file,
+or be written out in the recipe. The rows themselves are read by `luthier.data.read`.
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import ValidationError
+
+from luthier.recipe.schema import ColumnSpec, DataSpec, DatasetSpec, TagSpec
+from luthier.types import DataError
+
+Formatting = Literal["alpaca", "sharegpt", "openai"]
+LoadFrom = Literal["hub", "script", "file", "folder"]
+
+INFO_NAMES = ("dataset_info.json", "dataset_info.yaml", "dataset_info.yml")
+FILE_TYPES = {
+    ".json": "json",
+    ".jsonl": "jsonl",
+    ".csv": "csv",
+    ".parquet": "parquet",
+    ".arrow": "arrow",
+    ".txt": "txt",
+}
+
+DEFAULT_COLUMNS: dict[Formatting, ColumnSpec] = {
+    "alpaca": ColumnSpec(prompt="instruction", query="input", response="output"),
+    "sharegpt": ColumnSpec(messages="conversations"),
+    "openai": ColumnSpec(messages="messages"),
+}
+DEFAULT_TAGS: dict[Formatting, TagSpec] = {
+    "alpaca": TagSpec(),
+    "sharegpt": TagSpec(),
+    "openai": TagSpec(
+        role_tag="role",
+        content_tag="content",
+        user_tag="user",
+        assistant_tag="assistant",
+        observation_tag="tool",
+        function_tag="function",
+        system_tag="system",
+    ),
+}
+
+_ORIGIN_KEYS = {"hf_hub_url", "ms_hub_url", "om_hub_url", "script_url", "cloud_file_name", "file_name"}
+_INFO_KEYS = _ORIGIN_KEYS | {
+    "dataset_sha1",
+    "file_sha1",
+    "subset",
+    "split",
+    "folder",
+    "num_samples",
+    "formatting",
+    "ranking",
+    "columns",
+    "tags",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class DatasetAttr:
+    """One data set, fully described: where its rows come from and which column means what.
+
+    `path` is the file or folder for `file` and `folder`, the hub's name for `hub`. A column that is None is
+    not read. `named` holds the columns that somebody wrote down, as against the format's own defaults: those
+    must exist.
+    """
+
+    name: str
+    load_from: LoadFrom
+    path: str
+    dataset_sha1: str | None = None
+    subset: str | None = None
+    split: str = "train"
+    folder: str | None = None
+    num_samples: int | None = None
+    ranking: bool = False
+    formatting: Formatting = "alpaca"
+    columns: ColumnSpec = DEFAULT_COLUMNS["alpaca"]
+    tags: TagSpec = DEFAULT_TAGS["alpaca"]
+    named: frozenset[str] = frozenset()
+
+    def files(self) -> list[Path]:
+        """The data files in the order in which they are read; empty for a data set on the hub.
+
+        Raises DataError where there are none or where their types differ.
+        """
+        if self.load_from == "hub":
+            return []
+        path = Path(self.path)
+        if path.is_dir():
+            files = sorted(f for f in path.iterdir() if f.is_file() and not f.name.startswith("."))
+        elif path.is_file():
+            files = [path]
+        else:
+            raise DataError(f"data set {self.name!r}: {path} does not exist")
+        if not files:
+            raise DataError(f"data set {self.name!r}: folder {path} has no files")
+        kinds = {f.suffix.lower() for f in files}
+        unknown = sorted(kinds - FILE_TYPES.keys())
+        if unknown:
+            raise DataError(
+                f"data set {self.name!r}: cannot read {unknown[0] or 'a file without extension'!r} "
+                f"({path}); readable are {', '.join(sorted(FILE_TYPES))}"
+            )
+        if len(kinds) > 1:
+            raise DataError(
+                f"data set {self.name!r}: folder {path} mixes {', '.join(sorted(kinds))}; one type, please"
+            )
+        return files
+
+    def check_sha1(self) -> None:
+        """Raise DataError if the file's SHA-1 is not the one that was promised."""
+        if self.dataset_sha1 is None or self.load_from == "hub":
+            return
+        files = self.files()
+        if len(files) > 1:
+            raise DataError(
+                f"data set {self.name!r}: dataset_sha1 is for one file, and {self.path} is a folder"
+            )
+        found = hashlib.sha1(files[0].read_bytes(), usedforsecurity=False).hexdigest()
+        if found != self.dataset_sha1.lower():
+            raise DataError(
+                f"data set {self.name!r}: {files[0]} has SHA-1 {found}, but {self.dataset_sha1} was promised: "
+                "the file is not the one that was described"
+            )
+
+
+def resolve_datasets(refs: Sequence[str | DatasetSpec], spec: DataSpec) -> list[DatasetAttr]:
+    """Descriptions of the data sets that a recipe names, in its order.
+
+    A text is a name in `spec.directory`/dataset_info.json (or .yaml), else the path of a file or folder,
+    absolute or relative to the directory or to the working folder. Raises DataError for names that are
+    neither.
+    """
+    directory = Path(spec.directory)
+    info = _load_info(directory) if any(isinstance(ref, str) for ref in refs) else (None, {})
+    return [
+        _from_spec(ref, directory) if isinstance(ref, DatasetSpec) else _by_name(ref, *info, directory)
+        for ref in refs
+    ]
+
+
+def _load_info(directory: Path) -> tuple[Path | None, dict[str, Any]]:
+    """Path and content of dataset_info.json or .yaml; (None, {}) where there is none."""
+    for name in INFO_NAMES:
+        file = directory / name
+        if not file.is_file():
+            continue
+        text = file.read_text(encoding="utf-8")
+        try:
+            info = json.loads(text) if file.suffix == ".json" else yaml.safe_load(text)
+        except (json.JSONDecodeError, yaml.YAMLError) as error:
+            raise DataError(f"{file}: {error}") from error
+        if not isinstance(info, dict):
+            raise DataError(f"{file}: expected an object of data set names, found {type(info).__name__}")
+        return file, info
+    return None, {}
+
+
+def _by_name(name: str, file: Path | None, info: dict[str, Any], directory: Path) -> DatasetAttr:
+    if name in info:
+        return _from_info(name, info[name], f"{file}: {name}", directory)
+    for path in (Path(name), directory / name):
+        if path.exists():
+            return _with_defaults(DatasetSpec(file_name=str(path)), path.stem, path)
+    near = difflib.get_close_matches(name, list(info), n=3, cutoff=0.5)
+    where = file or f"{directory / INFO_NAMES[0]} (which does not exist)"
+    hint = (
+        f"; did you mean {', '.join(near)}?"
+        if near
+        else f"; it has {', '.join(list(info)[:8])}"
+        if info
+        else ""
+    )
+    raise DataError(f"data set {name!r} is neither in {where} nor a file{hint}")
+
+
+def _from_info(name: str, entry: Any, place: str, directory: Path) -> DatasetAttr:
+    """One entry of dataset_info.json. Where it lists columns, the columns it leaves out are not read."""
+    if not isinstance(entry, dict):
+        raise DataError(f"{place}: expected an object, found {type(entry).__name__}")
+    _no_unknown_keys(entry, _INFO_KEYS, place)
+    _no_unknown_keys(entry.get("columns") or {}, set(ColumnSpec.model_fields), f"{place}.columns")
+    _no_unknown_keys(entry.get("tags") or {}, set(TagSpec.model_fields), f"{place}.tags")
+    origins = sorted(_ORIGIN_KEYS & entry.keys())
+    if "script_url" in origins and "hf_hub_url" not in origins:
+        raise DataError(
+            f"{place}: script_url would run code that comes with the data; save the data as a file instead"
+        )
+    if not {"file_name", "hf_hub_url"} & set(origins):
+        raise DataError(f"{place}: {', '.join(origins) or 'nothing'} given; expected file_name or hf_hub_url")
+    fields = {
+        key: entry[key]
+        for key in ("subset", "folder", "num_samples", "columns", "tags")
+        if entry.get(key) is not None
+    }
+    # LLaMA-Factory prefers the hub where an entry names both
+    origin = "hf_hub_url" if "hf_hub_url" in origins else "file_name"
+    fields[origin] = entry[origin]
+    fields |= {key: entry[key] for key in ("split", "formatting", "ranking") if key in entry}
+    fields["dataset_sha1"] = entry.get("dataset_sha1") or entry.get("file_sha1")
+    try:
+        spec = DatasetSpec(name=name, **fields)
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise DataError(f"{place}.{'.'.join(str(part) for part in first['loc'])}: {first['msg']}") from error
+    path = directory / spec.file_name if spec.file_name else None
+    attr = _with_defaults(spec, name, path)
+    if "columns" not in fields:
+        return attr
+    return replace(attr, columns=spec.columns)
+
+
+def _from_spec(spec: DatasetSpec, directory: Path) -> DatasetAttr:
+    if spec.file_name is None:
+        return _with_defaults(spec, spec.name or str(spec.hf_hub_url), None)
+    path = directory / spec.file_name
+    if not path.exists() and Path(spec.file_name).exists():
+        path = Path(spec.file_name)
+    return _with_defaults(spec, spec.name or Path(spec.file_name).stem, path)
+
+
+def _with_defaults(spec: DatasetSpec, name: str, path: Path | None) -> DatasetAttr:
+    defaults = DEFAULT_COLUMNS[spec.formatting]
+    named = {key for key, value in spec.columns if value is not None}
+    columns = defaults.model_copy(update={key: getattr(spec.columns, key) for key in named})
+    if path is not None and path.suffix.lower() == ".txt" and "prompt" not in named:
+        columns = ColumnSpec(prompt="text")
+    tags = DEFAULT_TAGS[spec.formatting]
+    if spec.tags is not None:
+        tags = tags.model_copy(update=spec.tags.model_dump(include=spec.tags.model_fields_set))
+    load_from: LoadFrom = "hub" if path is None else "folder" if path.is_dir() else "file"
+    attr = DatasetAttr(
+        name=name,
+        load_from=load_from,
+        path=str(spec.hf_hub_url if path is None else path),
+        dataset_sha1=spec.dataset_sha1,
+        subset=spec.subset,
+        split=spec.split,
+        folder=spec.folder,
+        num_samples=spec.num_samples,
+        ranking=spec.ranking,
+        formatting=spec.formatting,
+        columns=columns,
+        tags=tags,
+        named=frozenset(named),
+    )
+    attr.files()
+    return attr
+
+
+def _no_unknown_keys(tree: Any, known: Iterable[str], place: str) -> None:
+    if not isinstance(tree, dict):
+        raise DataError(f"{place}: expected an object, found {type(tree).__name__}")
+    for key in tree:
+        if key not in known:
+            near = difflib.get_close_matches(str(key), sorted(known), n=1, cutoff=0.0)
+            raise DataError(f"{place}: unknown key {key!r}; did you mean {near[0]!r}?")

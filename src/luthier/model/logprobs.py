@@ -1,0 +1,263 @@
+"""The one numeric kernel: hidden states -> log-probabilities of the targets, in chunks, never T x V logits.
+
+`install_target_forward` gives a loaded model a forward that accepts `targets=`. It changes the classes of the
+model and of its output head to subclasses that behave as before when `targets` is absent, so `generate` and
+`save_pretrained` are untouched. The head is called exactly once per forward and chunks inside that call, so DDP
+and FSDP see one ordinary module call.
+
+Shapes: T tokens, N supervised positions, D hidden, V vocabulary, C rows of one chunk.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from luthier.types import IGNORE_INDEX, Batch, ModelError, TokenLogprobs
+
+Logits = Callable[[Tensor], Tensor]
+
+LOGITS_PER_CHUNK = 2**23
+"""Logits (C x V) that exist at one time: 32 MiB in float32; larger chunks were not faster on CPU."""
+LOGITS_PER_CHUNK_CUDA = 2**27
+
+
+def chunk_rows(num_rows: int, vocab_size: int, device: torch.device) -> int:
+    """Rows of a chunk, so that its logits stay within the limit of the device; at least 16."""
+    limit = LOGITS_PER_CHUNK_CUDA if device.type == "cuda" else LOGITS_PER_CHUNK
+    return max(16, min(num_rows, limit // vocab_size))
+
+
+def token_logprobs(
+    hidden_ND: Tensor, logits_of: Logits, targets_N: Tensor, *, vocab_size: int, entropy: bool, mean_logprobs: bool,
+    head_trains: bool,
+) -> dict[str, Tensor]:  # fmt: skip
+    """Log-probabilities of `targets_N` under `logits_of(hidden)`, each (N,) float32; differentiable.
+
+    `entropy` is -sum p log p of each position; `mean_logprobs` is the mean log-probability over the vocabulary.
+    Where the head does not train, each row's gradient with respect to its own hidden state is computed
+    together with its value, because a log-probability depends on no other row: the logits are then computed
+    once. Where the head trains, every chunk is checkpointed and its logits are computed again in backward.
+    """
+    rows = chunk_rows(len(targets_N), vocab_size, hidden_ND.device)
+    if torch.is_grad_enabled() and hidden_ND.requires_grad and not head_trains:
+        outputs = _RowwiseLogprobs.apply(hidden_ND, targets_N, logits_of, rows, entropy, mean_logprobs)
+        assert isinstance(outputs, tuple)
+    else:
+        chunks = [
+            _chunk(hidden, targets, logits_of, entropy, mean_logprobs)
+            for hidden, targets in zip(hidden_ND.split(rows), targets_N.split(rows), strict=True)
+        ]
+        outputs = tuple(torch.cat(column) for column in zip(*chunks, strict=True))
+    names = ["logprobs"] + ["entropy"] * entropy + ["mean_logprobs"] * mean_logprobs
+    return dict(zip(names, outputs, strict=True))
+
+
+def _chunk(
+    hidden: Tensor, targets: Tensor, logits_of: Logits, entropy: bool, mean_logprobs: bool
+) -> tuple[Tensor, ...]:
+    if not torch.is_grad_enabled():
+        return _statistics(logits_of(hidden).float(), targets, entropy, mean_logprobs)
+
+    def run(hidden: Tensor, targets: Tensor) -> tuple[Tensor, ...]:
+        return _statistics(logits_of(hidden).float(), targets, entropy, mean_logprobs)
+
+    return tuple(checkpoint(run, hidden, targets, use_reentrant=False))
+
+
+def _statistics(logits_CV: Tensor, targets_C: Tensor, entropy: bool, mean_logprobs: bool) -> tuple[Tensor, ...]:
+    normaliser_C = logits_CV.logsumexp(dim=-1)
+    outputs = [logits_CV.gather(-1, targets_C[:, None])[:, 0] - normaliser_C]
+    if entropy:
+        probabilities = (logits_CV - normaliser_C[:, None]).exp()
+        outputs.append(normaliser_C - (probabilities * logits_CV).sum(-1))
+    if mean_logprobs:
+        outputs.append(logits_CV.mean(dim=-1) - normaliser_C)
+    return tuple(outputs)
+
+
+class _RowwiseLogprobs(torch.autograd.Function):
+    """Values and per-row gradients in one pass over the chunks, for a head that does not train."""
+
+    @staticmethod
+    def forward(  # type: ignore[override]
+        ctx: Any, hidden_ND: Tensor, targets_N: Tensor, logits_of: Logits, rows: int, entropy: bool, mean: bool
+    ) -> tuple[Tensor, ...]:
+        values: list[tuple[Tensor, ...]] = []
+        num_outputs = 1 + entropy + mean
+        gradients = [torch.empty_like(hidden_ND) for _ in range(num_outputs)]
+        start = 0
+        for hidden, targets in zip(hidden_ND.split(rows), targets_N.split(rows), strict=True):
+            stop = start + len(targets)
+            with torch.enable_grad():
+                leaf = hidden.detach().requires_grad_()
+                raw = logits_of(leaf)
+            logits = raw.detach().float()
+            values.append(_statistics(logits, targets, entropy, mean))
+            slopes = _slopes(logits, targets, values[-1], entropy, mean)
+            for index, slope in enumerate(slopes):
+                last = index == num_outputs - 1
+                (grad,) = torch.autograd.grad(raw, leaf, slope.to(raw.dtype), retain_graph=not last)
+                gradients[index][start:stop] = grad
+                del slope, grad
+            start = stop
+        ctx.save_for_backward(*gradients)
+        return tuple(torch.cat(column) for column in zip(*values, strict=True))
+
+    @staticmethod
+    def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
+        total: Tensor | None = None
+        for up_N, gradient_ND in zip(upstream, ctx.saved_tensors, strict=True):
+            part = gradient_ND * up_N[:, None].to(gradient_ND.dtype)
+            total = part if total is None else total.add_(part)
+        return total, None, None, None, None, None
+
+
+def _slopes(
+    logits_CV: Tensor, targets_C: Tensor, values: tuple[Tensor, ...], entropy: bool, mean: bool
+) -> list[Tensor]:
+    """d output / d logits (C, V) of each output of `_statistics`, in its order; overwrites `logits_CV`."""
+    normaliser_C = logits_CV.gather(-1, targets_C[:, None])[:, 0] - values[0]
+    probabilities = logits_CV.sub_(normaliser_C[:, None])
+    slopes: list[Tensor] = []
+    if entropy:
+        # dH/dz_v = -p_v (log p_v + H)
+        slopes.append(-probabilities.exp() * (probabilities + values[1][:, None]))
+    probabilities = probabilities.exp_()
+    if mean:
+        slopes.append(1.0 / probabilities.shape[-1] - probabilities)
+    of_target = probabilities.neg_()
+    of_target[torch.arange(len(targets_C), device=targets_C.device), targets_C] += 1.0
+    return [of_target, *slopes]
+
+
+# --------------------------------------------------------------------------------------------------
+# What a family does to its logits after the head
+
+
+def logits_transform(config: Any) -> Logits:
+    """The scaling and soft-capping that the model's own forward applies after its head, from its config.
+
+    Covers `logit_scale` (Cohere), `logits_scaling` (Granite), `lm_head_multiplier` (Falcon-H1) and
+    `final_logit_softcapping` (Gemma). The self-test at start compares with the model's own logits, so that a
+    family with another rule is found, not trained wrongly.
+    """
+    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    scale = 1.0
+    for name, invert in (("logit_scale", False), ("logits_scaling", True), ("lm_head_multiplier", False)):
+        value = getattr(text, name, None)
+        if isinstance(value, (int, float)):
+            scale *= 1.0 / value if invert else value
+    cap = getattr(text, "final_logit_softcapping", None)
+
+    def transform(logits: Tensor) -> Tensor:
+        if scale != 1.0:
+            logits = logits * scale
+        if cap:
+            logits = torch.tanh(logits / cap) * cap
+        return logits
+
+    return transform
+
+
+# --------------------------------------------------------------------------------------------------
+# The hook
+
+
+class _TargetHead(nn.Module):
+    """Mixed into the class of the output head: `forward(hidden, targets=...)` returns log-probabilities."""
+
+    def forward(self, hidden: Tensor, *args: Any, luthier_request: dict[str, Any] | None = None, **kw: Any) -> Any:
+        dense = super().forward
+        if luthier_request is None:
+            return dense(hidden, *args, **kw)
+        request = dict(luthier_request)
+        transform = request.pop("transform")
+        trains = any(parameter.requires_grad for parameter in self.parameters())
+        return token_logprobs(
+            hidden, lambda rows: transform(dense(rows)), request.pop("targets"), head_trains=trains, **request
+        )
+
+
+class _TargetForward(nn.Module):
+    """Mixed into the class of the model: `forward(targets=...)` runs the backbone, then the head once."""
+
+    def forward(self, *args: Any, targets: Tensor | None = None, **kwargs: Any) -> Any:
+        if targets is None:
+            return super().forward(*args, **_with_explicit_mask(args, kwargs))
+        request = {
+            "entropy": kwargs.pop("entropy", False),
+            "mean_logprobs": kwargs.pop("mean_logprobs", False),
+            "vocab_size": self.config.get_text_config().vocab_size,  # type: ignore[union-attr, operator]
+            "transform": logits_transform(self.config),
+        }
+        kwargs.pop("return_dict", None)
+        # PEFT's wrapper always passes these on; a flat row has no use for them.
+        for unused in ("labels", "attention_mask", "inputs_embeds", "output_attentions", "output_hidden_states"):
+            if kwargs.pop(unused, None) is not None:
+                raise ModelError(f"a forward pass with targets takes no {unused}")
+        backbone, head = self.base_model, self.get_output_embeddings()  # type: ignore[operator]
+        outputs = backbone(*args, attention_mask=None, use_cache=False, **kwargs)  # type: ignore[operator]
+        hidden_TD = outputs.last_hidden_state.reshape(-1, outputs.last_hidden_state.shape[-1])
+        supervised = (targets != IGNORE_INDEX).nonzero()[:, 0]
+        if len(supervised):
+            return head(hidden_TD[supervised], luthier_request={"targets": targets[supervised], **request})
+        # The head must run on every rank; one position is computed and none of it is kept.
+        answers = head(hidden_TD[:1], luthier_request={"targets": torch.zeros_like(targets[:1]), **request})
+        return {name: values[:0] for name, values in answers.items()}
+
+
+def _with_explicit_mask(args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Our attention refuses to guess; a plain `model(input_ids)` means that every token is real."""
+    ids = args[0] if args else kwargs.get("input_ids")
+    if ids is None or kwargs.get("attention_mask") is not None or kwargs.get("past_key_values") is not None:
+        return kwargs
+    if len(args) > 1 or ids.shape[1] == 1:
+        return kwargs
+    return {**kwargs, "attention_mask": torch.ones_like(ids)}
+
+
+def _specialise(module: nn.Module, mixin: type[nn.Module]) -> None:
+    """Make `module`'s class a subclass with `mixin` in front, under the same name (saved as `architectures`)."""
+    cls = type(module)
+    if not issubclass(cls, mixin):
+        module.__class__ = type(cls.__name__, (mixin, cls), {"__module__": cls.__module__})
+
+
+def install_target_forward(model: nn.Module) -> None:
+    """Teach a loaded causal language model (not its PEFT wrapper) to answer `forward(targets=...)`.
+
+    Call it after adapters are attached and before the model is wrapped by accelerate.
+    Raises ModelError where the model has no output head.
+    """
+    head = model.get_output_embeddings()  # type: ignore[operator]
+    if head is None:
+        raise ModelError(f"{type(model).__name__} has no output head; a causal language model is needed")
+    _specialise(head, _TargetHead)
+    _specialise(model, _TargetForward)
+
+
+class ModelPolicy:
+    """`types.Policy` over a model with the target forward, wrapped by DDP or FSDP or bare."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model = model
+
+    def logprobs(self, batch: Batch, *, entropy: bool = False, mean_logprobs: bool = False) -> TokenLogprobs:
+        """Statistics of the supervised targets of `batch`, in the order of their positions."""
+        answers = self._model(
+            input_ids=batch.input_ids,
+            position_ids=batch.position_ids,
+            cu_seq_lens_q=batch.cu_seqlens,
+            cu_seq_lens_k=batch.cu_seqlens,
+            max_length_q=batch.max_length,
+            max_length_k=batch.max_length,
+            targets=batch.targets,
+            entropy=entropy,
+            mean_logprobs=mean_logprobs,
+        )
+        return TokenLogprobs(**answers)

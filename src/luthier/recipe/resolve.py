@@ -1,0 +1,117 @@
+"""The last step before a run: every `auto` of a recipe becomes a value that fits the machine.
+
+Pure: the machine is described by a `Hardware` value, so a recipe can be resolved for a machine that is
+not this one. After `resolve` nobody writes to the recipe.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+from luthier.recipe.load import DEFAULT, LoadedRecipe
+from luthier.recipe.schema import LoraSpec, Recipe
+from luthier.types import RecipeError
+
+HARDWARE = "hardware"
+"""The origin of a value that the machine decided."""
+
+TOKENS_PER_BATCH = 4096
+"""Tokens of one optimizer step where nobody says: about 16 answers of 256 tokens, a common batch of rows."""
+
+TOKENS_PER_PASS = {"cpu": 1024, "mps": 2048, "cuda": 8192}
+"""Most tokens in one forward pass. A CPU is busy with far fewer tokens than a GPU, and what it gains from
+more is lost to cache misses; a GPU needs thousands to fill its matrix units, and 8192 tokens of a 7B model
+with checkpointing still fit beside its weights. A sample is never cut: a longer one is a pass of its own."""
+
+
+@dataclass(frozen=True, slots=True)
+class Hardware:
+    """What one process of a run has to work with.
+
+    `memory` is bytes: of the GPU, or of the machine where there is none. `bf16` is whether the device
+    computes bfloat16 itself; `world_size` counts processes.
+    """
+
+    device: Literal["cpu", "cuda", "mps"]
+    name: str
+    memory: int
+    bf16: bool
+    cores: int
+    world_size: int = 1
+
+
+def resolve(loaded: LoadedRecipe, hardware: Hardware) -> LoadedRecipe:
+    """The same recipe with nothing left open, and the origins of what was filled in.
+
+    Raises RecipeError for arithmetic that this machine cannot do.
+    """
+    recipe = loaded.recipe
+    precision = _precision(recipe, hardware)
+    machine: dict[str, Any] = {
+        "train.precision": precision,
+        "model.dtype": _dtype(recipe, hardware, precision),
+        "model.attention": _attention(recipe, hardware, precision),
+        "model.gradient_checkpointing": _checkpointing(recipe, hardware),
+        "train.tokens_per_pass": recipe.train.tokens_per_pass or TOKENS_PER_PASS[hardware.device],
+    }
+    filled: dict[str, Any] = {
+        "data.overflow": recipe.data.overflow or ("split" if recipe.stage.type == "pt" else "drop"),
+        "train.data_seed": recipe.train.seed if recipe.train.data_seed is None else recipe.train.data_seed,
+        "train.greater_is_better": _greater_is_better(recipe),
+    }
+    if recipe.train.rows_per_device is None:
+        filled["train.tokens_per_batch"] = recipe.train.tokens_per_batch or TOKENS_PER_BATCH
+    if isinstance(recipe.method, LoraSpec):
+        filled["method.alpha"] = recipe.method.alpha or 2.0 * recipe.method.rank
+    origins = dict(loaded.origins)
+    sections: dict[str, dict[str, Any]] = {}
+    for key, value in (machine | filled).items():
+        section, name = key.split(".")
+        if getattr(getattr(recipe, section), name) != value:
+            sections.setdefault(section, {})[name] = value
+            origins[key] = HARDWARE if key in machine else DEFAULT
+    parts = {name: getattr(recipe, name).model_copy(update=values) for name, values in sections.items()}
+    return replace(loaded, recipe=recipe.model_copy(update=parts), origins=origins)
+
+
+def _precision(recipe: Recipe, hardware: Hardware) -> str:
+    wanted = recipe.train.precision
+    if wanted == "auto":
+        return "bf16" if hardware.device == "cuda" and hardware.bf16 else "fp32"
+    if wanted == "bf16" and hardware.device != "cpu" and not hardware.bf16:
+        raise RecipeError(
+            f"train.precision=bf16: {hardware.name} does not compute bfloat16; use auto, fp32 or fp16"
+        )
+    if wanted == "fp16" and hardware.device != "cuda":
+        raise RecipeError(
+            f"train.precision=fp16: its loss scaling needs a CUDA GPU and this is {hardware.name}; use auto"
+        )
+    return wanted
+
+
+def _dtype(recipe: Recipe, hardware: Hardware, precision: str) -> str:
+    """Weights that train stay float32: bfloat16's 8 bits swallow updates below 0.4 % of a weight."""
+    if recipe.model.dtype != "auto":
+        return recipe.model.dtype
+    if hardware.device == "cpu" or not isinstance(recipe.method, LoraSpec):
+        return "float32"
+    return {"bf16": "bfloat16", "fp16": "float16"}.get(precision, "float32")
+
+
+def _attention(recipe: Recipe, hardware: Hardware, precision: str) -> str:
+    if recipe.model.attention != "auto":
+        return recipe.model.attention
+    # The variable-length kernels exist for 16-bit types on GPUs of the generation that has bfloat16 (sm80).
+    return "varlen" if hardware.device == "cuda" and hardware.bf16 and precision != "fp32" else "sdpa"
+
+
+def _checkpointing(recipe: Recipe, hardware: Hardware) -> bool:
+    wanted = recipe.model.gradient_checkpointing
+    return hardware.device != "cpu" if wanted == "auto" else wanted
+
+
+def _greater_is_better(recipe: Recipe) -> bool:
+    if recipe.train.greater_is_better is not None:
+        return recipe.train.greater_is_better
+    return not recipe.train.best_metric.endswith(("loss", "perplexity"))

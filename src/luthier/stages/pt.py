@@ -1,0 +1,34 @@
+"""Continued pre-training: every token of plain text is a target."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from luthier.data.collate import flat_batch
+from luthier.data.encode import EncodeOptions, pt_samples
+from luthier.recipe.schema import PtSpec
+from luthier.stages.supervised import negative_log_likelihood, supervised_weights
+from luthier.types import Batch, Encoded, LossSum, Policy, Row, Sample, Template
+
+
+class Pretraining:
+    """Next-token prediction on documents (Radford et al., 2018); each ends with the end token."""
+
+    name = "pt"
+
+    def __init__(self, spec: PtSpec, options: EncodeOptions) -> None:
+        self.spec, self.options = spec, options
+
+    def encode(self, row: Row, template: Template) -> Encoded:
+        return pt_samples(row, template, self.options)
+
+    def collate(self, samples: Sequence[Sample]) -> Batch:
+        return flat_batch(samples)
+
+    def weight(self, batch: Batch) -> dict[str, Tensor]:
+        return {"loss": supervised_weights(batch).sum()}
+
+    def loss(self, policy: Policy, batch: Batch) -> LossSum:
+        return negative_log_likelihood(policy, batch, self.spec.label_smoothing)

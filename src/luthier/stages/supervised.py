@@ -1,0 +1,32 @@
+"""The loss that pt and sft share: the weighted negative log-likelihood of the targets, as sums.
+
+Knows nothing of optimizers, devices, accumulation or processes.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from luthier.types import IGNORE_INDEX, Batch, LossSum, Policy, Term
+
+
+def supervised_weights(batch: Batch) -> Tensor:
+    """(N,) loss weights of the supervised positions, in the order of `Policy.logprobs`."""
+    return batch.target_weights[batch.targets != IGNORE_INDEX]
+
+
+def negative_log_likelihood(policy: Policy, batch: Batch, label_smoothing: float) -> LossSum:
+    """sum_t w_t [(1 - e) (-log p_t) + e (-mean_v log p_v)] over the targets, with its weight sum_t w_t.
+
+    e is the label smoothing of Szegedy et al. (2015, arXiv:1512.00567) with a uniform prior over the vocabulary.
+    With smoothing the metric `nll` keeps the plain likelihood, so that perplexity stays what it says.
+    """
+    answers = policy.logprobs(batch, mean_logprobs=label_smoothing > 0)
+    weights_N = supervised_weights(batch)
+    weight = weights_N.sum()
+    nll = -(weights_N * answers.logprobs).sum()
+    if answers.mean_logprobs is None:
+        return LossSum({"loss": Term(nll, weight)})
+    smoothed = -(weights_N * answers.mean_logprobs).sum()
+    total = (1 - label_smoothing) * nll + label_smoothing * smoothed
+    return LossSum({"loss": Term(total, weight)}, metrics={"nll": Term(nll.detach(), weight)})

@@ -1,0 +1,80 @@
+"""From a resolved recipe to transformers' `TrainingArguments`, which the loop underneath still reads."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+from typing import Any
+
+from transformers import Seq2SeqTrainingArguments
+
+from luthier.recipe.schema import Recipe
+from luthier.types import RecipeError
+
+
+def training_arguments(recipe: Recipe, *, use_cpu: bool) -> Seq2SeqTrainingArguments:
+    """The arguments of a resolved recipe; `train.extra` is checked and added last.
+
+    The data loader yields one optimizer step per item, so batch size and accumulation are 1 here.
+    Raises RecipeError for keys of `train.extra` that do not exist or have a place of their own in the recipe.
+    """
+    train, optim = recipe.train, recipe.optim
+    owned: dict[str, Any] = {
+        "output_dir": train.output,
+        "per_device_train_batch_size": 1,
+        "gradient_accumulation_steps": 1,
+        "num_train_epochs": train.epochs,
+        "max_steps": train.max_steps if train.max_steps is not None else -1,
+        "learning_rate": optim.lr,
+        "weight_decay": optim.weight_decay,
+        "max_grad_norm": optim.max_grad_norm,
+        "logging_strategy": "steps",
+        "logging_steps": train.log_every,
+        "eval_strategy": _strategy(train.eval_every),
+        "save_strategy": _strategy(train.save_every),
+        "save_only_model": train.save_only_model,
+        "load_best_model_at_end": train.load_best,
+        "metric_for_best_model": train.best_metric,
+        "greater_is_better": _greater(recipe),
+        "seed": train.seed,
+        "data_seed": train.data_seed,
+        "bf16": train.precision == "bf16",
+        "fp16": train.precision == "fp16",
+        "use_cpu": use_cpu,
+        "report_to": list(train.report_to) or "none",
+        "remove_unused_columns": False,
+        "disable_tqdm": True,
+        # A NaN must be seen, not replaced by the average of earlier losses.
+        "logging_nan_inf_filter": False,
+        # Flat rows never use a cache; this keeps `use_cache` of the saved config as it was.
+        "use_cache": True,
+    }
+    if isinstance(train.eval_every, int):
+        owned["eval_steps"] = train.eval_every
+    if isinstance(train.save_every, int):
+        owned["save_steps"] = train.save_every
+    known = {field.name for field in dataclasses.fields(Seq2SeqTrainingArguments) if field.init}
+    for key in train.extra:
+        if key in owned:
+            raise RecipeError(
+                f"train.extra.{key}: this has a place of its own in the recipe; see `luthier schema`"
+            )
+        if key not in known:
+            near = difflib.get_close_matches(key, sorted(known), n=1)
+            hint = f"; did you mean {near[0]}?" if near else ""
+            raise RecipeError(f"train.extra.{key}: transformers' TrainingArguments has no such key{hint}")
+    try:
+        return Seq2SeqTrainingArguments(**owned, **train.extra)
+    except (TypeError, ValueError) as error:
+        raise RecipeError(f"train: transformers refuses these settings: {error}") from error
+
+
+def _strategy(every: int | str | None) -> str:
+    if every is None:
+        return "no"
+    return "epoch" if every == "epoch" else "steps"
+
+
+def _greater(recipe: Recipe) -> bool:
+    chosen = recipe.train.greater_is_better
+    return chosen if chosen is not None else not recipe.train.best_metric.endswith(("loss", "perplexity"))

@@ -1,0 +1,291 @@
+"""The one loop. It asks a stage for sums, divides by the weight of the global step, and knows no stage.
+
+`PeftTrainer` is a `transformers.Seq2SeqTrainer`: devices, processes, schedules, callbacks and trackers are
+its own. What differs is written here: an item of the loader is a whole optimizer step (a list of flat passes),
+losses are sums divided once by their global weight, evaluation is exact sums, checkpoints are atomic.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+from transformers import (
+    PreTrainedTokenizerBase,
+    PrinterCallback,
+    Seq2SeqTrainer,
+    Seq2SeqTrainingArguments,
+    TrainerCallback,
+)
+from transformers.trainer_callback import ExportableState
+
+from luthier.model.logprobs import ModelPolicy
+from luthier.optim.build import build_optimizer, build_schedule
+from luthier.recipe.schema import AdamwSpec, SgdSpec
+from luthier.trainer.checkpoint import atomic_folder, rotate
+from luthier.trainer.steps import EpochCallback, Passes, StepDataset
+from luthier.types import Batch, LossSum, Method, Sample, Stage, Term
+
+
+@dataclass(frozen=True, slots=True)
+class EvalSet:
+    """Samples to evaluate on and how they are cut into passes, for each process."""
+
+    samples: Sequence[Sample]
+    passes: Sequence[Passes]
+
+
+class PeftTrainer(Seq2SeqTrainer):
+    """Trains what `method` lets change, on what `stage` asks for."""
+
+    def __init__(
+        self,
+        *,
+        model: nn.Module,
+        args: Seq2SeqTrainingArguments,
+        stage: Stage,
+        method: Method,
+        optim: AdamwSpec | SgdSpec,
+        steps: StepDataset | None,
+        eval_sets: Mapping[str, EvalSet],
+        tokenizer: PreTrainedTokenizerBase,
+        callbacks: list[TrainerCallback],
+        save_total_limit: int | None = None,
+        checkpoint_metadata: Mapping[str, Any] | None = None,
+    ) -> None:
+        self.stage, self.method, self._optim = stage, method, optim
+        self._steps, self._eval_sets = steps, dict(eval_sets)
+        self._save_total_limit = save_total_limit
+        self._checkpoint_metadata = dict(checkpoint_metadata or {})
+        self._window: dict[str, Term] = {}
+        super().__init__(
+            model=model,
+            args=args,
+            train_dataset=steps,
+            eval_dataset=self._eval_sets or None,
+            processing_class=tokenizer,
+            callbacks=[*callbacks, *([EpochCallback(steps)] if steps is not None else [])],
+        )
+        self.remove_callback(PrinterCallback)
+        # Our losses are divided by the weight of the whole step; nothing may divide them again.
+        self.loss_is_scaled_for_ga = True
+
+    # ---- data --------------------------------------------------------------------------------------
+
+    def get_train_dataloader(self) -> DataLoader[list[Batch]]:
+        """One item per optimizer step, already this process's share; accelerate must not shard it again."""
+        assert self._steps is not None
+        return DataLoader(
+            self._steps, batch_size=1, collate_fn=_only, num_workers=self.args.dataloader_num_workers
+        )
+
+    def num_examples(self, dataloader: DataLoader[Any]) -> int:
+        return 0 if self._steps is None else self._steps.num_samples
+
+    def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> None:
+        return None  # weights are counted in `training_step`, per loss term
+
+    # ---- optimizer ---------------------------------------------------------------------------------
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        if self.optimizer is None:
+            groups = self.method.parameter_groups(model or self.model, self._optim.weight_decay)
+            self.optimizer = build_optimizer(self._optim, groups)
+        return self.optimizer
+
+    def create_scheduler(
+        self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None
+    ) -> torch.optim.lr_scheduler.LRScheduler:
+        if self.lr_scheduler is None:
+            self.lr_scheduler = build_schedule(self._optim, optimizer or self.optimizer, num_training_steps)
+            self._created_lr_scheduler = True
+        return self.lr_scheduler
+
+    # ---- the step ----------------------------------------------------------------------------------
+
+    def training_step(
+        self, model: nn.Module, inputs: list[Batch], num_items_in_batch: Tensor | int | None = None
+    ) -> Tensor:
+        """Forward and backward of every pass of one optimizer step; returns this process's share of its loss."""
+        model.train()
+        if callable(getattr(self.optimizer, "train", None)):
+            self.optimizer.train()  # schedule-free optimizers train at another point than they save
+        batches = [batch.to(self.args.device) for batch in inputs]
+        weights = self._global_weights(batches)
+        policy = ModelPolicy(model)
+        step_loss = torch.zeros((), device=self.args.device)
+        for index, batch in enumerate(batches):
+            last = index == len(batches) - 1
+            with contextlib.nullcontext() if last else self.accelerator.no_sync(model):
+                with self.compute_loss_context_manager():
+                    loss_sum = self.stage.loss(policy, batch)
+                    # The gradients of all processes are averaged; the loss is a sum over them.
+                    loss = _divided(loss_sum, weights) * self.args.world_size
+                self.accelerator.backward(loss)
+            step_loss += loss.detach()
+            _accumulate(self._window, loss_sum.metrics)
+        self._count_tokens(batches)
+        return step_loss
+
+    def _global_weights(self, batches: Sequence[Batch]) -> dict[str, Tensor]:
+        """The weight of each loss term over all passes of all processes of the step."""
+        weights: dict[str, Tensor] = {}
+        for batch in batches:
+            for name, weight in self.stage.weight(batch).items():
+                weights[name] = weights[name] + weight if name in weights else weight
+        if self.args.world_size > 1:
+            weights = {name: self.accelerator.reduce(weight, "sum") for name, weight in weights.items()}
+        return weights
+
+    def _count_tokens(self, batches: Sequence[Batch]) -> None:
+        tokens = sum(batch.num_tokens for batch in batches)
+        if self.args.world_size > 1:
+            tokens = int(self.accelerator.reduce(torch.tensor(tokens, device=self.args.device), "sum"))
+        self.state.num_input_tokens_seen += tokens
+
+    def floating_point_ops(self, inputs: list[Batch]) -> int:
+        """Six operations per token and parameter, as transformers estimates it for a whole batch."""
+        return 6 * sum(batch.num_tokens for batch in inputs) * self._num_parameters()
+
+    def _num_parameters(self) -> int:
+        return sum(parameter.numel() for parameter in self.model.parameters())
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        if "loss" in logs and self._window:
+            logs |= {name: self._mean(term) for name, term in self._window.items()}
+            self._window = {}
+        super().log(logs, start_time)
+
+    def _mean(self, term: Term) -> float:
+        total, weight = term.total, term.weight
+        if self.args.world_size > 1:
+            total, weight = (self.accelerator.reduce(value, "sum") for value in (total, weight))
+        return float(total / weight) if float(weight) else math.nan
+
+    # ---- evaluation --------------------------------------------------------------------------------
+
+    def evaluate(
+        self,
+        eval_dataset: Any = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> dict[str, float]:
+        """Loss and perplexity of every evaluation set by exact sums.
+
+        One set gives `eval_loss`; several give `eval_<name>_loss` each and `eval_loss` over all of their tokens.
+        """
+        started, pooled, metrics, num_tokens = time.time(), dict[str, Term](), dict[str, float](), 0
+        named = len(self._eval_sets) > 1
+        for name, eval_set in self._eval_sets.items():
+            sums, tokens = self._evaluate_set(eval_set)
+            num_tokens += tokens
+            _accumulate(pooled, sums)
+            if named:
+                metrics |= self._report(f"{metric_key_prefix}_{name}", sums)
+        metrics |= self._report(metric_key_prefix, pooled)
+        seconds = time.time() - started
+        metrics[f"{metric_key_prefix}_runtime"] = round(seconds, 4)
+        metrics[f"{metric_key_prefix}_tokens_per_second"] = round(num_tokens / seconds, 3)
+        self.log(metrics)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+    @torch.no_grad()
+    def _evaluate_set(self, eval_set: EvalSet) -> tuple[dict[str, Term], int]:
+        model = self.model_wrapped
+        training = model.training
+        model.eval()
+        policy, sums, tokens = ModelPolicy(model), dict[str, Term](), 0
+        passes = eval_set.passes[self.args.process_index]
+        self.callback_handler.eval_dataloader = passes
+        try:
+            for indices in passes:
+                batch = self.stage.collate([eval_set.samples[index] for index in indices]).to(
+                    self.args.device
+                )
+                with self.compute_loss_context_manager():
+                    loss_sum = self.stage.loss(policy, batch)
+                _accumulate(sums, loss_sum.terms)
+                _accumulate(sums, loss_sum.metrics)
+                tokens += batch.num_tokens
+                self.control = self.callback_handler.on_prediction_step(self.args, self.state, self.control)
+        finally:
+            model.train(training)
+        return sums, tokens
+
+    def _report(self, prefix: str, sums: Mapping[str, Term]) -> dict[str, float]:
+        means = {name: self._mean(term) for name, term in sums.items()}
+        report = {f"{prefix}_{name}": value for name, value in means.items()}
+        if "loss" in means:
+            nll = means.get("nll", means["loss"])
+            report[f"{prefix}_perplexity"] = math.exp(nll) if nll < 700 else math.inf
+        return report
+
+    # ---- checkpoints -------------------------------------------------------------------------------
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        """Everything that a resume needs, in a folder that exists whole or not at all."""
+        self.store_flos()
+        run = Path(self.args.output_dir)
+        final = run / f"checkpoint-{self.state.global_step}"
+        if self.state.best_global_step == self.state.global_step:
+            self.state.best_model_checkpoint = str(final)
+        metadata = {"step": self.state.global_step, "epoch": self.state.epoch, **self._checkpoint_metadata}
+        with atomic_folder(final, metadata=metadata, replace=True) as folder:
+            self.save_model(str(folder), _internal_call=True)
+            if not self.args.save_only_model:
+                self._save_optimizer_and_scheduler(str(folder))
+                self._save_scaler(str(folder))
+                self._save_rng_state(str(folder))
+            self._export_callback_states()
+            self.state.save_to_json(str(folder / "trainer_state.json"))
+        best = self.state.best_model_checkpoint
+        rotate(run, self._save_total_limit, Path(best) if best is not None else None)
+
+    def _export_callback_states(self) -> None:
+        exporters = [*self.callback_handler.callbacks, self.control]
+        for exporter in (one for one in exporters if isinstance(one, ExportableState)):
+            self.state.stateful_callbacks[type(exporter).__name__] = exporter.state()
+
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        folder = Path(output_dir or self.args.output_dir)
+        folder.mkdir(parents=True, exist_ok=True)
+        self.method.save(self.accelerator.unwrap_model(self.model), folder)
+        self.processing_class.save_pretrained(folder)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        self.method.load(self.accelerator.unwrap_model(model or self.model), Path(resume_from_checkpoint))
+
+    def _load_best_model(self) -> None:
+        self._load_from_checkpoint(str(self.state.best_model_checkpoint))
+
+
+def _only(items: list[list[Batch]]) -> list[Batch]:
+    (item,) = items
+    return item
+
+
+def _divided(loss_sum: LossSum, weights: Mapping[str, Tensor]) -> Tensor:
+    """The sum of all terms, each divided by its global weight; a term without weight contributes nothing."""
+    parts = [
+        term.total / weights[name] if float(weights[name]) > 0 else term.total * 0.0
+        for name, term in loss_sum.terms.items()
+    ]
+    return torch.stack(parts).sum()
+
+
+def _accumulate(sums: dict[str, Term], terms: Mapping[str, Term]) -> None:
+    for name, term in terms.items():
+        total, weight = term.total.detach().double(), term.weight.detach().double()
+        known = sums.get(name)
+        sums[name] = (
+            Term(total, weight) if known is None else Term(known.total + total, known.weight + weight)
+        )

@@ -1,0 +1,99 @@
+"""Tiny random models of the families that the tests speak of, and batches for them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import torch
+from transformers import (
+    AutoModelForCausalLM,
+    CohereConfig,
+    Gemma2Config,
+    Gemma3TextConfig,
+    GPT2Config,
+    GPTNeoXConfig,
+    GraniteConfig,
+    LlamaConfig,
+    MistralConfig,
+    OPTConfig,
+    Phi3Config,
+    PhiConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+    Qwen2Config,
+    Qwen3Config,
+    Qwen3MoeConfig,
+)
+
+from luthier.types import Sample
+
+VOCAB = 97
+_SHAPE = {
+    "vocab_size": VOCAB,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "max_position_embeddings": 256,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+_OLD = {"vocab_size": VOCAB, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+
+FAMILIES: dict[str, Callable[[], PreTrainedConfig]] = {
+    "llama": lambda: LlamaConfig(**_SHAPE),
+    "llama-tied": lambda: LlamaConfig(**_SHAPE, tie_word_embeddings=True),
+    "qwen2": lambda: Qwen2Config(**_SHAPE),
+    "qwen3": lambda: Qwen3Config(**_SHAPE),
+    "qwen3-moe": lambda: Qwen3MoeConfig(**_SHAPE, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=16),
+    "mistral-window": lambda: MistralConfig(**_SHAPE, sliding_window=5),
+    "gemma2-softcap": lambda: Gemma2Config(
+        **_SHAPE, sliding_window=5, attn_logit_softcapping=2.0, final_logit_softcapping=1.5
+    ),
+    "gemma3-window": lambda: Gemma3TextConfig(
+        **_SHAPE,
+        sliding_window=5,
+        final_logit_softcapping=1.5,
+        layer_types=["sliding_attention", "full_attention"],
+    ),
+    "phi": lambda: PhiConfig(**_SHAPE),
+    "phi3": lambda: Phi3Config(**_SHAPE),
+    "granite-scaled": lambda: GraniteConfig(**_SHAPE, logits_scaling=3.0),
+    "cohere-scaled": lambda: CohereConfig(**_SHAPE, logit_scale=0.3),
+    "gpt2": lambda: GPT2Config(**_OLD, n_embd=32, n_layer=2, n_head=4, n_positions=256),
+    "neox": lambda: GPTNeoXConfig(
+        **_OLD, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4
+    ),
+    "opt": lambda: OPTConfig(
+        **_OLD, hidden_size=32, ffn_dim=48, num_hidden_layers=2, num_attention_heads=4, word_embed_proj_dim=32
+    ),
+}
+
+
+def tiny_model(family: str, attention: str = "luthier_segments", seed: int = 0) -> PreTrainedModel:
+    """A float32 model with large random weights, so that a wrong mask or cap shows in every number."""
+    import luthier.model.attention  # noqa: F401  registers the attention's name
+
+    torch.manual_seed(seed)
+    model = AutoModelForCausalLM.from_config(FAMILIES[family](), attn_implementation=attention)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim == 2:
+                parameter.mul_(8.0)
+    return model
+
+
+def random_samples(lengths: Sequence[int], seed: int = 0, vocab_size: int = VOCAB) -> list[Sample]:
+    """Samples of random tokens; about half of the tokens are targets, with unequal weights."""
+    rng = np.random.default_rng(seed)
+    samples = []
+    for index, length in enumerate(lengths):
+        ids = rng.integers(3, vocab_size, length).astype(np.int32)
+        weights = rng.choice([0.0, 1.0, 0.5], length, p=[0.5, 0.35, 0.15]).astype(np.float32)
+        weights[0] = 0.0
+        samples.append(Sample(ids, weights, source="random", index=index))
+    return samples

@@ -1,0 +1,434 @@
+"""LLaMA-Factory files: every key of 0.9.5 is known, and the translated recipe means what the file meant."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from luthier.recipe.flat import KEYS
+from luthier.recipe.llamafactory_keys import TOOL_KEYS, Rule
+from luthier.recipe.load import LoadedRecipe, dump_recipe, load_recipe
+from luthier.recipe.problems import all_keys
+from luthier.recipe.schema import (
+    AdamwSpec,
+    DatasetSpec,
+    FreezeSpec,
+    FullSpec,
+    LoraSpec,
+    PtSpec,
+    SftSpec,
+    SgdSpec,
+)
+from luthier.recipe.source import dotted
+from luthier.recipe.training_keys import OLDER_NAMES, TRAINING_KEYS
+from luthier.types import RecipeError
+
+FACTS = Path(__file__).parent / "data" / "llamafactory_0_9_5_keys.txt"
+BASE = "model_name_or_path: m\ndo_train: true\ndataset: a\n"
+
+
+def facts() -> dict[str, Any]:
+    lines = [line.split("\t") for line in FACTS.read_text().splitlines() if not line.startswith("#")]
+    return {name: ast.literal_eval(default) for _, name, default in lines}
+
+
+@pytest.fixture(autouse=True)
+def in_tmp(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+
+
+def load(text: str, *overrides: str) -> LoadedRecipe:
+    Path("lf.yaml").write_text(BASE + text)
+    return load_recipe("lf.yaml", overrides)
+
+
+def problems(text: str, *overrides: str, base: str = BASE) -> list[str]:
+    Path("lf.yaml").write_text(base + text)
+    with pytest.raises(RecipeError) as caught:
+        load_recipe("lf.yaml", overrides)
+    return str(caught.value).split("\n")
+
+
+# --------------------------------------------------------------------------------------------------
+# The table
+
+
+def test_every_key_of_that_version_is_known_with_its_default() -> None:
+    known = {name: KEYS[name].default for name in facts() if name in KEYS}
+    assert known == facts()
+    assert len(known) == 357
+
+
+def test_the_table_holds_nothing_else_but_keys_of_earlier_versions() -> None:
+    assert set(KEYS) - set(facts()) == {
+        "save_safetensors", "include_tokens_per_second", "half_precision_backend", "fp16_backend",
+        "fp16_opt_level", "use_legacy_prediction_loop", "past_index", "mp_parameters", "jit_mode_eval",
+        "use_ipex", "use_mps_device", "tpu_num_cores", "tpu_metrics_debug", "dispatch_batches",
+        "split_batches", "group_by_length",
+    }  # fmt: skip
+    assert not set(TOOL_KEYS) & set(TRAINING_KEYS)
+    assert not set(OLDER_NAMES) & set(KEYS) and set(OLDER_NAMES.values()) <= set(KEYS)
+
+
+def test_every_entry_says_what_becomes_of_its_key() -> None:
+    native = {dotted(path) for path in all_keys()}
+    for name, key in KEYS.items():
+        assert bool(key.text) == (key.rule in (Rule.NOTED, Rule.REFUSED)), name
+        assert bool(key.target) == (key.rule in (Rule.READ, Rule.DIRECT)), name
+        assert not key.target or key.target in native, name
+
+
+@pytest.mark.parametrize("name", sorted(set(KEYS) - {"model_name_or_path", "dataset", "do_train"}))
+def test_a_default_that_is_written_out_changes_nothing(name: str) -> None:
+    """Also the proof that every key is accepted: none is refused while it says what silence says."""
+    silent = load_recipe({"model_name_or_path": "m", "do_train": True, "dataset": "a"})
+    spoken = load_recipe(
+        {"model_name_or_path": "m", "do_train": True, "dataset": "a", name: KEYS[name].default}
+    )
+    if name == "disable_gradient_checkpointing":  # said outright, it is no longer left to the hardware
+        assert spoken.recipe.model.gradient_checkpointing is True
+    else:
+        assert spoken.recipe == silent.recipe
+    assert spoken.notes == silent.notes
+
+
+def test_every_refused_key_is_an_error_that_names_it() -> None:
+    other = {False: True, True: False, None: "x"}
+    refused = [name for name, key in KEYS.items() if key.rule is Rule.REFUSED]
+    assert len(refused) > 70
+    for name in refused:
+        default = KEYS[name].default
+        value = other[default] if default is None or isinstance(default, bool) else 7
+        with pytest.raises(RecipeError) as caught:
+            load_recipe({"model_name_or_path": "m", "do_train": True, "dataset": "a", name: value})
+        assert str(caught.value) == f"{name}: {KEYS[name].text}"
+
+
+def test_every_noted_key_gives_its_note() -> None:
+    for name, key in KEYS.items():
+        if key.rule is Rule.NOTED:
+            loaded = load_recipe({"model_name_or_path": "m", "do_train": True, "dataset": "a", name: 77})
+            assert f"{name}: {key.text}" in loaded.notes
+
+
+def test_every_extra_key_reaches_transformers_under_its_own_name() -> None:
+    extra = [name for name, key in KEYS.items() if key.rule is Rule.EXTRA]
+    loaded = load("".join(f"{name}: 7\n" for name in extra))
+    assert loaded.recipe.train.extra == dict.fromkeys(extra, 7)
+    transformers = pytest.importorskip("transformers")
+    known = transformers.Seq2SeqTrainingArguments.__dataclass_fields__
+    assert [name for name in extra if name not in known] == []
+
+
+# --------------------------------------------------------------------------------------------------
+# Meaning
+
+
+def test_a_silent_file_trains_with_that_tools_defaults() -> None:
+    loaded = load("")
+    recipe = loaded.recipe
+    assert loaded.llamafactory and recipe.model.path == "m" and recipe.data.train == ("a",)
+    assert recipe.stage == SftSpec() and recipe.method == LoraSpec(rank=8, targets="all-linear")
+    assert recipe.optim == AdamwSpec(lr=5e-5, schedule="linear", weight_decay=0.0, max_grad_norm=1.0)
+    assert (recipe.data.max_length, recipe.data.overflow, recipe.data.max_lost) == (2048, "truncate", None)
+    assert recipe.data.parse_special_tokens and recipe.data.train_after_stop and recipe.data.shuffle
+    train = recipe.train
+    assert (train.rows_per_device, train.accumulation, train.tokens_per_batch) == (8, 1, None)
+    assert (train.epochs, train.max_steps, train.seed, train.data_seed) == (3.0, None, 42, None)
+    assert (train.log_every, train.save_every, train.eval_every, train.eval_at_end) == (500, 500, None, False)
+    assert (train.plots, train.report_to, train.output) == (False, (), "runs/lf")
+    assert (train.resume, train.overwrite) == ("auto", False)
+    assert recipe.model.gradient_checkpointing == "auto"
+
+
+def test_a_common_file_line_by_line() -> None:
+    loaded = load(
+        "stage: sft\nfinetuning_type: lora\nlora_rank: 16\nlora_target: q_proj, v_proj\ntemplate: qwen\n"
+        "cutoff_len: 1024\nmax_samples: 500\noverwrite_cache: true\npreprocessing_num_workers: 4\n"
+        "dataloader_num_workers: 4\noutput_dir: saves/x\nlogging_steps: 10\nsave_steps: 50\nplot_loss: true\n"
+        "overwrite_output_dir: true\nper_device_train_batch_size: 2\ngradient_accumulation_steps: 4\n"
+        "learning_rate: 1e-4\nnum_train_epochs: 2\nlr_scheduler_type: cosine\nwarmup_ratio: 0.1\nbf16: true\n"
+        "ddp_timeout: 180000000\nval_size: 0.1\nper_device_eval_batch_size: 1\neval_strategy: steps\n"
+        "eval_steps: 25\nreport_to: none\nresume_from_checkpoint: null\n"
+    )
+    recipe, origins = loaded.recipe, loaded.origins
+    assert recipe.method == LoraSpec(rank=16, targets=("q_proj", "v_proj"))
+    assert recipe.optim == AdamwSpec(lr=1e-4, schedule="cosine", warmup=0.1)
+    assert (recipe.data.template, recipe.data.max_length, recipe.data.max_samples) == ("qwen", 1024, 500)
+    assert (recipe.data.workers, recipe.data.dev_split) == (4, 0.1)
+    train = recipe.train
+    assert (train.output, train.overwrite, train.resume) == ("saves/x", True, "never")
+    assert (train.rows_per_device, train.accumulation, train.epochs) == (2, 4, 2.0)
+    assert (train.log_every, train.save_every, train.eval_every, train.eval_at_end) == (10, 50, 25, True)
+    assert (train.precision, train.plots, train.extra) == ("bf16", True, {"ddp_timeout": 180000000})
+    assert loaded.notes == ()
+    assert origins["method.rank"] == "translated from lora_rank (line 6)"
+    assert origins["optim.warmup"] == "translated from warmup_ratio (line 24)"
+    assert origins["data.max_lost"] == "LLaMA-Factory default"
+    assert origins["optim.weight_decay"] == "default"
+
+
+def test_migrated_recipe_is_the_same_recipe() -> None:
+    loaded = load("stage: pt\nlearning_rate: 1e-6\nlr_scheduler_kwargs: {num_cycles: 2}\noptim: sgd\n")
+    Path("native.yaml").write_text(dump_recipe(loaded, everything=False))
+    again = load_recipe("native.yaml")
+    assert not again.llamafactory
+    # The run directory is named after the file unless the file names it.
+    train = again.recipe.train.model_copy(update={"output": loaded.recipe.train.output})
+    assert again.recipe.model_copy(update={"train": train}) == loaded.recipe
+
+
+def test_methods() -> None:
+    assert load("finetuning_type: full\n").recipe.method == FullSpec()
+    assert load(
+        "finetuning_type: freeze\nfreeze_trainable_layers: -3\nfreeze_trainable_modules: mlp,self_attn\n"
+        "freeze_extra_modules: norm\n"
+    ).recipe.method == FreezeSpec(layers=-3, modules=("mlp", "self_attn"), extra_modules=("norm",))
+    assert load(
+        "lora_alpha: 0\nlora_dropout: 0.1\nadditional_target: embed_tokens,lm_head\n"
+        "adapter_name_or_path: x, y\ncreate_new_adapter: true\n"
+    ).recipe.method == LoraSpec(
+        alpha=None,
+        dropout=0.1,
+        modules_to_save=("embed_tokens", "lm_head"),
+        adapters=("x", "y"),
+        create_new_adapter=True,
+    )
+    assert "lora_rank: no effect with finetuning_type: full" in load("finetuning_type: full\nlora_rank: 4\n").notes
+
+
+def test_packing_keeps_the_rows_and_always_isolates() -> None:
+    leak = "packing: what shares a row does not see each other here (there only with neat_packing)"
+    shorter = "packing: takes one token off cutoff_len there, so rows hold 255 tokens"
+    plain = load("cutoff_len: 256\npacking: true\nbf16: true\n")
+    assert (plain.recipe.data.packing, plain.recipe.data.max_length) == (True, 255)
+    assert plain.notes == (shorter, leak)
+    neat = load("cutoff_len: 256\nneat_packing: true\nbf16: true\n")
+    assert (neat.recipe.data.packing, neat.recipe.data.max_length) == (True, 255)
+    assert neat.notes == (shorter,)
+
+
+def test_pretraining_packs_by_default_into_rows_of_the_whole_length() -> None:
+    loaded = load("stage: pt\ncutoff_len: 256\ntemplate: default\n")
+    data = loaded.recipe.data
+    assert loaded.recipe.stage == PtSpec()
+    assert (data.packing, data.max_length, data.overflow, data.template) == (True, 256, "split", None)
+    assert "template: plain text is trained without a template" in loaded.notes
+    data = load("stage: pt\ncutoff_len: 256\npacking: false\n").recipe.data
+    assert (data.packing, data.max_length, data.overflow) == (False, 256, "truncate")
+    data = load("stage: pt\ncutoff_len: 256\npacking: true\n").recipe.data
+    assert (data.packing, data.max_length, data.overflow) == (True, 255, "split")
+
+
+@pytest.mark.parametrize(
+    ("text", "warmup"),
+    [
+        ("", 0.0),
+        ("warmup_steps: 20\n", 20.0),
+        ("warmup_steps: 0.05\n", 0.05),
+        ("warmup_ratio: 0.1\nwarmup_steps: 20\n", 0.1),
+        ("warmup_ratio: 0\nwarmup_steps: 20\n", 0.0),
+    ],
+)
+def test_warmup(text: str, warmup: float) -> None:
+    assert load(text).recipe.optim.warmup == warmup
+
+
+@pytest.mark.parametrize(
+    ("text", "resume", "overwrite"),
+    [
+        ("", "auto", False),
+        ("overwrite_output_dir: true\n", "never", True),
+        ("resume_from_checkpoint: true\noverwrite_output_dir: true\n", "auto", False),
+        ("resume_from_checkpoint: false\n", "never", False),
+        ("resume_from_checkpoint: out/checkpoint-5\n", "out/checkpoint-5", False),
+    ],
+)
+def test_resuming(text: str, resume: str, overwrite: bool) -> None:
+    train = load(text).recipe.train
+    assert (train.resume, train.overwrite) == (resume, overwrite)
+
+
+@pytest.mark.parametrize(
+    ("text", "precision", "dtype"),
+    [
+        ("bf16: true\n", "bf16", "auto"),
+        ("fp16: true\n", "fp16", "auto"),
+        ("pure_bf16: true\n", "bf16", "bfloat16"),
+        ("finetuning_type: full\n", "fp32", "auto"),
+        ("", "auto", "auto"),
+    ],
+)
+def test_precision(text: str, precision: str, dtype: str) -> None:
+    recipe = load(text).recipe
+    assert (recipe.train.precision, recipe.model.dtype) == (precision, dtype)
+
+
+def test_evaluation_and_the_best_checkpoint() -> None:
+    train = load(
+        "eval_dataset: b, c\neval_strategy: epoch\nsave_strategy: epoch\nload_best_model_at_end: true\n"
+        "metric_for_best_model: accuracy\ngreater_is_better: true\nsave_total_limit: 2\n"
+    ).recipe.train
+    assert (train.eval_every, train.save_every, train.load_best) == ("epoch", "epoch", True)
+    assert (train.best_metric, train.greater_is_better, train.save_total_limit) == ("eval_accuracy", True, 2)
+    train = load("val_size: 10\nevaluation_strategy: steps\nlogging_steps: 7\nsave_strategy: no\n").recipe.train
+    assert (train.eval_every, train.save_every) == (7, None)
+    assert load("val_size: 10\n").recipe.data.dev_split == 10
+    only = load_recipe(
+        {"model_name_or_path": "m", "do_eval": True, "eval_dataset": "b", "do_train": False}
+    ).recipe
+    assert only.train.eval_only and only.train.eval_at_end and only.data.eval == ("b",)
+
+
+def test_other_keys() -> None:
+    recipe = load(
+        "split_special_tokens: true\ndisable_shuffling: true\nmax_steps: 5\noptim: sgd\nreport_to: wandb\n"
+        "label_smoothing_factor: 0.1\ndisable_gradient_checkpointing: true\nflash_attn: sdpa\n"
+        'lr_scheduler_kwargs: \'{"min_lr": 1e-6}\'\nlr_scheduler_type: cosine_with_min_lr\ndataset_dir: ONLINE\n'
+        "mask_history: true\ndefault_system: hi\nhf_hub_token: hf_x\nmodel_revision: dev\n"
+    ).recipe
+    assert not recipe.data.parse_special_tokens and not recipe.data.shuffle and recipe.data.mask_history
+    assert recipe.optim == SgdSpec(lr=5e-5, schedule="cosine_with_min_lr", schedule_options={"min_lr": 1e-6})
+    assert recipe.data.train == (DatasetSpec(hf_hub_url="a"),) and recipe.data.default_system == "hi"
+    assert (recipe.train.max_steps, recipe.train.report_to) == (5, ("wandb",))
+    assert recipe.stage == SftSpec(label_smoothing=0.1)
+    assert (recipe.model.gradient_checkpointing, recipe.model.attention) == (False, "sdpa")
+    assert (recipe.model.token, recipe.model.revision) == ("hf_x", "dev")
+    assert load("flash_attn: fa2\nbf16: true\n").notes == (
+        "flash_attn: fa2: the variable-length kernel where the GPU has it, sdpa elsewhere",
+    )
+
+
+def test_overrides_flat_then_native() -> None:
+    loaded = load("learning_rate: 1\n", "learning_rate=1e-5", "train.seed=3", "lora_rank=4", "val_size=0.5")
+    assert loaded.recipe.optim.lr == 1e-5 and loaded.recipe.train.seed == 3
+    assert loaded.recipe.method == LoraSpec(rank=4)
+    assert loaded.origins["optim.lr"] == loaded.origins["train.seed"] == "command line"
+
+
+# --------------------------------------------------------------------------------------------------
+# Errors
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("lora_rnk: 8", "lf.yaml:4: lora_rnk: LLaMA-Factory has no such key; did you mean lora_rank?"),
+        ("qqq: 8", "lf.yaml:4: qqq: LLaMA-Factory has no such key"),
+        (
+            "train: {epochs: 1}",
+            "lf.yaml:4: train: a section of a native recipe cannot stand in a LLaMA-Factory file; "
+            "`luthier migrate` writes one",
+        ),
+        ("stage: dpo", "lf.yaml:4: stage: dpo comes in a later version; this one has pt and sft"),
+        ("stage: sfd", "lf.yaml:4: stage: 'sfd' is none of its values; did you mean sft? Choose from pt, sft"),
+        (
+            "finetuning_type: oft",
+            "lf.yaml:4: finetuning_type: oft comes in a later version; this one has lora, freeze and full",
+        ),
+        ("lora_rank: 0", "lf.yaml:4: lora_rank: should be greater than 0, found the number 0"),
+        ("cutoff_len: long", "lf.yaml:4: cutoff_len: expected a whole number, found the text 'long'"),
+        ("bf16: 1", "lf.yaml:4: bf16: expected true or false, found the number 1"),
+        (
+            "lr_scheduler_type: cosin",
+            "lf.yaml:4: lr_scheduler_type: 'cosin' is none of its values; did you mean cosine? Choose from "
+            "linear, cosine, cosine_with_restarts, polynomial, constant, constant_with_warmup, inverse_sqrt, "
+            "cosine_with_min_lr, cosine_warmup_with_min_lr, warmup_stable_decay",
+        ),
+        (
+            "lr_scheduler_type: warmup_stable_decay",
+            "lf.yaml:4: lr_scheduler_type: give num_stable_steps and num_decay_steps in lr_scheduler_kwargs "
+            "(there they are a third and two thirds of the steps after the warm-up)",
+        ),
+        (
+            "lr_scheduler_kwargs: 3",
+            "lf.yaml:4: lr_scheduler_kwargs: expected a mapping of keys, or one as JSON text",
+        ),
+        (
+            "optim: lion_32bit",
+            "lf.yaml:4: optim: lion_32bit comes in a later version or is no optimizer; this one has adamw_hf, "
+            "adamw_torch, adamw_torch_fused, sgd",
+        ),
+        ("logging_steps: 0.1", "lf.yaml:4: logging_steps: a share of all steps comes in a later version; "
+         "give a number of steps"),
+        ("save_steps: .inf", "lf.yaml:4: save_steps: expected a number, found the number inf"),
+        ("eval_strategy: steps", "lf.yaml:4: eval_strategy: there is nothing to evaluate on; "
+         "give eval_dataset or val_size"),
+        ("load_best_model_at_end: true", "lf.yaml:4: load_best_model_at_end: needs evaluations to choose by; "
+         "give eval_strategy: steps or epoch"),
+        ("save_strategy: best", "lf.yaml:4: save_strategy: write save_strategy: steps and "
+         "load_best_model_at_end: true"),
+        ("report_to: all", "lf.yaml:4: report_to: name the trackers, for example tensorboard"),
+        ("enable_thinking: false", "lf.yaml:4: enable_thinking: training without empty thoughts comes in a "
+         "later version; remove it"),
+        ("deepspeed: ds_z3.json", "lf.yaml:4: deepspeed: sharding over GPUs comes in a later version; "
+         "remove it to train with plain data parallelism"),
+        ("output_dir: ${HOME}/x", "lf.yaml:4: output_dir: variables (${...}) are not replaced; "
+         "write the value itself"),
+        ("dataset_dir: REMOTE:x/y", "lf.yaml:4: dataset_dir: download that folder and give its path"),
+        ("train_sampling_strategy: group_by_length", "lf.yaml:4: train_sampling_strategy: batches of rows with "
+         "equal length come in a later version; rows are not padded here, so nothing is lost"),
+    ],
+)  # fmt: skip
+def test_errors_name_the_key_as_the_file_has_it(text: str, message: str) -> None:
+    assert problems(text) == [message]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("bf16: true\nfp16: true", "lf.yaml:5: fp16: bf16 and fp16 exclude each other; keep one"),
+        (
+            "val_size: 0.1\neval_dataset: b",
+            "lf.yaml:4: val_size: val_size and eval_dataset exclude each other; keep one",
+        ),
+        (
+            "finetuning_type: full\nadapter_name_or_path: x",
+            "lf.yaml:5: adapter_name_or_path: an adapter goes with finetuning_type: lora",
+        ),
+        ("stage: pt\nneat_packing: true", "lf.yaml:5: neat_packing: goes with stage: sft only"),
+        ("stage: pt\nmask_history: true", "lf.yaml:5: mask_history: goes with stage: sft only"),
+        (
+            "train_on_prompt: true\nmask_history: true",
+            "lf.yaml:5: mask_history: mask_history and train_on_prompt exclude each other; keep one",
+        ),
+    ],
+)
+def test_combinations_that_the_tool_refuses_are_refused(text: str, message: str) -> None:
+    assert problems(text) == [message]
+
+
+def test_errors_of_overrides_name_the_override() -> None:
+    assert problems("", "lora_rank=0") == ["command line: lora_rank=0: should be greater than 0, found the number 0"]
+    assert problems("", "lora_rnk=1") == [
+        "command line: lora_rnk=1: LLaMA-Factory has no such key; did you mean lora_rank?"
+    ]
+    assert problems("", "train.epoch=1") == [
+        "command line: train.epoch=1: unknown key; did you mean train.epochs?"
+    ]
+
+
+def test_all_problems_at_once() -> None:
+    text = "lora_rnk: 8\nquantization_bit: 4\nstage: rm\nuse_galore: true\n"
+    assert [line.split(":")[1] for line in problems(text)] == ["4", "5", "7", "6"]
+
+
+def test_a_file_that_does_not_train() -> None:
+    base = "model_name_or_path: m\ntemplate: qwen\n"
+    assert problems("", base=base) == [
+        "lf.yaml: do_train: neither do_train nor do_eval is true, so this file does not train; add do_train: true"
+    ]
+    assert problems("do_train: true\n", base=base) == ["lf.yaml: dataset: is missing; name what to train on"]
+
+
+def test_native_recipe_hints_at_the_native_name() -> None:
+    Path("r.yaml").write_text("model: {path: m}\ndata: {train: [a], cutoff_len: 9}\nlora_rank: 8\n")
+    with pytest.raises(RecipeError) as caught:
+        load_recipe("r.yaml")
+    assert str(caught.value).split("\n") == [
+        "r.yaml:2: data.cutoff_len: unknown key; LLaMA-Factory's cutoff_len is data.max_length in a native recipe",
+        "r.yaml:3: lora_rank: unknown key; LLaMA-Factory's lora_rank is method.rank in a native recipe",
+    ]
