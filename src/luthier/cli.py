@@ -80,7 +80,7 @@ def quickstart(
     ),
 ) -> None:
     """Train the embedded model on a small data set, to see all of it work here."""
-    from luthier.run import quickstart as run_quickstart
+    from luthier.quickstart.tour import run as run_quickstart
 
     _finish(run_quickstart(output), quiet=False)
 

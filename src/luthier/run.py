@@ -173,9 +173,13 @@ def _open_run(output: Path, loaded: LoadedRecipe, say: Say, *, main: bool) -> Pa
     return resumed
 
 
-def _model(settings: Recipe, source: ModelSource, hardware: Hardware) -> tuple[PreTrainedModel | PeftModel, Method]:
+def _model(
+    settings: Recipe, source: ModelSource, hardware: Hardware
+) -> tuple[PreTrainedModel | PeftModel, Method]:
     """The model ready to train: adapters attached, target forward installed, isolation proven."""
-    set_seed(settings.train.seed)  # what an adapter draws depends on the seed alone, not on the data before it
+    set_seed(
+        settings.train.seed
+    )  # what an adapter draws depends on the seed alone, not on the data before it
     method = build_method(settings.method)
     base = load_model(settings.model, source, torch.device(hardware.device))
     model = method.apply(base)
@@ -188,16 +192,18 @@ def _steps(settings: Recipe, material: _Material, world_size: int, rank: int) ->
     train_spec, table = settings.train, material.data.train
     if train_spec.eval_only:
         return None
-    rule: RowsRule | TokensRule
-    if train_spec.rows_per_device is not None:
-        rule = RowsRule(train_spec.rows_per_device, train_spec.accumulation)
-    else:
-        rule = TokensRule(train_spec.tokens_per_batch or TOKENS_PER_BATCH)
     plan = partial(
-        _epoch, table, rule, train_spec.data_seed or train_spec.seed, settings.data.shuffle, world_size,
+        _epoch, table, _rule(settings), train_spec.data_seed or train_spec.seed, settings.data.shuffle, world_size,
         train_spec.tokens_per_pass,
     )  # fmt: skip
     return StepDataset(table, plan, material.stage.collate, rank)
+
+
+def _rule(settings: Recipe) -> RowsRule | TokensRule:
+    train_spec = settings.train
+    if train_spec.rows_per_device is not None:
+        return RowsRule(train_spec.rows_per_device, train_spec.accumulation)
+    return TokensRule(train_spec.tokens_per_batch or TOKENS_PER_BATCH)
 
 
 def _epoch(

@@ -179,8 +179,8 @@ def _fit(row: Row, parts: Sequence[_Part], options: EncodeOptions) -> Encoded:
 def _refuse(row: Row, length: int, options: EncodeOptions) -> None:
     if options.overflow == "error":
         raise DataError(
-            f"{row.source}, row {row.index}: {length} tokens, more than data.max_length ({options.max_length}); "
-            "raise it, or choose data.overflow: drop, truncate or split"
+            f"{row.source}, row {row.index}: {length} tokens, more than data.max_length "
+            f"({options.max_length}); raise it, or choose data.overflow: drop, truncate or split"
         )
 
 

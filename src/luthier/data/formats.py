@@ -170,7 +170,7 @@ def _json(text: Any, place: str) -> Any:
 
 
 def _tool_calls(calls: Any, place: str) -> tuple[ToolCall, ...]:
-    """Calls as {name, arguments} or OpenAI's {id, type, function: {name, arguments}}; one or a list of them."""
+    """One call or a list: {name, arguments}, or OpenAI's {id, type, function: {name, arguments}}."""
     found = []
     for call in [calls] if isinstance(calls, Mapping) else calls:
         body = call.get("function", call) if isinstance(call, Mapping) else None

@@ -47,8 +47,8 @@ def _check(template: ChatTemplate, conversation: Conversation) -> None:
         prompt = template.prompt(Conversation(conversation.messages[: span.message], conversation.tools))
         if prompt != ids[: span.start]:
             raise DataError(
-                f"message {span.message}: the prompt is not a token prefix of the training sequence; they part at "
-                f"{_difference(template.decode(prompt), template.decode(ids[: span.start]))}"
+                f"message {span.message}: the prompt is not a token prefix of the training sequence; "
+                f"they part at {_difference(template.decode(prompt), template.decode(ids[: span.start]))}"
             )
         if not set(template.end_token_ids) & set(ids[span.start : span.stop]):
             raise DataError(f"message {span.message}: the stop token is not supervised")

@@ -60,7 +60,7 @@ class Preparation:
     encode: a stage's `encode`. kind: whether the stage learns from conversations or from plain text.
     identity: everything that decides what `encode` does (stage, its options), as JSON-like values: part of
     the cache's key. seed: of `dev_split` and `num_samples`. llamafactory: rows are grouped, and texts
-    concatenated, as that tool does, for recipes translated from it. first_id: see `encode.blocks`.
+    concatenated, as that tool does, for recipes translated from it.
     """
 
     encode: EncodeRow
@@ -69,7 +69,6 @@ class Preparation:
     identity: Mapping[str, Any]
     seed: int
     llamafactory: bool = False
-    first_id: int | None = None
     hub_cache: str | None = None
     hub_token: str | None = None
 
@@ -115,7 +114,7 @@ def prepare(spec: DataSpec, how: Preparation, progress: Progress | None = None) 
 
 
 def split_rows(num_rows: int, dev_split: float, seed: int) -> tuple[Any, Any]:
-    """Row positions for training and for evaluation; see `prepare`. Raises DataError if either would be empty."""
+    """Row positions for training and for evaluation, as in `prepare`. Raises DataError if a part is empty."""
     wanted = math.ceil(dev_split * num_rows) if dev_split < 1 else int(dev_split)
     if not 0 < wanted < num_rows:
         raise DataError(
@@ -207,10 +206,11 @@ def _arranged(table: SampleTable, spec: DataSpec, how: Preparation) -> SampleTab
     ).tolist()
     parts = [range(a, b) for a, b in pairwise(bounds)]
     if how.kind == "text":
+        first_id = next(iter(how.template.begin_ids), None)
         cut = [
             block
             for part in parts
-            for block in blocks(table[part.start : part.stop], spec.max_length, first_id=how.first_id)
+            for block in blocks(table[part.start : part.stop], spec.max_length, first_id=first_id)
         ]
         return SampleTable.of_mixed(cut)
     groups = [

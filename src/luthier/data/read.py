@@ -103,7 +103,7 @@ def _file_rows(attr: DatasetAttr) -> Iterator[RawRow]:
             for place, columns in _READERS[file.suffix.lower()](file):
                 if not isinstance(columns, Mapping):
                     raise DataError(
-                        f"{file}, {place}: expected an object with named columns, found {type(columns).__name__}"
+                        f"{file}, {place}: expected an object with columns, found {type(columns).__name__}"
                     )
                 yield RawRow(index, f"{file}, {place}", columns)
                 index += 1

@@ -19,7 +19,7 @@ from typing import Any, Literal
 import yaml
 from pydantic import ValidationError
 
-from luthier.recipe.schema import ColumnSpec, DataSpec, DatasetSpec, TagSpec
+from luthier.recipe.schema import ColumnSpec, DatasetSpec, DataSpec, TagSpec
 from luthier.types import DataError
 
 Formatting = Literal["alpaca", "sharegpt", "openai"]
@@ -133,8 +133,8 @@ class DatasetAttr:
         found = hashlib.sha1(files[0].read_bytes(), usedforsecurity=False).hexdigest()
         if found != self.dataset_sha1.lower():
             raise DataError(
-                f"data set {self.name!r}: {files[0]} has SHA-1 {found}, but {self.dataset_sha1} was promised: "
-                "the file is not the one that was described"
+                f"data set {self.name!r}: {files[0]} has SHA-1 {found}, but {self.dataset_sha1} was "
+                "promised: the file is not the one that was described"
             )
 
 

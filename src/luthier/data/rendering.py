@@ -187,8 +187,9 @@ def _answer(
     if generated is not None:
         if generated[0] != start:
             raise DataError(
-                f"the template's generated span starts at {text[generated[0] :][:30]!r}, but its generation prompt ends "
-                f"before {text[start:][:30]!r}: what lies between would be neither given nor learnt"
+                f"the template's generated span starts at {text[generated[0] :][:30]!r}, but its "
+                f"generation prompt ends before {text[start:][:30]!r}: what lies "
+                "between would be neither given nor learnt"
             )
         stop = generated[1] if stop <= generated[1] else 0
     if not stop:
@@ -207,6 +208,7 @@ def _not_a_prefix(text: str, prompt: str | None) -> str:
     )
     return (
         "the prompt is not a prefix of the training text: generation would see "
-        f"{prompt[max(0, same - 20) : same + 40]!r} where training sees {text[max(0, same - 20) : same + 40]!r}. "
-        "Use a template made for training, or a named one (data.template)"
+        f"{prompt[max(0, same - 20) : same + 40]!r} where training sees "
+        f"{text[max(0, same - 20) : same + 40]!r}. Use a template made for training, "
+        "or a named one (data.template)"
     )

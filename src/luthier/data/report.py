@@ -120,8 +120,8 @@ def check_max_lost(reports: Sequence[DataReport], max_lost: float | None) -> Non
     if bad:
         raise DataError(
             "; ".join(report.losses() for report in bad)
-            + f". That is more than data.max_lost allows ({max_lost:.2%}). Mend the data, raise data.max_length, "
-            "choose data.overflow, or set data.max_lost: null to accept it"
+            + f". That is more than data.max_lost allows ({max_lost:.2%}). Mend the data, "
+            "raise data.max_length, choose data.overflow, or set data.max_lost: null to accept it"
         )
 
 

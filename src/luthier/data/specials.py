@@ -98,8 +98,8 @@ class SpecialText:
         products = {_joined(merge) for merge in model.get("merges", ())}
         if clash := products & self._twins.keys():
             raise DataError(
-                f"the tokenizer builds {sorted(clash)[0]!r} from ordinary text, so it cannot be kept as text; "
-                "set data.parse_special_tokens: true"
+                f"the tokenizer builds {sorted(clash)[0]!r} from ordinary text, so it cannot be kept "
+                "as text; set data.parse_special_tokens: true"
             )
         for token in tree["added_tokens"]:
             token["content"] = (
@@ -118,7 +118,8 @@ class SpecialText:
         wrong = [text for text, index in self._ids.items() if twin.token_to_id(self._twins[text]) != index]
         if wrong:
             raise DataError(
-                f"cannot keep {wrong[0]!r} in user text as text with this tokenizer; set data.parse_special_tokens: true"
+                f"cannot keep {wrong[0]!r} in user text as text with this tokenizer; "
+                "set data.parse_special_tokens: true"
             )
         return twin
 

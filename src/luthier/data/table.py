@@ -96,7 +96,7 @@ class SampleTable(Sequence[Sample]):
         )
 
     def take_rows(self, positions: Int64) -> SampleTable:
-        """The samples of these rows, in the order of `positions`, in which they get new row positions 0, 1, ..."""
+        """The samples of these rows, in the order of `positions`, which becomes the new row numbering."""
         rank = np.full(int(max(self.rows.max(initial=-1), positions.max(initial=-1))) + 1, -1, np.int64)
         rank[positions] = np.arange(len(positions))
         ranks = rank[self.rows]

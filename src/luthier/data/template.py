@@ -142,7 +142,7 @@ class ChatTemplate:
 
     @cached_property
     def fingerprint(self) -> str:
-        """SHA-256 of all that decides the tokens: template, special tokens, tokenizer, and how text is cut."""
+        """SHA-256 of all that decides the tokens: template, special tokens, tokenizer, cuts."""
         sources = {key: renderer.source for key, renderer in self._renderers.items()}
         special = {key: str(token) for key, token in self.tokenizer.special_tokens_map.items()}
         rules = [self.pieces, self.parse_special_tokens, self._end_texts, self.begin_ids, self._document_end]
@@ -204,7 +204,7 @@ class ChatTemplate:
     def _prepared(
         self, conversation: Conversation
     ) -> tuple[list[ChatMessage], Sequence[Any], Renderer, bool]:
-        """Messages and tools for the template, with marks if a user's text holds special tokens (then True)."""
+        """Messages and tools for the template; marked (and True) if a user's text holds special tokens."""
         messages: list[ChatMessage] = chat_messages(conversation)
         tools: Sequence[Any] = list(conversation.tools)
         if not messages:

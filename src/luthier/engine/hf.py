@@ -41,8 +41,12 @@ class HfEngine:
         width = max(len(prompt) for prompt in prompts)
         pad = settings.stop_ids[0] if settings.stop_ids else 0
         device = self._model.device
-        ids = torch.tensor([[pad] * (width - len(prompt)) + list(prompt) for prompt in prompts], device=device)
-        mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts], device=device)
+        ids = torch.tensor(
+            [[pad] * (width - len(prompt)) + list(prompt) for prompt in prompts], device=device
+        )
+        mask = torch.tensor(
+            [[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts], device=device
+        )
         if settings.seed is not None:
             torch.manual_seed(settings.seed)
         output = self._model.generate(  # type: ignore[operator]

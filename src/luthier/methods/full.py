@@ -80,7 +80,9 @@ class Freeze(Full):
             found = [module for key, module in layer.named_modules() if key and name in key.split(".")]
             if not found:
                 choices = sorted(key for key, _ in layer.named_children())
-                raise ModelError(f"method.modules: no module {name!r} in {path}; choose from {choices} or 'all'")
+                raise ModelError(
+                    f"method.modules: no module {name!r} in {path}; choose from {choices} or 'all'"
+                )
             for module in found:
                 module.requires_grad_(True)
 
@@ -93,7 +95,9 @@ class Freeze(Full):
         found = [module for key, module in outside.items() if name in key.split(".")]
         if not found:
             choices = sorted({key.rsplit(".", 1)[-1] for key in outside})
-            raise ModelError(f"method.extra_modules: no module {name!r} outside the layers; choose from {choices}")
+            raise ModelError(
+                f"method.extra_modules: no module {name!r} outside the layers; choose from {choices}"
+            )
         for module in found:
             module.requires_grad_(True)
 
@@ -105,5 +109,3 @@ def decoder_layers(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
         if isinstance(module, nn.ModuleList) and len(module) == num_layers:
             return name, module
     raise ModelError(f"{type(model).__name__} has no list of {num_layers} decoder layers to freeze by")
-
-

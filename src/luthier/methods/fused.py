@@ -22,7 +22,13 @@ class _LoraProduct(torch.autograd.Function):
 
     @staticmethod
     def forward(  # type: ignore[override]
-        ctx: Any, x_TI: Tensor, weight_OI: Tensor, bias_O: Tensor | None, a_RI: Tensor, b_OR: Tensor, scale: float
+        ctx: Any,
+        x_TI: Tensor,
+        weight_OI: Tensor,
+        bias_O: Tensor | None,
+        a_RI: Tensor,
+        b_OR: Tensor,
+        scale: float,
     ) -> Tensor:
         a, b = a_RI.to(x_TI.dtype), b_OR.to(x_TI.dtype)
         low_TR = x_TI @ a.T
@@ -77,7 +83,9 @@ class _FusedForward(PeftLinear):
         plain = name not in self.lora_variant and not self.lora_bias[name] and not self.fan_in_fan_out
         still = isinstance(dropout, nn.Identity) or not self.training
         trains = self.lora_A[name].weight.requires_grad and self.lora_B[name].weight.requires_grad
-        same = x.is_floating_point() and (torch.is_autocast_enabled(x.device.type) or x.dtype == base.weight.dtype)
+        same = x.is_floating_point() and (
+            torch.is_autocast_enabled(x.device.type) or x.dtype == base.weight.dtype
+        )
         return name if plain and still and trains and same else None
 
 

@@ -51,10 +51,16 @@ class Lora:
         )
         known = {name.rsplit(".", 1)[-1] for name, _ in model.named_modules()}
         for field, names in (("targets", spec.targets), ("modules_to_save", spec.modules_to_save)):
-            missing = [] if isinstance(names, str) else [n for n in names if n.rsplit(".", 1)[-1] not in known]
+            missing = (
+                [] if isinstance(names, str) else [n for n in names if n.rsplit(".", 1)[-1] not in known]
+            )
             if missing:
-                linear = sorted({n.rsplit(".", 1)[-1] for n, m in model.named_modules() if isinstance(m, nn.Linear)})
-                raise ModelError(f"method.{field}: the model has no module {missing}; its linear layers are {linear}")
+                linear = sorted(
+                    {n.rsplit(".", 1)[-1] for n, m in model.named_modules() if isinstance(m, nn.Linear)}
+                )
+                raise ModelError(
+                    f"method.{field}: the model has no module {missing}; its linear layers are {linear}"
+                )
         try:
             peft_model = get_peft_model(model, config)
         except ValueError as error:
@@ -64,7 +70,9 @@ class Lora:
 
     def _attach(self, model: PreTrainedModel, folder: str, *, trainable: bool) -> PeftModel:
         if not (Path(folder) / "adapter_config.json").is_file() and Path(folder).exists():
-            raise ModelError(f"method.adapters: {folder} holds no adapter_config.json, so it is not an adapter")
+            raise ModelError(
+                f"method.adapters: {folder} holds no adapter_config.json, so it is not an adapter"
+            )
         try:
             return PeftModel.from_pretrained(model, folder, is_trainable=trainable)
         except (OSError, ValueError, RuntimeError) as error:
@@ -74,7 +82,10 @@ class Lora:
         return decay_groups(model, weight_decay)
 
     def save(self, model: PeftModel, folder: Path) -> None:
-        targets = [*self.spec.modules_to_save, *([] if isinstance(self.spec.targets, str) else self.spec.targets)]
+        targets = [
+            *self.spec.modules_to_save,
+            *([] if isinstance(self.spec.targets, str) else self.spec.targets),
+        ]
         # Said outright: left to itself PEFT asks a hub for the base model's vocabulary size.
         model.save_pretrained(str(folder), save_embedding_layers=any(name in EMBEDDINGS for name in targets))
 

@@ -94,7 +94,13 @@ class SegmentAttention:
 
 
 def _softcapped(
-    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float, softcap: float, dropout: float
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    scale: float,
+    softcap: float,
+    dropout: float,
 ) -> Tensor:
     """Attention whose scores pass through softcap * tanh(scores / softcap) (Gemma 2, arXiv:2408.00118)."""
     scores = query @ key.transpose(-1, -2) * scale
@@ -161,7 +167,15 @@ def varlen_segments(
     if dropout > 0 or softcap is not None or query.dtype == torch.float32:
         # The kernel has none of these; the per-segment form is exact, only slower.
         return sdpa_segments(
-            query, key, value, cu_seqlens, max_length, scale=scale, dropout=dropout, window=window, softcap=softcap
+            query,
+            key,
+            value,
+            cu_seqlens,
+            max_length,
+            scale=scale,
+            dropout=dropout,
+            window=window,
+            softcap=softcap,
         )
     from torch.nn.attention.varlen import varlen_attn
 

@@ -124,7 +124,9 @@ def load_tokenizer(spec: ModelSpec, source: ModelSource) -> PreTrainedTokenizerF
     try:
         tokenizer = AutoTokenizer.from_pretrained(spec.tokenizer or source.path, **_hub_arguments(spec))
     except (OSError, ValueError) as error:
-        raise ModelError(f"no tokenizer could be loaded from {spec.tokenizer or source.path}: {error}") from error
+        raise ModelError(
+            f"no tokenizer could be loaded from {spec.tokenizer or source.path}: {error}"
+        ) from error
     if not tokenizer.is_fast:
         raise ModelError(f"{spec.tokenizer or source.path} has only a slow tokenizer; a fast one is needed")
     assert isinstance(tokenizer, PreTrainedTokenizerFast)

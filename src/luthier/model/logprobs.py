@@ -69,7 +69,9 @@ def _chunk(
     return tuple(checkpoint(run, hidden, targets, use_reentrant=False))
 
 
-def _statistics(logits_CV: Tensor, targets_C: Tensor, entropy: bool, mean_logprobs: bool) -> tuple[Tensor, ...]:
+def _statistics(
+    logits_CV: Tensor, targets_C: Tensor, entropy: bool, mean_logprobs: bool
+) -> tuple[Tensor, ...]:
     normaliser_C = logits_CV.logsumexp(dim=-1)
     outputs = [logits_CV.gather(-1, targets_C[:, None])[:, 0] - normaliser_C]
     if entropy:
@@ -85,7 +87,13 @@ class _RowwiseLogprobs(torch.autograd.Function):
 
     @staticmethod
     def forward(  # type: ignore[override]
-        ctx: Any, hidden_ND: Tensor, targets_N: Tensor, logits_of: Logits, rows: int, entropy: bool, mean: bool
+        ctx: Any,
+        hidden_ND: Tensor,
+        targets_N: Tensor,
+        logits_of: Logits,
+        rows: int,
+        entropy: bool,
+        mean: bool,
     ) -> tuple[Tensor, ...]:
         values: list[tuple[Tensor, ...]] = []
         num_outputs = 1 + entropy + mean
@@ -171,7 +179,9 @@ def logits_transform(config: Any) -> Logits:
 class _TargetHead(nn.Module):
     """Mixed into the class of the output head: `forward(hidden, targets=...)` returns log-probabilities."""
 
-    def forward(self, hidden: Tensor, *args: Any, luthier_request: dict[str, Any] | None = None, **kw: Any) -> Any:
+    def forward(
+        self, hidden: Tensor, *args: Any, luthier_request: dict[str, Any] | None = None, **kw: Any
+    ) -> Any:
         dense = super().forward
         if luthier_request is None:
             return dense(hidden, *args, **kw)
@@ -197,7 +207,13 @@ class _TargetForward(nn.Module):
         }
         kwargs.pop("return_dict", None)
         # PEFT's wrapper always passes these on; a flat row has no use for them.
-        for unused in ("labels", "attention_mask", "inputs_embeds", "output_attentions", "output_hidden_states"):
+        for unused in (
+            "labels",
+            "attention_mask",
+            "inputs_embeds",
+            "output_attentions",
+            "output_hidden_states",
+        ):
             if kwargs.pop(unused, None) is not None:
                 raise ModelError(f"a forward pass with targets takes no {unused}")
         backbone, head = self.base_model, self.get_output_embeddings()  # type: ignore[operator]

@@ -77,7 +77,9 @@ def _alone(model: nn.Module, batch: Batch) -> Tensor:
     """Log-probabilities by the model's ordinary forward, one segment at a time, dense logits."""
     parts = []
     for ids in batch.input_ids[0].split(list(LENGTHS)):
-        logits = model(input_ids=ids[None], attention_mask=torch.ones_like(ids[None]), use_cache=False).logits[0]
+        logits = model(
+            input_ids=ids[None], attention_mask=torch.ones_like(ids[None]), use_cache=False
+        ).logits[0]
         logprobs = logits[:-1].float().log_softmax(-1)
         parts.append(logprobs.gather(-1, ids[1:, None])[:, 0])
     return torch.cat(parts)

@@ -48,4 +48,6 @@ def build_schedule(spec: OptimSpec, optimizer: torch.optim.Optimizer, num_steps:
             scheduler_specific_kwargs=dict(spec.schedule_options),
         )
     except (TypeError, ValueError) as error:
-        raise RecipeError(f"optim.schedule_options does not fit optim.schedule={spec.schedule}: {error}") from error
+        raise RecipeError(
+            f"optim.schedule_options does not fit optim.schedule={spec.schedule}: {error}"
+        ) from error

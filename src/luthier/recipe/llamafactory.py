@@ -206,6 +206,7 @@ def _length(flat: Flat) -> None:
         cutoff -= 1  # packing, where a file asks for it, keeps one token of the row for padding there
         flat.note(f"packing: takes one token off cutoff_len there, so rows hold {cutoff} tokens")
     flat.put("data.max_length", cutoff, "cutoff_len")
+    flat.put("data.rules", "llamafactory")
     flat.put("data.overflow", "split" if pt and packing else "truncate")
     flat.put("data.max_lost", None)
     flat.put("data.packing", packing, "neat_packing" if flat.flag("neat_packing") else "packing")

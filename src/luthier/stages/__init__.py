@@ -7,7 +7,10 @@ from luthier.recipe.schema import PtSpec, SftSpec
 from luthier.stages.pt import Pretraining
 from luthier.stages.sft import SupervisedFineTuning
 
-STAGES: dict[str, type[Pretraining] | type[SupervisedFineTuning]] = {"pt": Pretraining, "sft": SupervisedFineTuning}
+STAGES: dict[str, type[Pretraining] | type[SupervisedFineTuning]] = {
+    "pt": Pretraining,
+    "sft": SupervisedFineTuning,
+}
 
 
 def build_stage(spec: PtSpec | SftSpec, options: EncodeOptions) -> Pretraining | SupervisedFineTuning:

@@ -25,6 +25,7 @@ RUN_FILES = (
         "training_args.bin",
         "training_*.png",
     ),
+    "quickstart.json",
     *("all_results.json", "train_results.json", "eval_results.json", "predict_results.json"),
     *("generated_predictions.jsonl", "README.md", "config.json", "generation_config.json"),
     *("adapter_config.json", "adapter_model.safetensors", "model.safetensors", "model-*-of-*.safetensors"),

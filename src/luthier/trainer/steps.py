@@ -47,7 +47,10 @@ class StepDataset(Dataset[list[Batch]]):
 
     def __getitem__(self, step: int) -> list[Batch]:
         passes = self._plan[step][self._rank]
-        return [self._collate([self._samples[index] for index in indices] or [self._dummy()]) for indices in passes]
+        return [
+            self._collate([self._samples[index] for index in indices] or [self._dummy()])
+            for indices in passes
+        ]
 
     def _dummy(self) -> Sample:
         """One token that teaches nothing, for a process that has nothing to do while others work."""
