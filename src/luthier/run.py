@@ -71,8 +71,8 @@ def train(
     recipe: str | Path | Mapping[str, Any], overrides: Sequence[str] = (), *, quiet: bool = False
 ) -> TrainResult:
     """Run a recipe; see `luthier.train`."""
-    hf_logging.set_verbosity_error()
-    hf_logging.disable_progress_bar()
+    hf_logging.set_verbosity_error()  # type: ignore[no-untyped-call]
+    hf_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     hardware = detect_hardware()
     loaded = resolve(load_recipe(recipe, overrides), hardware)
     settings = loaded.recipe
@@ -121,7 +121,7 @@ def _speaker(quiet: bool) -> Say:
 
 
 def _material(settings: Recipe, tokenizer: PreTrainedTokenizerFast, say: Say) -> _Material:
-    """Read, check and tokenize the data; shows the report and one example. Raises DataError over `max_lost`."""
+    """Read, check and tokenize the data, show report and example. Raises DataError over `max_lost`."""
     compatible = settings.data.rules == "llamafactory"
     template = load_template(tokenizer, settings.data, pieces=compatible)
     options = EncodeOptions.of(
@@ -157,7 +157,7 @@ def _row_progress(say: Say) -> Progress:
 
 
 def _open_run(output: Path, loaded: LoadedRecipe, say: Say, *, main: bool) -> Path | None:
-    """Make the run directory, or find the checkpoint to go on from; writes `recipe.yaml`, which workers read."""
+    """Make the run directory, or find the checkpoint to go on from; writes `recipe.yaml` for the workers."""
     train_spec = loaded.recipe.train
     if main:
         run_guard(output, overwrite=train_spec.overwrite, resume=train_spec.resume)
@@ -177,9 +177,8 @@ def _model(
     settings: Recipe, source: ModelSource, hardware: Hardware
 ) -> tuple[PreTrainedModel | PeftModel, Method]:
     """The model ready to train: adapters attached, target forward installed, isolation proven."""
-    set_seed(
-        settings.train.seed
-    )  # what an adapter draws depends on the seed alone, not on the data before it
+    # What an adapter draws depends on the seed alone, not on the data before it.
+    set_seed(settings.train.seed)
     method = build_method(settings.method)
     base = load_model(settings.model, source, torch.device(hardware.device))
     model = method.apply(base)
@@ -192,10 +191,9 @@ def _steps(settings: Recipe, material: _Material, world_size: int, rank: int) ->
     train_spec, table = settings.train, material.data.train
     if train_spec.eval_only:
         return None
-    plan = partial(
-        _epoch, table, _rule(settings), train_spec.data_seed or train_spec.seed, settings.data.shuffle, world_size,
-        train_spec.tokens_per_pass,
-    )  # fmt: skip
+    seed = train_spec.seed if train_spec.data_seed is None else train_spec.data_seed
+    shuffle = settings.data.shuffle
+    plan = partial(_epoch, table, _rule(settings), seed, shuffle, world_size, train_spec.tokens_per_pass)
     return StepDataset(table, plan, material.stage.collate, rank)
 
 
@@ -261,7 +259,7 @@ def _save(trainer: PeftTrainer, manifest: dict[str, Any]) -> None:
     """The trained weights, tokenizer and template, and the manifest that names their hashes."""
     if not trainer.args.should_save:
         return
-    with published_files(Path(trainer.args.output_dir)) as folder:
+    with published_files(Path(str(trainer.args.output_dir))) as folder:
         trainer.save_model(str(folder), _internal_call=True)
         files = {path.name: hash_file(path) for path in sorted(folder.iterdir())}
         text = json.dumps({**manifest, "files": files}, indent=2)

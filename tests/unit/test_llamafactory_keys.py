@@ -70,7 +70,8 @@ def test_the_table_holds_nothing_else_but_keys_of_earlier_versions() -> None:
         "split_batches", "group_by_length",
     }  # fmt: skip
     assert not set(TOOL_KEYS) & set(TRAINING_KEYS)
-    assert not set(OLDER_NAMES) & set(KEYS) and set(OLDER_NAMES.values()) <= set(KEYS)
+    assert not set(OLDER_NAMES) & set(KEYS)
+    assert set(OLDER_NAMES.values()) <= set(KEYS)
 
 
 def test_every_entry_says_what_becomes_of_its_key() -> None:
@@ -130,11 +131,18 @@ def test_every_extra_key_reaches_transformers_under_its_own_name() -> None:
 def test_a_silent_file_trains_with_that_tools_defaults() -> None:
     loaded = load("")
     recipe = loaded.recipe
-    assert loaded.llamafactory and recipe.model.path == "m" and recipe.data.train == ("a",)
-    assert recipe.stage == SftSpec() and recipe.method == LoraSpec(rank=8, targets="all-linear")
+    assert loaded.llamafactory
+    assert recipe.model.path == "m"
+    assert recipe.data.train == ("a",)
+    assert recipe.stage == SftSpec()
+    assert recipe.method == LoraSpec(rank=8, targets="all-linear")
     assert recipe.optim == AdamwSpec(lr=5e-5, schedule="linear", weight_decay=0.0, max_grad_norm=1.0)
     assert (recipe.data.max_length, recipe.data.overflow, recipe.data.max_lost) == (2048, "truncate", None)
-    assert recipe.data.parse_special_tokens and recipe.data.train_after_stop and recipe.data.shuffle
+    assert recipe.data.parse_special_tokens
+    assert recipe.data.train_after_stop
+    assert recipe.data.shuffle
+    assert recipe.data.rules == "llamafactory"
+    assert not recipe.data.packing
     train = recipe.train
     assert (train.rows_per_device, train.accumulation, train.tokens_per_batch) == (8, 1, None)
     assert (train.epochs, train.max_steps, train.seed, train.data_seed) == (3.0, None, 42, None)
@@ -197,7 +205,10 @@ def test_methods() -> None:
         adapters=("x", "y"),
         create_new_adapter=True,
     )
-    assert "lora_rank: no effect with finetuning_type: full" in load("finetuning_type: full\nlora_rank: 4\n").notes
+    assert (
+        "lora_rank: no effect with finetuning_type: full"
+        in load("finetuning_type: full\nlora_rank: 4\n").notes
+    )
 
 
 def test_packing_keeps_the_rows_and_always_isolates() -> None:
@@ -217,6 +228,11 @@ def test_pretraining_packs_by_default_into_rows_of_the_whole_length() -> None:
     assert loaded.recipe.stage == PtSpec()
     assert (data.packing, data.max_length, data.overflow, data.template) == (True, 256, "split", None)
     assert "template: plain text is trained without a template" in loaded.notes
+    assert (
+        "packing: documents in a block see each other, as there; a native recipe keeps them apart"
+        in loaded.notes
+    )
+    assert load("stage: pt\ntemplate: llama3\n").recipe.data.template == "llama3"
     data = load("stage: pt\ncutoff_len: 256\npacking: false\n").recipe.data
     assert (data.packing, data.max_length, data.overflow) == (False, 256, "truncate")
     data = load("stage: pt\ncutoff_len: 256\npacking: true\n").recipe.data
@@ -274,25 +290,33 @@ def test_evaluation_and_the_best_checkpoint() -> None:
     ).recipe.train
     assert (train.eval_every, train.save_every, train.load_best) == ("epoch", "epoch", True)
     assert (train.best_metric, train.greater_is_better, train.save_total_limit) == ("eval_accuracy", True, 2)
-    train = load("val_size: 10\nevaluation_strategy: steps\nlogging_steps: 7\nsave_strategy: no\n").recipe.train
+    train = load(
+        "val_size: 10\nevaluation_strategy: steps\nlogging_steps: 7\nsave_strategy: no\n"
+    ).recipe.train
     assert (train.eval_every, train.save_every) == (7, None)
     assert load("val_size: 10\n").recipe.data.dev_split == 10
     only = load_recipe(
         {"model_name_or_path": "m", "do_eval": True, "eval_dataset": "b", "do_train": False}
     ).recipe
-    assert only.train.eval_only and only.train.eval_at_end and only.data.eval == ("b",)
+    assert only.train.eval_only
+    assert only.train.eval_at_end
+    assert only.data.eval == ("b",)
 
 
 def test_other_keys() -> None:
     recipe = load(
         "split_special_tokens: true\ndisable_shuffling: true\nmax_steps: 5\noptim: sgd\nreport_to: wandb\n"
         "label_smoothing_factor: 0.1\ndisable_gradient_checkpointing: true\nflash_attn: sdpa\n"
-        'lr_scheduler_kwargs: \'{"min_lr": 1e-6}\'\nlr_scheduler_type: cosine_with_min_lr\ndataset_dir: ONLINE\n'
+        "lr_scheduler_kwargs: '{\"min_lr\": 1e-6}'\nlr_scheduler_type: "
+        "cosine_with_min_lr\ndataset_dir: ONLINE\n"
         "mask_history: true\ndefault_system: hi\nhf_hub_token: hf_x\nmodel_revision: dev\n"
     ).recipe
-    assert not recipe.data.parse_special_tokens and not recipe.data.shuffle and recipe.data.mask_history
+    assert not recipe.data.parse_special_tokens
+    assert not recipe.data.shuffle
+    assert recipe.data.mask_history
     assert recipe.optim == SgdSpec(lr=5e-5, schedule="cosine_with_min_lr", schedule_options={"min_lr": 1e-6})
-    assert recipe.data.train == (DatasetSpec(hf_hub_url="a"),) and recipe.data.default_system == "hi"
+    assert recipe.data.train == (DatasetSpec(hf_hub_url="a"),)
+    assert recipe.data.default_system == "hi"
     assert (recipe.train.max_steps, recipe.train.report_to) == (5, ("wandb",))
     assert recipe.stage == SftSpec(label_smoothing=0.1)
     assert (recipe.model.gradient_checkpointing, recipe.model.attention) == (False, "sdpa")
@@ -304,7 +328,8 @@ def test_other_keys() -> None:
 
 def test_overrides_flat_then_native() -> None:
     loaded = load("learning_rate: 1\n", "learning_rate=1e-5", "train.seed=3", "lora_rank=4", "val_size=0.5")
-    assert loaded.recipe.optim.lr == 1e-5 and loaded.recipe.train.seed == 3
+    assert loaded.recipe.optim.lr == 1e-5
+    assert loaded.recipe.train.seed == 3
     assert loaded.recipe.method == LoraSpec(rank=4)
     assert loaded.origins["optim.lr"] == loaded.origins["train.seed"] == "command line"
 
@@ -324,7 +349,8 @@ def test_overrides_flat_then_native() -> None:
             "`luthier migrate` writes one",
         ),
         ("stage: dpo", "lf.yaml:4: stage: dpo comes in a later version; this one has pt and sft"),
-        ("stage: sfd", "lf.yaml:4: stage: 'sfd' is none of its values; did you mean sft? Choose from pt, sft"),
+        ("stage: sfd", "lf.yaml:4: stage: 'sfd' is none of its values; did you mean sft? Choose "
+         "from pt, sft"),
         (
             "finetuning_type: oft",
             "lf.yaml:4: finetuning_type: oft comes in a later version; this one has lora, freeze and full",
@@ -349,7 +375,8 @@ def test_overrides_flat_then_native() -> None:
         ),
         (
             "optim: lion_32bit",
-            "lf.yaml:4: optim: lion_32bit comes in a later version or is no optimizer; this one has adamw_hf, "
+            "lf.yaml:4: optim: lion_32bit comes in a later version or is no optimizer; this one has "
+            "adamw_hf, "
             "adamw_torch, adamw_torch_fused, sgd",
         ),
         ("logging_steps: 0.1", "lf.yaml:4: logging_steps: a share of all steps comes in a later version; "
@@ -369,7 +396,8 @@ def test_overrides_flat_then_native() -> None:
         ("output_dir: ${HOME}/x", "lf.yaml:4: output_dir: variables (${...}) are not replaced; "
          "write the value itself"),
         ("dataset_dir: REMOTE:x/y", "lf.yaml:4: dataset_dir: download that folder and give its path"),
-        ("train_sampling_strategy: group_by_length", "lf.yaml:4: train_sampling_strategy: batches of rows with "
+        ("train_sampling_strategy: group_by_length", "lf.yaml:4: train_sampling_strategy: batches "
+         "of rows with "
          "equal length come in a later version; rows are not padded here, so nothing is lost"),
     ],
 )  # fmt: skip
@@ -402,7 +430,9 @@ def test_combinations_that_the_tool_refuses_are_refused(text: str, message: str)
 
 
 def test_errors_of_overrides_name_the_override() -> None:
-    assert problems("", "lora_rank=0") == ["command line: lora_rank=0: should be greater than 0, found the number 0"]
+    assert problems("", "lora_rank=0") == [
+        "command line: lora_rank=0: should be greater than 0, found the number 0"
+    ]
     assert problems("", "lora_rnk=1") == [
         "command line: lora_rnk=1: LLaMA-Factory has no such key; did you mean lora_rank?"
     ]
@@ -419,7 +449,8 @@ def test_all_problems_at_once() -> None:
 def test_a_file_that_does_not_train() -> None:
     base = "model_name_or_path: m\ntemplate: qwen\n"
     assert problems("", base=base) == [
-        "lf.yaml: do_train: neither do_train nor do_eval is true, so this file does not train; add do_train: true"
+        "lf.yaml: do_train: neither do_train nor do_eval is true, so this file does not train; add "
+        "do_train: true"
     ]
     assert problems("do_train: true\n", base=base) == ["lf.yaml: dataset: is missing; name what to train on"]
 
@@ -429,6 +460,7 @@ def test_native_recipe_hints_at_the_native_name() -> None:
     with pytest.raises(RecipeError) as caught:
         load_recipe("r.yaml")
     assert str(caught.value).split("\n") == [
-        "r.yaml:2: data.cutoff_len: unknown key; LLaMA-Factory's cutoff_len is data.max_length in a native recipe",
+        "r.yaml:2: data.cutoff_len: unknown key; LLaMA-Factory's cutoff_len is data.max_length in a "
+        "native recipe",
         "r.yaml:3: lora_rank: unknown key; LLaMA-Factory's lora_rank is method.rank in a native recipe",
     ]

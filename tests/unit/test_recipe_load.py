@@ -41,7 +41,8 @@ def test_minimal_recipe_has_the_schema_defaults_and_its_own_run_directory() -> N
     assert loaded.recipe.model.path == "embedded"
     assert loaded.recipe.data.train == ("a",)
     assert loaded.recipe.train.output == "runs/first try"
-    assert loaded.recipe.method == LoraSpec() and loaded.recipe.optim == AdamwSpec()
+    assert loaded.recipe.method == LoraSpec()
+    assert loaded.recipe.optim == AdamwSpec()
     assert (loaded.path, loaded.notes, loaded.llamafactory) == (Path("first try.yaml"), (), False)
 
 
@@ -168,9 +169,11 @@ def test_overrides_are_typed_by_the_schema() -> None:
     recipe = loaded.recipe
     assert recipe.data.train == ("b", "c")
     assert (recipe.train.epochs, recipe.train.seed) == (2.0, 3)
-    assert recipe.stage == PtSpec() and recipe.method == FullSpec()
+    assert recipe.stage == PtSpec()
+    assert recipe.method == FullSpec()
     assert recipe.model.revision == "007"
-    assert recipe.data.template is None and recipe.data.default_system == "a=b"
+    assert recipe.data.template is None
+    assert recipe.data.default_system == "a=b"
     assert recipe.train.extra == {"tf32": True}
     assert loaded.origins["method.type"] == "command line"
 
@@ -188,7 +191,8 @@ def test_later_override_wins() -> None:
         ("epochs=2", "command line: epochs=2: unknown key; did you mean train.epochs?"),
         (
             "learning_rate=1",
-            "command line: learning_rate=1: unknown key; LLaMA-Factory's learning_rate is optim.lr in a native "
+            "command line: learning_rate=1: unknown key; LLaMA-Factory's learning_rate is optim.lr "
+            "in a native "
             "recipe",
         ),
         ("train", "command line: train: write KEY=VALUE, for example train.epochs=2"),
@@ -200,7 +204,8 @@ def test_later_override_wins() -> None:
         ),
         (
             "data.train=[a",
-            "command line: data.train=[a: not a YAML value (expected ',' or ']', but got '<stream end>'); quote it",
+            "command line: data.train=[a: not a YAML value (expected ',' or ']', but got '<stream "
+            "end>'); quote it",
         ),
         (
             "method={type: lora, rnk: 3}",
@@ -291,7 +296,8 @@ def test_another_kind_on_the_command_line_does_not_swallow_the_files_fields() ->
         ),
         ("model: {path: b}", "r.yaml:3: model: given twice, first in line 1; keep one"),
         ("train: {seed: 1, seed: 2}", "r.yaml:3: train.seed: given twice, first in line 3; keep one"),
-        ("train: !!python/name:os.system x", "r.yaml:3: train: YAML tag tag:yaml.org,2002:python/name:os.system "
+        ("train: !!python/name:os.system x", "r.yaml:3: train: YAML tag "
+         "tag:yaml.org,2002:python/name:os.system "
          "is not allowed here"),
         ("train: &a {extra: *a}", "r.yaml:3: train.extra: an alias (*) that contains itself"),
         ("\ttrain: 1", "r.yaml:3: not valid YAML, column 1: while scanning for the next token, "
@@ -329,7 +335,8 @@ def test_missing_model_and_missing_data() -> None:
     ("text", "message"),
     [
         ("", "r.yaml: the file is empty; a recipe names at least model.path and data.train"),
-        ("# only a comment\n", "r.yaml: the file is empty; a recipe names at least model.path and data.train"),
+        ("# only a comment\n", "r.yaml: the file is empty; a recipe names at least model.path and "
+         "data.train"),
         ("- a", "r.yaml: a recipe is a mapping of keys (`model:`, `data:`, ...)"),
         ("a: 1\n---\nb: 2\n", "r.yaml:2: not valid YAML, column 1: expected a single document in the stream, "
          "but found another document"),

@@ -29,8 +29,8 @@ def loaded(**sections: Any) -> LoadedRecipe:
 @pytest.mark.parametrize(
     ("hardware", "method", "precision", "dtype", "attention", "tokens"),
     [
-        (CPU, "lora", "fp32", "float32", "sdpa", 1024),
-        (CPU, "full", "fp32", "float32", "sdpa", 1024),
+        (CPU, "lora", "fp32", "float32", "sdpa", 512),
+        (CPU, "full", "fp32", "float32", "sdpa", 512),
         (H200, "lora", "bf16", "bfloat16", "varlen", 8192),
         (H200, "full", "bf16", "float32", "varlen", 8192),
         (H200, "freeze", "bf16", "float32", "varlen", 8192),
@@ -73,7 +73,8 @@ def test_what_was_written_is_kept_with_its_origin() -> None:
         **before.recipe.model_dump(),
         "train": {**before.recipe.model_dump()["train"], **changed["train"]},
     }
-    assert after.origins["model.dtype"] == "given" and after.origins["data.overflow"] == "given"
+    assert after.origins["model.dtype"] == "given"
+    assert after.origins["data.overflow"] == "given"
 
 
 def test_what_nobody_said_is_a_default() -> None:
@@ -83,7 +84,8 @@ def test_what_nobody_said_is_a_default() -> None:
     assert TOKENS_PER_BATCH == 4096
     assert result.recipe.data.overflow == "drop"
     assert resolve(loaded(stage={"type": "pt"}), CPU).recipe.data.overflow == "split"
-    assert isinstance(result.recipe.method, LoraSpec) and result.recipe.method.alpha == 16.0
+    assert isinstance(result.recipe.method, LoraSpec)
+    assert result.recipe.method.alpha == 16.0
     for key in ("train.tokens_per_batch", "data.overflow", "method.alpha", "train.data_seed"):
         assert result.origins[key] == "default"
 
@@ -108,6 +110,13 @@ def test_automatic_checkpointing_is_for_gpus(hardware: Hardware, on: bool) -> No
     assert automatic.recipe.model.gradient_checkpointing is on
     assert automatic.origins["model.gradient_checkpointing"] == "hardware"
     assert resolve(loaded(), hardware).recipe.model.gradient_checkpointing is False
+
+
+def test_no_more_workers_than_cores() -> None:
+    many = resolve(loaded(data={"workers": 16}), CPU)
+    assert (many.recipe.data.workers, many.origins["data.workers"]) == (2, "hardware")
+    assert resolve(loaded(data={"workers": 16}), H200).recipe.data.workers == 16
+    assert resolve(loaded(), CPU).origins["data.workers"] == "default"
 
 
 def _open(recipe: Recipe) -> list[str]:

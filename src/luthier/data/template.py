@@ -165,7 +165,8 @@ class ChatTemplate:
         layout = self._unmark(renderer.prompt_layout(messages, tools, turn_ends=self.pieces))
         if self._splits_freely or self.pieces:
             return self._encode_pieces(layout, marked)[0]
-        return list(self._encode(layout.text, marked).ids)
+        text, _ = self._piece(layout.text, 0, len(layout.text), (), marked)
+        return list(self._encode(text, marked).ids)
 
     def text(self, text: str) -> list[int]:
         if self.parse_special_tokens:

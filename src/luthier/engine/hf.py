@@ -1,4 +1,4 @@
-"""Generation over transformers: prompts as token ids in, answers as token ids out. Knows nothing of training."""
+"""Generation over transformers: prompts as token ids in, answers as token ids out; nothing of training."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ class HfEngine:
     def generate(self, prompts: Sequence[Sequence[int]], settings: GenerationSettings) -> list[list[int]]:
         """The answer to each prompt, in order, without its stop token.
 
-        Prompts of like length go together, so that little is padded; the order of the answers is the prompts'.
+        Prompts of like length go together, so that little is padded; the answers' order is the prompts'.
         """
         order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
         answers: list[list[int]] = [[] for _ in prompts]
         training = self._model.training
-        self._model.eval()
+        self._model.eval()  # type: ignore[no-untyped-call]
         try:
             for start in range(0, len(order), self._batch_size):
                 indices = order[start : start + self._batch_size]
@@ -57,7 +57,7 @@ class HfEngine:
 
 def _generation_config(settings: GenerationSettings, pad: int) -> GenerationConfig:
     sampled = settings.temperature > 0
-    return GenerationConfig(
+    return GenerationConfig(  # type: ignore[no-untyped-call]
         max_new_tokens=settings.max_new_tokens,
         do_sample=sampled,
         temperature=settings.temperature if sampled else None,

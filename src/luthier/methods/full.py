@@ -1,4 +1,4 @@
-"""Full and partial fine-tuning: the model's own parameters train. Freeze is full with most of it held still."""
+"""Full and partial fine-tuning: the model's own parameters train. Freeze is full with most held still."""
 
 from __future__ import annotations
 
@@ -41,7 +41,8 @@ class Full:
         missing = [name for name in result.missing_keys if name not in tied]
         if missing or result.unexpected_keys:
             raise CheckpointError(
-                f"{folder} does not fit the model: missing {missing[:3]}, unexpected {result.unexpected_keys[:3]}"
+                f"{folder} does not fit the model: missing {missing[:3]}, "
+                f"unexpected {result.unexpected_keys[:3]}"
             )
 
 
@@ -62,8 +63,8 @@ class Freeze(Full):
         if any(parameter.requires_grad for parameter in model.get_input_embeddings().parameters()):
             return model
         # Checkpointed layers below the first trained one would otherwise see inputs without a gradient.
-        if model.is_gradient_checkpointing:
-            model.enable_input_require_grads()
+        if model.is_activation_checkpointing:
+            model.enable_input_require_grads()  # type: ignore[no-untyped-call]
         return model
 
     def _layer_indices(self, num_layers: int) -> range:

@@ -1,9 +1,9 @@
 """LoRA's linear layer as one autograd node: the same product, fewer passes over memory.
 
-PEFT computes base(x), then lora_B(lora_A(x)), a scaled copy of that, and a sum: three tensors of the size of the
-output besides the output itself. Here the low-rank product is accumulated into the base product in place, forward
-and backward. PEFT keeps the parameters, the configuration and the saving; only `forward` of its layer is
-specialised, and only where the arithmetic is plain LoRA. Everything else runs PEFT's own code.
+PEFT computes base(x), then lora_B(lora_A(x)), a scaled copy of that, and a sum: three tensors of the size of
+the output besides the output itself. Here the low-rank product is accumulated into the base product in place,
+forward and backward. PEFT keeps the parameters, the configuration and the saving; only `forward` of its layer
+is specialised, and only where the arithmetic is plain LoRA. Everything else runs PEFT's own code.
 
 Shapes: T tokens, I inputs, O outputs, R rank.
 """
@@ -21,7 +21,7 @@ class _LoraProduct(torch.autograd.Function):
     """y = x W^T + b + s (x A^T) B^T with W and b frozen."""
 
     @staticmethod
-    def forward(  # type: ignore[override]
+    def forward(
         ctx: Any,
         x_TI: Tensor,
         weight_OI: Tensor,
@@ -66,12 +66,13 @@ class _FusedForward(PeftLinear):
         a, b = self.lora_A[adapter].weight, self.lora_B[adapter].weight
         with torch.autocast(device, enabled=False):
             bias = None if base.bias is None else base.bias.to(dtype)
-            out_TO = _LoraProduct.apply(flat_TI, base.weight.to(dtype), bias, a, b, self.scaling[adapter])
+            weight = base.weight.to(dtype)
+            out_TO = _LoraProduct.apply(flat_TI, weight, bias, a, b, self.scaling[adapter])  # type: ignore[no-untyped-call]
         assert isinstance(out_TO, Tensor)
         return out_TO.view(*x.shape[:-1], -1)
 
     def _plain_adapter(self, x: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str | None:
-        """The one active adapter, if this call is plain LoRA on a frozen linear layer that trains; else None."""
+        """The active adapter, if this call is plain LoRA that trains on a frozen linear layer; else None."""
         if args or kwargs or self.disable_adapters or self.merged or not torch.is_grad_enabled():
             return None
         active = [name for name in self.active_adapters if name in self.lora_A]

@@ -26,7 +26,8 @@ def count_parameters(model: nn.Module) -> ParameterCount:
 
 def decay_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
     """Two groups, as transformers' Trainer makes them: biases and norms are not decayed."""
-    decayed = set(get_parameter_names(model, [nn.LayerNorm, nn.RMSNorm], NO_DECAY_NAMES))
+    norms = [nn.LayerNorm, nn.RMSNorm]
+    decayed = set(get_parameter_names(model, norms, NO_DECAY_NAMES))  # type: ignore[no-untyped-call]
     trained = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
     groups = [
         {"params": [p for name, p in trained if name in decayed], "weight_decay": weight_decay},

@@ -25,7 +25,7 @@ class Lora:
         self.spec = spec
 
     def apply(self, model: PreTrainedModel) -> PeftModel:
-        """Attach the adapter; the base is frozen. Raises ModelError for targets that the model does not have."""
+        """Attach the adapter; the base is frozen. Raises ModelError for targets that the model has not."""
         adapters = list(self.spec.adapters)
         continued = adapters.pop() if adapters and not self.spec.create_new_adapter else None
         for folder in adapters:
@@ -33,9 +33,9 @@ class Lora:
             assert isinstance(merged, PreTrainedModel)
             model = merged
         peft_model = self._new(model) if continued is None else self._attach(model, continued, trainable=True)
-        if model.is_gradient_checkpointing:
+        if model.is_activation_checkpointing:
             # Without it the first checkpointed layer has no input that asks for a gradient.
-            model.enable_input_require_grads()
+            model.enable_input_require_grads()  # type: ignore[no-untyped-call]
         fuse_lora(peft_model)
         return peft_model
 
@@ -94,9 +94,10 @@ class Lora:
         if not (folder / "adapter_config.json").is_file():
             raise CheckpointError(f"{folder} holds no adapter (adapter_config.json)")
         weights = load_peft_weights(str(folder), device="cpu")
-        result = set_peft_model_state_dict(model, weights)
+        result: Any = set_peft_model_state_dict(model, weights)
         adapter = [name for name in result.missing_keys if ".lora_" in name or ".modules_to_save." in name]
         if adapter or result.unexpected_keys:
             raise CheckpointError(
-                f"{folder} does not fit the adapter: missing {adapter[:3]}, unexpected {result.unexpected_keys[:3]}"
+                f"{folder} does not fit the adapter: missing {adapter[:3]}, "
+                f"unexpected {result.unexpected_keys[:3]}"
             )

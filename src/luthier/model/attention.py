@@ -33,7 +33,7 @@ class SegmentAttention:
     """An attention function for transformers, isolating segments where bounds are given.
 
     Without bounds (generation, scoring with a mask) it is transformers' own SDPA with the mask it was given.
-    `calls` counts isolated calls: the self-test uses it to find models that never call the registered function.
+    `calls` counts isolated calls: the self-test uses it to find models that never call this function.
     """
 
     def __init__(self, kernel: Callable[..., Tensor]) -> None:
@@ -135,7 +135,7 @@ def sdpa_segments(
         key, value = repeat_kv(key, groups), repeat_kv(value, groups)
     lengths = [stop - start for start, stop in pairwise(cu_seqlens.tolist())]
     # split, not slices: its backward is one concatenation, where each slice would fill a whole zero tensor
-    parts = zip(*(tensor.split(lengths, dim=2) for tensor in (query, key, value)), strict=True)
+    parts = zip(*(torch.split(tensor, lengths, dim=2) for tensor in (query, key, value)), strict=True)
     outputs = []
     for length, (q, k, v) in zip(lengths, parts, strict=True):
         windowed = window is not None and length > window
@@ -163,7 +163,7 @@ def varlen_segments(
     window: int | None,
     softcap: float | None,
 ) -> Tensor:
-    """torch's variable-length FlashAttention: (1, H, T, E), (1, K, T, E) -> (T, H, E). CUDA, half precision."""
+    """torch's variable-length FlashAttention: (1, H, T, E), (1, K, T, E) -> (T, H, E). CUDA, 16 bits."""
     if dropout > 0 or softcap is not None or query.dtype == torch.float32:
         # The kernel has none of these; the per-segment form is exact, only slower.
         return sdpa_segments(
@@ -198,7 +198,7 @@ def varlen_segments(
 
 
 def segment_mask(*, attention_mask: Tensor | None = None, **kwargs: Any) -> Tensor | None:
-    """The mask for our attention: none for a flat row, transformers' own where there is a padding mask or cache.
+    """The mask for our attention: none for a flat row, transformers' own where there is padding or a cache.
 
     A causal mask is always materialised, never skipped: our attention function could not tell a skipped
     causal mask from a forgotten one.
@@ -217,7 +217,10 @@ for _name, _function in KERNELS.items():
 
 
 def attention_name(choice: str, device: torch.device) -> str:
-    """The registered name for a recipe's `model.attention`. Raises ModelError where the device has no such kernel."""
+    """The registered name for a recipe's `model.attention`.
+
+    Raises ModelError where the device has no such kernel.
+    """
     if choice == "auto":
         choice = "varlen" if device.type == "cuda" else "sdpa"
     if choice == "varlen" and device.type != "cuda":

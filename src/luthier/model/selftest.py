@@ -1,4 +1,4 @@
-"""The test that every model passes before it trains: isolation, and the kernel's numbers against the model's own.
+"""The test that every model passes before it trains: isolation, and the kernel's numbers against its own.
 
 Two random segments go through the flat forward; each goes alone through the model's ordinary forward, dense
 logits and all. A model that attends across segments, ignores the registered attention, or scales its logits
@@ -76,7 +76,7 @@ def run_self_test(model: nn.Module) -> SelfTest:
 def _alone(model: nn.Module, batch: Batch) -> Tensor:
     """Log-probabilities by the model's ordinary forward, one segment at a time, dense logits."""
     parts = []
-    for ids in batch.input_ids[0].split(list(LENGTHS)):
+    for ids in torch.split(batch.input_ids[0], list(LENGTHS)):
         logits = model(
             input_ids=ids[None], attention_mask=torch.ones_like(ids[None]), use_cache=False
         ).logits[0]
@@ -92,13 +92,13 @@ def require_isolation(model: nn.Module) -> SelfTest:
     tolerance = TOLERANCE[next(model.parameters()).dtype]
     if result.attention_calls == 0:
         raise ModelError(
-            f"{name} never calls the attention function that was chosen for it, so segments of a packed row would "
-            "see each other; this model cannot be trained on flat rows"
+            f"{name} never calls the attention function that was chosen for it, so segments of a packed row "
+            "would see each other; this model cannot be trained on flat rows"
         )
     if not (result.leak <= tolerance / 10 and result.difference <= tolerance):
         raise ModelError(
-            f"{name} failed the two-segment self-test: log-probabilities of a packed row differ from those of its "
-            f"segments alone by {result.difference:.2g} nats (allowed {tolerance:g}), and a change in one segment "
-            f"moved the other by {result.leak:.2g}; this model cannot be trained on flat rows"
+            f"{name} failed the two-segment self-test: log-probabilities of a packed row differ from those "
+            f"of its segments alone by {result.difference:.2g} nats (allowed {tolerance:g}), and a change in "
+            f"one segment moved the other by {result.leak:.2g}; this model cannot be trained on flat rows"
         )
     return result

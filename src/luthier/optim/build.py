@@ -40,13 +40,14 @@ def warmup_steps(spec: OptimSpec, num_steps: int) -> int:
 def build_schedule(spec: OptimSpec, optimizer: torch.optim.Optimizer, num_steps: int) -> LRScheduler:
     """transformers' schedule of that name. Raises RecipeError for options that it does not take."""
     try:
-        return get_scheduler(
+        schedule: LRScheduler = get_scheduler(
             spec.schedule,
             optimizer,
             num_warmup_steps=warmup_steps(spec, num_steps),
             num_training_steps=num_steps,
             scheduler_specific_kwargs=dict(spec.schedule_options),
         )
+        return schedule
     except (TypeError, ValueError) as error:
         raise RecipeError(
             f"optim.schedule_options does not fit optim.schedule={spec.schedule}: {error}"

@@ -1,7 +1,7 @@
 """A LLaMA-Factory file as a native recipe: every key is translated, accepted with a note, or an error.
 
 The file's own defaults are LLaMA-Factory's, so a file that trained there trains the same here. Where that
-tool lets packed examples see each other, Luthier does not, and says so.
+tool lets packed conversations see each other, Luthier does not, and says so.
 """
 
 from __future__ import annotations
@@ -210,7 +210,9 @@ def _length(flat: Flat) -> None:
     flat.put("data.overflow", "split" if pt and packing else "truncate")
     flat.put("data.max_lost", None)
     flat.put("data.packing", packing, "neat_packing" if flat.flag("neat_packing") else "packing")
-    if packing and not flat.flag("neat_packing"):
+    if packing and pt:
+        flat.note("packing: documents in a block see each other, as there; a native recipe keeps them apart")
+    elif packing and not flat.flag("neat_packing"):
         flat.note("packing: what shares a row does not see each other here (there only with neat_packing)")
     for key in ("neat_packing", "train_on_prompt", "mask_history"):
         if flat.flag(key) and not pt and key == "mask_history" and flat.flag("train_on_prompt"):
@@ -226,6 +228,8 @@ def _rows(flat: Flat) -> None:
     if not pt:
         flat.put("data.template", flat.get("template"), "template")
         flat.put("data.train_after_stop", True)
+    elif flat.get("template") == "llama3":
+        flat.put("data.template", "llama3", "template")  # the one that ends documents with a token of its own
     elif flat.given("template"):
         flat.note("template: plain text is trained without a template")
     sampling = flat.choice("train_sampling_strategy", ("random", "sequential", "group_by_length"))

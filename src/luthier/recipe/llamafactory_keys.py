@@ -243,7 +243,9 @@ _DATA = (
         tokenized_path=None,
     )
     | keys(
-        Rule.NOTED, "rows are packed over the whole data set, not in groups", preprocessing_batch_size=1000
+        Rule.NOTED,
+        "packing fills rows from groups of 1000 here, as by default there",
+        preprocessing_batch_size=1000,
     )
 )
 

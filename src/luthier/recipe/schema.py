@@ -125,7 +125,7 @@ class DataSpec(Spec):
     packing: bool = False
     """With `train.rows_per_device`: fill rows of `max_length` with whole, isolated samples first."""
     rules: Literal["luthier", "llamafactory"] = "luthier"
-    """Whose rules decide which rows, tokens and targets a data set gives; set by the translation of that tool's files."""
+    """Whose rules decide which rows, tokens and targets a data set gives; set for that tool's own files."""
     train_on_prompt: bool = False
     """Learn the prompt's tokens too."""
     mask_history: bool = False

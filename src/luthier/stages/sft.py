@@ -1,4 +1,4 @@
-"""Supervised fine-tuning: the assistant's tokens are targets (Ouyang et al., 2022, arXiv:2203.02155, section 3.5)."""
+"""Supervised fine-tuning: the assistant's tokens are targets (Ouyang et al., 2022, arXiv:2203.02155)."""
 
 from __future__ import annotations
 

@@ -18,7 +18,7 @@ def supervised_weights(batch: Batch) -> Tensor:
 def negative_log_likelihood(policy: Policy, batch: Batch, label_smoothing: float) -> LossSum:
     """sum_t w_t [(1 - e) (-log p_t) + e (-mean_v log p_v)] over the targets, with its weight sum_t w_t.
 
-    e is the label smoothing of Szegedy et al. (2015, arXiv:1512.00567) with a uniform prior over the vocabulary.
+    e is the label smoothing of Szegedy et al. (2015, arXiv:1512.00567), its prior uniform over all tokens.
     With smoothing the metric `nll` keeps the plain likelihood, so that perplexity stays what it says.
     """
     answers = policy.logprobs(batch, mean_logprobs=label_smoothing > 0)

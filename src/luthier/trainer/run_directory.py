@@ -106,7 +106,7 @@ def _is_ours(name: str) -> bool:
 def published_files(output: Path) -> Iterator[Path]:
     """A folder whose files replace those of the same name in `output`, if the block ends well.
 
-    Each file is on the disk before it takes its name, so a crash leaves the old or the new one, never half of it.
+    Each file is on the disk before it takes its name, so a crash leaves the old or the new one, never half.
     """
     temporary = output / f".tmp-final-{os.getpid()}"
     shutil.rmtree(temporary, ignore_errors=True)

@@ -1,8 +1,8 @@
 """The data loader's items: one optimizer step each, as the flat batches that this process runs for it.
 
-A step is a list of passes. How a step's rows are cut into passes changes memory, never the loss, because every
-pass contributes sums. Order and cut come from a plan that is a pure function of the epoch, so a resumed run
-needs no state of the loader, only its step number.
+A step is a list of passes. How a step's rows are cut into passes changes memory, never the loss, because
+every pass contributes sums. Order and cut come from a plan that is a pure function of the epoch, so a resumed
+run needs no state of the loader, only its step number.
 """
 
 from __future__ import annotations

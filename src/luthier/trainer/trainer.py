@@ -1,8 +1,9 @@
 """The one loop. It asks a stage for sums, divides by the weight of the global step, and knows no stage.
 
 `PeftTrainer` is a `transformers.Seq2SeqTrainer`: devices, processes, schedules, callbacks and trackers are
-its own. What differs is written here: an item of the loader is a whole optimizer step (a list of flat passes),
-losses are sums divided once by their global weight, evaluation is exact sums, checkpoints are atomic.
+its own. What differs is written here: an item of the loader is a whole optimizer step (a list of flat
+passes), losses are sums divided once by their global weight, evaluation is exact sums, checkpoints are
+atomic.
 """
 
 from __future__ import annotations
@@ -70,7 +71,7 @@ class PeftTrainer(Seq2SeqTrainer):
             model=model,
             args=args,
             train_dataset=steps,
-            eval_dataset=self._eval_sets or None,
+            eval_dataset=self._eval_sets or None,  # type: ignore[arg-type]
             processing_class=tokenizer,
             callbacks=[*callbacks, *([EpochCallback(steps)] if steps is not None else [])],
         )
@@ -97,7 +98,7 @@ class PeftTrainer(Seq2SeqTrainer):
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         if self.optimizer is None:
-            groups = self.method.parameter_groups(model or self.model, self._optim.weight_decay)
+            groups = self.method.parameter_groups(model or self._trained, self._optim.weight_decay)
             self.optimizer = build_optimizer(self._optim, groups)
         return self.optimizer
 
@@ -105,19 +106,23 @@ class PeftTrainer(Seq2SeqTrainer):
         self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None
     ) -> torch.optim.lr_scheduler.LRScheduler:
         if self.lr_scheduler is None:
-            self.lr_scheduler = build_schedule(self._optim, optimizer or self.optimizer, num_training_steps)
+            schedule = build_schedule(self._optim, optimizer or self.create_optimizer(), num_training_steps)
+            self.lr_scheduler = schedule  # type: ignore[assignment]
             self._created_lr_scheduler = True
-        return self.lr_scheduler
+        return self.lr_scheduler  # type: ignore[return-value]
 
     # ---- the step ----------------------------------------------------------------------------------
 
     def training_step(
-        self, model: nn.Module, inputs: list[Batch], num_items_in_batch: Tensor | int | None = None
+        self,
+        model: nn.Module,
+        inputs: list[Batch],  # type: ignore[override]
+        num_items_in_batch: Tensor | int | None = None,
     ) -> Tensor:
-        """Forward and backward of every pass of one optimizer step; returns this process's share of its loss."""
+        """Forward and backward of every pass of an optimizer step; returns this process's part of its loss."""
         model.train()
-        if callable(getattr(self.optimizer, "train", None)):
-            self.optimizer.train()  # schedule-free optimizers train at another point than they save
+        if callable(train := getattr(self.optimizer, "train", None)):
+            train()  # schedule-free optimizers train at another point than they save
         batches = [batch.to(self.args.device) for batch in inputs]
         weights = self._global_weights(batches)
         policy = ModelPolicy(model)
@@ -151,12 +156,17 @@ class PeftTrainer(Seq2SeqTrainer):
             tokens = int(self.accelerator.reduce(torch.tensor(tokens, device=self.args.device), "sum"))
         self.state.num_input_tokens_seen += tokens
 
-    def floating_point_ops(self, inputs: list[Batch]) -> int:
+    def floating_point_ops(self, inputs: list[Batch]) -> int:  # type: ignore[override]
         """Six operations per token and parameter, as transformers estimates it for a whole batch."""
         return 6 * sum(batch.num_tokens for batch in inputs) * self._num_parameters()
 
     def _num_parameters(self) -> int:
-        return sum(parameter.numel() for parameter in self.model.parameters())
+        return sum(parameter.numel() for parameter in self._trained.parameters())
+
+    @property
+    def _trained(self) -> nn.Module:
+        assert self.model is not None
+        return self.model
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs and self._window:
@@ -172,7 +182,7 @@ class PeftTrainer(Seq2SeqTrainer):
 
     # ---- evaluation --------------------------------------------------------------------------------
 
-    def evaluate(
+    def evaluate(  # type: ignore[override]
         self,
         eval_dataset: Any = None,
         ignore_keys: list[str] | None = None,
@@ -180,7 +190,7 @@ class PeftTrainer(Seq2SeqTrainer):
     ) -> dict[str, float]:
         """Loss and perplexity of every evaluation set by exact sums.
 
-        One set gives `eval_loss`; several give `eval_<name>_loss` each and `eval_loss` over all of their tokens.
+        One set gives `eval_loss`; several give `eval_<name>_loss` each, and `eval_loss` of all their tokens.
         """
         started, pooled, metrics, num_tokens = time.time(), dict[str, Term](), dict[str, float](), 0
         named = len(self._eval_sets) > 1
@@ -234,7 +244,7 @@ class PeftTrainer(Seq2SeqTrainer):
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         """Everything that a resume needs, in a folder that exists whole or not at all."""
         self.store_flos()
-        run = Path(self.args.output_dir)
+        run = Path(str(self.args.output_dir))
         final = run / f"checkpoint-{self.state.global_step}"
         if self.state.best_global_step == self.state.global_step:
             self.state.best_model_checkpoint = str(final)
@@ -253,12 +263,14 @@ class PeftTrainer(Seq2SeqTrainer):
     def _export_callback_states(self) -> None:
         exporters = [*self.callback_handler.callbacks, self.control]
         for exporter in (one for one in exporters if isinstance(one, ExportableState)):
-            self.state.stateful_callbacks[type(exporter).__name__] = exporter.state()
+            states: dict[str, Any] = self.state.stateful_callbacks  # type: ignore[assignment]
+            states[type(exporter).__name__] = exporter.state()
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
-        folder = Path(output_dir or self.args.output_dir)
+        folder = Path(output_dir or str(self.args.output_dir))
         folder.mkdir(parents=True, exist_ok=True)
         self.method.save(self.accelerator.unwrap_model(self.model), folder)
+        assert isinstance(self.processing_class, PreTrainedTokenizerBase)
         self.processing_class.save_pretrained(folder)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
