@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from functools import cache
 
@@ -52,13 +53,15 @@ def metaspace(
     special: Sequence[str | AddedToken] = (), template: str | None = None, *, scheme: str = "first"
 ) -> PreTrainedTokenizerFast:
     """Like Llama 2 and Mistral: a space is put before the text (`first`), or before every piece of it (`always`)."""
-    backend = Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=True, fuse_unk=True))
+    backend = Tokenizer(models.BPE(unk_token="<unk>"))
     backend.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=scheme, split=False)
     backend.decoder = decoders.Sequence([decoders.Metaspace(prepend_scheme=scheme), decoders.ByteFallback()])
-    byte_tokens = [f"<0x{i:02X}>" for i in range(256)]
-    trainer = trainers.BpeTrainer(vocab_size=700, special_tokens=["<unk>", *byte_tokens])
-    backend.train_from_iterator(CORPUS, trainer)
-    return _wrap(backend, special, template)
+    backend.train_from_iterator(CORPUS, trainers.BpeTrainer(vocab_size=400, special_tokens=["<unk>"]))
+    tree = json.loads(backend.to_str())
+    vocab = tree["model"]["vocab"]
+    vocab |= {f"<0x{i:02X}>": len(vocab) + i for i in range(256)}
+    tree["model"] |= {"byte_fallback": True, "fuse_unk": True}
+    return _wrap(Tokenizer.from_str(json.dumps(tree)), special, template)
 
 
 def unigram(special: Sequence[str | AddedToken] = (), template: str | None = None) -> PreTrainedTokenizerFast:

@@ -38,13 +38,15 @@ def memory(field: str) -> float:
 
 
 class Record:
-    """Filled by the clock while the contender trains. Times are seconds of `time.perf_counter`."""
+    """Filled by the clock while the contender trains. Seconds of the wall, and of the processor (`cpu`)."""
 
     def __init__(self) -> None:
         self.step_ends: list[float] = []
+        self.cpu_ends: list[float] = []
         self.losses: list[float] = []
         self.counted_tokens: list[int] = []
         self.began = 0.0
+        self.cpu_began = 0.0
         self.rss_before_mib = 0.0
         self.peak_before_mib = 0.0
         self.peak_training_mib = 0.0
@@ -60,10 +62,12 @@ class StepClock(TrainerCallback):  # type: ignore[misc]
         RECORD.rss_before_mib = memory("VmRSS")
         RECORD.peak_before_mib = memory("VmHWM")
         Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # resets VmHWM to VmRSS
+        RECORD.cpu_began = time.process_time()
         RECORD.began = time.perf_counter()
 
     def on_step_end(self, *_: Any, **__: Any) -> None:
         RECORD.step_ends.append(time.perf_counter())
+        RECORD.cpu_ends.append(time.process_time())
         RECORD.peak_training_mib = memory("VmHWM")
 
     def on_log(
@@ -94,10 +98,14 @@ def report(job: dict[str, Any], contender: str, tokens: list[int], **extra: Any)
         raise RuntimeError(
             f"{contender}: {len(ends)} steps were timed, {len(tokens)} expected, {warmup} of them warm-up"
         )
+    start, cpu_start = (
+        (ends[warmup - 1], RECORD.cpu_ends[warmup - 1]) if warmup else (RECORD.began, RECORD.cpu_began)
+    )
     line = {
         "contender": contender,
         "tokens": sum(tokens[warmup:]),
-        "seconds": ends[-1] - ends[warmup - 1] if warmup else ends[-1] - RECORD.began,
+        "seconds": ends[-1] - start,
+        "cpu_seconds": RECORD.cpu_ends[-1] - cpu_start,
         "timed_steps": len(ends) - warmup,
         "tokens_of_steps": tokens,
         "losses": RECORD.losses,

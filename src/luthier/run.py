@@ -42,7 +42,7 @@ from luthier.trainer.plots import plot_run
 from luthier.trainer.run_directory import published_files, run_guard
 from luthier.trainer.steps import Plan, StepDataset
 from luthier.trainer.trainer import EvalSet, PeftTrainer
-from luthier.types import Method, Stage
+from luthier.types import Method, RecipeError, Stage
 
 LIBRARIES = ("torch", "transformers", "peft", "accelerate", "datasets", "tokenizers", "safetensors")
 
@@ -77,6 +77,10 @@ def train(
     loaded = resolve(load_recipe(recipe, overrides), hardware)
     settings = loaded.recipe
     output = Path(settings.train.output)
+    if hardware.world_size > 1:
+        raise RecipeError(
+            f"this version trains with one process, and {hardware.world_size} were started; run it without torchrun"
+        )
     arguments = training_arguments(settings, use_cpu=hardware.device == "cpu")
     say = _speaker(quiet or arguments.process_index > 0)
     for note in loaded.notes:

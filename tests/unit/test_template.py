@@ -16,7 +16,7 @@ from luthier.data.gate import gate
 from luthier.data.template import ChatTemplate, load_template
 from luthier.recipe.schema import DataSpec
 from luthier.types import Conversation, DataError, Message, Row, RowError, ToolCall
-from tests.tiny_tokenizers import BOS, EOS, byte_level, metaspace, unigram
+from tiny_tokenizers import BOS, EOS, byte_level, metaspace, unigram
 
 CHATML_TOKENS = ("<|im_start|>", "<|im_end|>")
 CHATML = (

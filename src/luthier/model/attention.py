@@ -90,7 +90,7 @@ class SegmentAttention:
             return out.transpose(1, 2).contiguous(), None
         return sdpa_attention_forward(
             module, query, key, value, mask, dropout=dropout, scaling=scaling, **kwargs
-        )  # type: ignore[no-any-return, no-untyped-call]
+        )
 
 
 def _softcapped(

@@ -95,7 +95,7 @@ class _RowwiseLogprobs(torch.autograd.Function):
     """Values and per-row gradients in one pass over the chunks, for a head that does not train."""
 
     @staticmethod
-    def forward(  # type: ignore[override]
+    def forward(
         ctx: Any,
         hidden_ND: Tensor,
         targets_N: Tensor,

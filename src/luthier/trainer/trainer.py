@@ -119,7 +119,7 @@ class PeftTrainer(Seq2SeqTrainer):
         inputs: list[Batch],  # type: ignore[override]
         num_items_in_batch: Tensor | int | None = None,
     ) -> Tensor:
-        """Forward and backward of every pass of an optimizer step; returns this process's part of its loss."""
+        """Forward and backward of all passes of one step; returns this process's part of its loss."""
         model.train()
         if callable(train := getattr(self.optimizer, "train", None)):
             train()  # schedule-free optimizers train at another point than they save
@@ -249,6 +249,8 @@ class PeftTrainer(Seq2SeqTrainer):
         if self.state.best_global_step == self.state.global_step:
             self.state.best_model_checkpoint = str(final)
         metadata = {"step": self.state.global_step, "epoch": self.state.epoch, **self._checkpoint_metadata}
+        if self.args.save_only_model:
+            metadata["resumable"] = False
         with atomic_folder(final, metadata=metadata, replace=True) as folder:
             self.save_model(str(folder), _internal_call=True)
             if not self.args.save_only_model:
