@@ -84,7 +84,11 @@ class Machine:
         return 2.0 * size**3 * REPEATS / (time.perf_counter() - started)
 
     def name(self) -> str:
-        return torch.cuda.get_device_name(self.device) if self.cuda else platform.processor() or platform.machine()
+        return (
+            torch.cuda.get_device_name(self.device)
+            if self.cuda
+            else platform.processor() or platform.machine()
+        )
 
     def known_peak(self) -> float | None:
         """The data sheet's bfloat16 rate, None for a device that is not in the table."""
@@ -132,5 +136,7 @@ def open_machine(kind: str) -> Machine:
     device = torch.device("cuda", torch.cuda.current_device())
     if torch.cuda.get_device_capability(device) < (8, 0):
         name = torch.cuda.get_device_name(device)
-        raise SystemExit(f"no usable CUDA device: {name} does not compute bfloat16 (needs capability 8.0){hint}")
+        raise SystemExit(
+            f"no usable CUDA device: {name} does not compute bfloat16 (needs capability 8.0){hint}"
+        )
     return Machine(device)

@@ -40,6 +40,8 @@ CHANGED = 2
 FP32_LOSS, FP32_GRADIENT = 1e-5, 1e-4
 NOISE_FACTOR = 3.0
 """How many times the noise floor a bfloat16 difference may be: the floor is one draw of the same noise."""
+BF16_KERNEL = 2**-6
+"""For one product and one softmax in bfloat16: four times its rounding unit."""
 LEAST_LOSS = 1e-3
 """The loss is one number and two of them can agree by luck, so its bfloat16 bound is never below this."""
 ERROR_RATIO = 1.5
@@ -100,7 +102,9 @@ def relative(ours: Answer, reference: Answer) -> dict[str, float]:
     }
 
 
-def answer(model: nn.Module, losses: Sequence[Callable[[], Tensor]], context: AbstractContextManager[Any]) -> Answer:
+def answer(
+    model: nn.Module, losses: Sequence[Callable[[], Tensor]], context: AbstractContextManager[Any]
+) -> Answer:
     """The sum of the losses and of their gradients; summed in float32, so that it adds no noise of its own."""
     model.train()
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
@@ -109,7 +113,7 @@ def answer(model: nn.Module, losses: Sequence[Callable[[], Tensor]], context: Ab
         with context:
             loss = loss_of()
         loss.backward()
-        total += float(loss)
+        total += float(loss.detach())
         for parameter, gradient in zip(parameters, sums, strict=True):
             if parameter.grad is not None:
                 gradient += parameter.grad
@@ -209,7 +213,9 @@ def leaks(comparison: Comparison, precision: str) -> Iterator[Check]:
     ids[:, start:stop] = ids[:, start:stop].flip(1)
     policy = ModelPolicy(model)
     with torch.no_grad(), context:
-        moved = (policy.logprobs(replace(batch, input_ids=ids)).logprobs - policy.logprobs(batch).logprobs).abs()
+        moved = (
+            policy.logprobs(replace(batch, input_ids=ids)).logprobs - policy.logprobs(batch).logprobs
+        ).abs()
     where = (batch.targets != IGNORE_INDEX).nonzero()[:, 0]
     inside = (where >= start) & (where < stop)
     values = {"others_nats": float(moved[~inside].max()), "changed_nats": float(moved[inside].max())}
@@ -249,15 +255,20 @@ def _embeddings(model: nn.Module, kept: list[Tensor]) -> Iterator[None]:
 def kernels(comparison: Comparison, precision: str) -> Iterator[Check]:
     """The start-up self-test, and which attention operators a flat forward runs (CUDA: the varlen one)."""
     model, machine = comparison.model(precision), comparison.machine
-    with autocast(precision, machine.device):
-        result = require_isolation(model)
-    values = {"attention_calls": float(result.attention_calls), "nats": result.difference, "leak": result.leak}
+    result = require_isolation(model)  # outside autocast, as it runs before training
+    values = {
+        "attention_calls": float(result.attention_calls),
+        "nats": result.difference,
+        "leak": result.leak,
+    }
     yield judge("self-test", precision, values, at_least={"attention_calls": 1.0})
 
     activities = [torch.profiler.ProfilerActivity.CPU]
     with torch.profiler.profile(activities=activities) as profile, autocast(precision, machine.device):
         ModelPolicy(model).logprobs(comparison.batch)
-    operators = {event.key: float(event.count) for event in profile.key_averages() if "att" in event.key.lower()}
+    operators = {
+        event.key: float(event.count) for event in profile.key_averages() if "att" in event.key.lower()
+    }
     varlen = sum(count for name, count in operators.items() if name.startswith("torch_attn::"))
     least = {"varlen_calls": float(comparison.shape.layers)} if machine.cuda and precision != "fp32" else None
     yield judge("attention operators", precision, {**operators, "varlen_calls": varlen}, at_least=least)
@@ -283,18 +294,28 @@ def chunks(comparison: Comparison, precision: str) -> Iterator[Check]:
     def dense(leaf: Tensor) -> dict[str, Tensor]:
         logprobs = head(leaf).float().log_softmax(-1)
         entropy = -(logprobs.exp() * logprobs).sum(-1)
-        return {"logprobs": logprobs.gather(-1, targets[:, None])[:, 0], "entropy": entropy, "mean": logprobs.mean(-1)}
+        return {
+            "logprobs": logprobs.gather(-1, targets[:, None])[:, 0],
+            "entropy": entropy,
+            "mean": logprobs.mean(-1),
+        }
 
     for trains in (False, True):
         head.requires_grad_(trains)
         ours = run(
             lambda leaf, trains=trains: token_logprobs(
-                leaf, head, targets, vocab_size=vocabulary, entropy=True, mean_logprobs=True, head_trains=trains
+                leaf,
+                head,
+                targets,
+                vocab_size=vocabulary,
+                entropy=True,
+                mean_logprobs=True,
+                head_trains=trains,
             )
         )
         pairs = zip(("value", "hidden_gradient", "head_gradient"), ours, run(dense), strict=False)
         values = {name: float((a - b).float().norm() / b.float().norm()) for name, a, b in pairs}
-        bound = FP32_GRADIENT if precision == "fp32" else 2**-7
+        bound = FP32_GRADIENT if precision == "fp32" else BF16_KERNEL
         name = f"chunked = dense log-probs, head {'trained' if trains else 'frozen'}"
         yield judge(name, precision, values, dict.fromkeys(values, bound))
 
@@ -333,12 +354,12 @@ def fused(comparison: Comparison, precision: str) -> Iterator[Check]:
 # --------------------------------------------------------------------------------------------------
 
 
-def run_equalities(shape: Shape, machine: Machine) -> Iterator[Check]:
+def run_equalities(shape: Shape, machine: Machine, precisions: Sequence[str]) -> Iterator[Check]:
     """Every check in every precision that it speaks of; one that breaks is a failed line, not the end."""
     comparison = Comparison(shape, machine, gpu_shapes.rows_of(LENGTHS, shape, seed=0))
     truth = comparison.padded("fp32", "sdpa")
     machine.release()
-    for precision in PRECISIONS:
+    for precision in precisions:
         groups: dict[str, Callable[[], Iterator[Check]]] = {
             "paths": lambda p=precision: paths(comparison, p, truth),
             "leaks": lambda p=precision: leaks(comparison, p),
@@ -351,5 +372,9 @@ def run_equalities(shape: Shape, machine: Machine) -> Iterator[Check]:
             try:
                 yield from group()
             except FAILURES as error:
-                yield {**judge(name, precision, {}), "passed": False, "error": f"{type(error).__name__}: {error}"}
+                yield {
+                    **judge(name, precision, {}),
+                    "passed": False,
+                    "error": f"{type(error).__name__}: {error}",
+                }
             machine.release()

@@ -31,9 +31,7 @@ WORKERS = {
     "trl": "trl_sft.py",
     "trl_packing": "trl_sft.py",
     "trainer": "plain_trainer.py",
-    "gemm": "gemm_rate.py",
 }
-CONTENDERS = tuple(name for name in WORKERS if name != "gemm")
 
 
 def parse() -> argparse.Namespace:
@@ -47,7 +45,7 @@ def parse() -> argparse.Namespace:
         "--data", type=Path, default=REPOSITORY.parent / "shared" / "data", help="data folder"
     )
     parser.add_argument("--dataset", default="alpaca_en_demo", help="name in the folder's dataset_info.json")
-    parser.add_argument("--contenders", nargs="+", choices=CONTENDERS, default=list(CONTENDERS))
+    parser.add_argument("--contenders", nargs="+", choices=WORKERS, default=list(WORKERS))
     parser.add_argument("--lf-python", default=sys.executable, help="Python that has LLaMA-Factory")
     parser.add_argument("--trl-python", default=sys.executable, help="Python that has TRL")
     parser.add_argument("--rounds", type=int, default=3)
@@ -88,7 +86,6 @@ def build_job(options: argparse.Namespace) -> dict[str, Any]:
         "seed": 42,
         "threads": options.threads,
         "products": floor.products(decoder, tokens, targets),
-        "gemm_repeats": 5,
     }
 
 
@@ -138,25 +135,24 @@ def main() -> None:
     options = parse()
     job = build_job(options)
     per_token, parts = flops_per_token(job, options.model)
+    settings = {key: value for key, value in job.items() if key not in ("rows", "products", "model", "data")}
     rounds: list[summary.Round] = []
+    result: dict[str, Any] = {}
     for number in range(options.rounds):
         turn = number % len(options.contenders)
         measured: summary.Round = {}
         for name in [*options.contenders[turn:], *options.contenders[:turn]]:
-            rate = run_worker(options, job, "gemm")  # right before, so both see the same machine
-            measured[name] = {**run_worker(options, job, name), **rate, "contender": name}
+            measured[name] = run_worker(options, job, name)
             print(f"round {number + 1}: {name} {summary.speed(measured[name]):.0f} tokens/s", flush=True)
         rounds.append(measured)
-    result = {
-        "settings": {
-            key: value for key, value in job.items() if key not in ("rows", "products", "model", "data")
-        },
-        "flops_of_timed_steps": parts,
-        **summary.summarise(rounds, options.contenders, per_token),
-        "rounds": rounds,
-    }
-    options.results.parent.mkdir(parents=True, exist_ok=True)
-    options.results.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+        result = {
+            "settings": settings,
+            "flops_of_timed_steps": parts,
+            **summary.summarise(rounds, options.contenders, per_token),
+            "rounds": rounds,
+        }
+        options.results.parent.mkdir(parents=True, exist_ok=True)
+        options.results.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     summary.show(result)
 
 

@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 Round = dict[str, dict[str, Any]]
-"""One measured line per contender, with the matrix-product rate measured right before it."""
+"""One measured line per contender, with the matrix-product rate measured right after it."""
 
 SAME_ROWS = ("luthier", "llamafactory", "trl", "trainer")
 """Contenders whose steps hold the same rows as the plain Trainer's."""
@@ -76,7 +76,7 @@ def loss_difference(rounds: Sequence[Round], name: str) -> float:
 
 
 def floor_multiples(rounds: Sequence[Round], name: str, flops_per_token: float) -> Spread:
-    """Step time divided by the time its matrix products need at the rate measured right before."""
+    """Step time divided by the time its matrix products need at the rate measured right after it."""
     return over_rounds(rounds, name, lambda line: line["flops_per_second"] / (flops_per_token * speed(line)))
 
 

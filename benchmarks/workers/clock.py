@@ -3,17 +3,18 @@
 `install()` adds one callback to transformers' list of default callbacks, so the same clock runs in every
 trainer that is built on `transformers.Trainer`, whoever builds it. Memory is the kernel's resident set
 size: the high-water mark is reset when training begins, so loading the model does not count as training.
+The machine's rate of matrix products is measured right after the training, in the same process.
 """
 
 from __future__ import annotations
 
 import json
-import os
 import sys
 import time
 from pathlib import Path
 from typing import Any
 
+import gemm_rate
 from transformers import TrainerCallback
 from transformers import trainer as transformers_trainer
 
@@ -112,7 +113,7 @@ def report(job: dict[str, Any], contender: str, tokens: list[int], **extra: Any)
         "rss_before_mib": RECORD.rss_before_mib,
         "peak_before_mib": RECORD.peak_before_mib,
         "peak_training_mib": RECORD.peak_training_mib,
-        "pid": os.getpid(),
+        "flops_per_second": gemm_rate.flops_per_second(job["products"]),
         **extra,
     }
     print("\n" + json.dumps(line), flush=True)

@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
-import json
-import sys
 import time
-from pathlib import Path
+from collections.abc import Iterable
 
 import torch
 
-Shape = tuple[int, int, int, int]
+Product = tuple[int, int, int, int]
+"""Rows, inner size, columns, and how often the step needs this product."""
 
 
-def seconds_of(rows: int, inner: int, columns: int, repeats: int) -> float:
-    """Best time of one (rows, inner) x (inner, columns) float32 product."""
+def flops_per_second(products: Iterable[Product], repeats: int = 5) -> float:
+    """Float32 rate over all the products of a step, each at the best time of `repeats`."""
+    flops = seconds = 0.0
+    for rows, inner, columns, count in products:
+        flops += 2.0 * rows * inner * columns * count
+        seconds += count * _best_time(rows, inner, columns, repeats)
+    return flops / seconds
+
+
+def _best_time(rows: int, inner: int, columns: int, repeats: int) -> float:
     left, right = torch.randn(rows, inner), torch.randn(columns, inner).t()
     best = float("inf")
     for _ in range(repeats):
@@ -21,19 +28,3 @@ def seconds_of(rows: int, inner: int, columns: int, repeats: int) -> float:
         torch.mm(left, right)
         best = min(best, time.perf_counter() - start)
     return best
-
-
-def main() -> None:
-    job = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))
-    torch.set_num_threads(job["threads"])
-    flops = seconds = 0.0
-    shapes: list[Shape] = [tuple(shape) for shape in job["products"]]
-    for rows, inner, columns, count in shapes:
-        once = seconds_of(rows, inner, columns, job["gemm_repeats"])
-        flops += 2.0 * rows * inner * columns * count
-        seconds += once * count
-    print("\n" + json.dumps({"contender": "gemm", "flops_per_second": flops / seconds}), flush=True)
-
-
-if __name__ == "__main__":
-    main()

@@ -40,7 +40,7 @@ def test_rows_with_groups_take_whole_groups() -> None:
 def test_passes_are_cut_by_tokens() -> None:
     lengths = [5, 5, 3, 3, 20]
     made = plan(lengths, RowsRule(rows=5), shuffle=False, tokens_per_pass=8)
-    assert made[0] == [[[4], [0, 2], [1, 3]]]
+    assert made[0] == [[[4], [0, 3], [1, 2]]]
     assert made.tokens(0) == 36
 
 

@@ -45,7 +45,7 @@ def test_best_fit_uses_each_item_once_within_capacity(case: tuple[list[int], int
 
 
 def test_best_fit_on_a_known_case() -> None:
-    assert best_fit([4, 8, 1, 4, 2, 1], 10) == [[1, 4], [0, 2, 3, 5]]
+    assert best_fit([4, 8, 1, 4, 2, 1], 10) == [[1, 2, 5], [0, 3, 4]]
     assert best_fit([12, 3], 10) == [[0], [1]]
     assert best_fit([], 10) == []
 

@@ -185,7 +185,8 @@ def _answer(
         default=0,
     )
     if generated is not None:
-        if generated[0] != start:
+        # a span may take in the end of the prompt, which is given anyway; it may not leave anything out
+        if generated[0] > start:
             raise DataError(
                 f"the template's generated span starts at {text[generated[0] :][:30]!r}, but its "
                 f"generation prompt ends before {text[start:][:30]!r}: what lies "

