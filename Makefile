@@ -7,6 +7,11 @@ VENV ?= .venv
 PIP_ARGS ?=
 PYTEST_ARGS ?=
 
+# Without the peers' environments: LLaMA-Factory needs one of its own (--lf-python).
+BENCH_ARGS ?= --contenders luthier trl trl_packing trainer --results runs/bench.json
+EMBEDDED := from luthier.model.load import locate; from luthier.recipe.schema import ModelSpec; \
+	print(locate(ModelSpec(path="embedded")).path)
+
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip
 INSTALL := $(PIP) install --disable-pip-version-check --quiet -c constraints.txt $(PIP_ARGS)
@@ -19,7 +24,7 @@ export TOKENIZERS_PARALLELISM ?= false
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help quickstart test check style format types layers contracts bench env clean
+.PHONY: help quickstart test check style format types layers contracts schema bench env clean
 
 help:  ## Show this list
 	@grep -E '^[a-z]+:.*## ' $(firstword $(MAKEFILE_LIST)) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -70,8 +75,11 @@ layers: $(VENV)/dev.stamp  ## Check that imports go strictly downward
 contracts: $(VENV)/dev.stamp  ## Run the contract tests alone
 	$(BIN)/python -m pytest -q tests/contract
 
-bench: $(VENV)/dev.stamp  ## Measure the training speed on this CPU
-	$(BIN)/python benchmarks/sft_cpu.py
+schema: $(VENV)/core.stamp  ## Write examples/recipe.schema.json, which editors read, anew
+	$(BIN)/luthier schema > examples/recipe.schema.json
+
+bench: $(VENV)/dev.stamp  ## Measure the training speed on this CPU (BENCH_ARGS; see benchmarks/README.md)
+	$(BIN)/python benchmarks/sft_cpu.py --model "$$($(BIN)/python -c '$(EMBEDDED)' | tail -n 1)" $(BENCH_ARGS)
 
 clean:  ## Remove the environment and caches; runs stay
 	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache build dist

@@ -3,15 +3,15 @@
     python benchmarks/gpu.py                                   # a machine with a GPU, within eight minutes
     python benchmarks/gpu.py --device cpu --shapes tiny        # the same program, small, on a CPU
 
-It runs from a checkout without installing it and reads no file: models of the real sizes of Qwen3-0.6B and Qwen3-8B
-get random weights on the device, rows are random tokens with lengths like alpaca's. It needs torch >= 2.11,
-transformers >= 5.17, peft, accelerate, numpy, pydantic and rich; the modules of luthier that it imports need no
-more (no datasets, no pydantic-settings, no typer).
+It runs from a checkout without installing it and reads no file: models of the real sizes of Qwen3-0.6B and
+Qwen3-8B get random weights on the device, rows are random tokens with lengths like alpaca's. It needs torch >=
+2.11, transformers >= 5.17, peft, accelerate, numpy, pydantic, PyYAML (transformers brings it) and rich; the
+modules of luthier that it imports need no more (no datasets, no pydantic-settings, no typer).
 
 First come the equalities (`gpu_equalities.py`), on the smallest of the shapes, then speed and memory
-(`gpu_speed.py`) for as many settings as the time allows; what was left out is in the result with its reason. The
-result is written after every part, so an interrupted run leaves what it had. The exit status is 0 only if every
-equality holds and no contender broke.
+(`gpu_speed.py`) for as many settings as the time allows; what was left out is in the result with its reason.
+The result is written after every part, so an interrupted run leaves what it had. The exit status is 0 only if
+every equality holds and no contender broke.
 """
 
 from __future__ import annotations
@@ -81,8 +81,8 @@ def show_case(case: dict[str, Any]) -> None:
     if "skipped" in case:
         print(f"skipped {case['case']}: {case['skipped']}", flush=True)
         return
-    parts = [f"{name} {case[name]['tokens_per_second']['median']:.0f} tokens/s" for name in ("luthier", "padded")
-             if name in case]  # fmt: skip
+    measured = [name for name in ("luthier", "padded") if name in case]
+    parts = [f"{name} {case[name]['tokens_per_second']['median']:.0f} tokens/s" for name in measured]
     parts += [f"{name} {ratio['median']:.2f}x" for name, ratio in case.get("luthier_over_padded", {}).items()]
     print(
         f"{'ok    ' if case['passed'] else 'FAILED'} {case['case']}: {', '.join(parts + case['errors'])}",
@@ -104,8 +104,8 @@ def main() -> None:
         "machine": machine.describe(),
         "matmul_flops_per_second": peak,
         "known_peak_flops_per_second": machine.known_peak(),
-        "flops": "matrix products of real tokens and targets (floor.py); LoRA 4, full 6 per weight and token, "
-        "causal scores 12 per pair; no padding, no recomputation",
+        "flops": "matrix products of real tokens and targets (floor.py): 4 per weight and token for LoRA, 6 for "
+        "full, 12 per causal pair and head dimension; no padding, no recomputation",
         "settings": {
             "shapes": options.shapes,
             "rows": options.rows,

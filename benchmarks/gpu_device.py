@@ -27,7 +27,7 @@ KNOWN_PEAKS = {
     "L4": 121e12,
     "RTX 4090": 165e12,
 }
-"""Dense bfloat16 operations per second (float32 sums) in the vendor's data sheets; the first name that fits counts."""
+"""Dense bfloat16 operations per second (float32 sums) in data sheets; the first name that fits counts."""
 PACKAGES = ("torch", "transformers", "peft", "accelerate", "numpy", "pydantic")
 WARMUP, REPEATS = 3, 10
 

@@ -1,13 +1,13 @@
 """Tokens per second, MFU and peak memory of optimizer steps: Luthier's flat rows beside padded rows.
 
-Both contenders are the loop that a trainer runs (batch to device, forward, backward, clip to norm 1, fused AdamW),
-under bfloat16 autocast, on the same weights and the same rows. The other one is plain transformers: rows padded on
-the right in micro-batches of eight, SDPA with a padding mask, its own loss, PEFT's own layers, no cache. Rounds are
-interleaved, each contender alone on the device while it is measured; ratios are within a round.
+Both contenders are the loop that a trainer runs (batch to device, forward, backward, clip to norm 1, fused
+AdamW), under bfloat16 autocast, on the same weights and the same rows. The other one is plain transformers: rows
+padded on the right in micro-batches of eight, SDPA with a padding mask, its own loss, PEFT's own layers, no
+cache. Rounds are interleaved, each contender alone on the device while it is measured; ratios are within a round.
 
-MFU counts the operations that the step cannot do without (`floor.py`: real tokens and targets only, no padding, no
-recomputation), against the rate of one large bfloat16 product measured in the same run. So both contenders are held
-to the same work.
+MFU counts the operations that the step cannot do without (`floor.py`: real tokens and targets only, no padding,
+no recomputation), against the rate of one large bfloat16 product measured in the same run. So both contenders
+are held to the same work.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ ACTIVATIONS = 16 * GIB
 GUESSED_MFU = 0.15
 """What the slower contender is taken to reach when the time of a case is estimated before it runs."""
 LOSS_BOUND = 5e-3
-"""Largest relative difference of the first step's loss: bfloat16 noise is far below, another batch far above."""
+"""Largest relative difference of the first step's loss: far above bfloat16 noise, far below another loss."""
 TRAINED_BYTES = {"float32": 16, "bfloat16": 8}
 """Weight, gradient and two AdamW states of one parameter."""
 
@@ -190,7 +190,7 @@ def num_parameters(shape: Shape) -> int:
 
 
 def step_flops(case: Case, rows: Sequence[Sample]) -> float:
-    """Operations for these rows. Where all weights train, each also has a product for its gradient (6 for 4)."""
+    """Operations for these rows. A weight that trains has a third product, for its own gradient."""
     decoder = decoder_of(SHAPES[case.shape])
     parts = floor.step_flops(decoder, [len(row) for row in rows], gpu_shapes.num_targets(rows), RANK)
     if case.method == "lora":

@@ -1,10 +1,10 @@
 """Supervised fine-tuning on a CPU, side by side: Luthier, LLaMA-Factory, TRL twice, plain Trainer.
 
-    python benchmarks/sft_cpu.py --model FOLDER --lf-python PEER/bin/python --trl-python PEER/bin/python
+    python benchmarks/sft_cpu.py --lf-python PEER/bin/python
 
 Every contender trains LoRA on all linear layers in float32 on the same token sequences, in a process of its
 own; each round runs all of them once and the next round starts with another one. Only ratios within a round
-are quoted. `FOLDER` holds the model as safetensors (a small Llama-shaped one) with its tokenizer.
+are quoted. The model is the embedded one, or a folder with a small Llama-shaped one as safetensors.
 """
 
 from __future__ import annotations
@@ -19,12 +19,15 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+import checkout
 import floor
 import sequences
 import summary
 
+from luthier.model.load import locate
+from luthier.recipe.schema import EMBEDDED_MODEL, ModelSpec
+
 HERE = Path(__file__).resolve().parent
-REPOSITORY = HERE.parent
 WORKERS = {
     "luthier": "luthier_sft.py",
     "llamafactory": "llama_factory.py",
@@ -39,14 +42,14 @@ def parse() -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument(
-        "--model", type=Path, required=True, help="folder with safetensors weights and tokenizer"
+        "--model", default=EMBEDDED_MODEL, help="folder with safetensors weights and tokenizer"
     )
     parser.add_argument(
-        "--data", type=Path, default=REPOSITORY.parent / "shared" / "data", help="data folder"
+        "--data", type=Path, default=checkout.REPOSITORY.parent / "shared" / "data", help="data folder"
     )
     parser.add_argument("--dataset", default="alpaca_en_demo", help="name in the folder's dataset_info.json")
-    parser.add_argument("--contenders", nargs="+", choices=WORKERS, default=list(WORKERS))
-    parser.add_argument("--lf-python", default=sys.executable, help="Python that has LLaMA-Factory")
+    parser.add_argument("--contenders", nargs="+", choices=WORKERS, help="all whose environment is given")
+    parser.add_argument("--lf-python", help="Python that has LLaMA-Factory, which is left out otherwise")
     parser.add_argument("--trl-python", default=sys.executable, help="Python that has TRL")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=8, help="optimizer steps of each contender in a round")
@@ -59,7 +62,16 @@ def parse() -> argparse.Namespace:
         "--launcher", default="", help="put before every worker's command, e.g. 'taskset -c 0,1'"
     )
     parser.add_argument("--results", type=Path, default=HERE / "results" / "sft_cpu.json")
-    return parser.parse_args()
+    options = parser.parse_args()
+    options.contenders = options.contenders or [
+        name for name in WORKERS if name != "llamafactory" or options.lf_python
+    ]
+    if "llamafactory" in options.contenders and not options.lf_python:
+        parser.error("llamafactory needs --lf-python")
+    if not (options.data / "dataset_info.json").is_file():
+        parser.error(f"{options.data} has no dataset_info.json: give --data")
+    options.model = Path(locate(ModelSpec(path=options.model)).path)
+    return options
 
 
 def build_job(options: argparse.Namespace) -> dict[str, Any]:
@@ -110,7 +122,7 @@ def run_worker(options: argparse.Namespace, job: dict[str, Any], name: str) -> d
         "MKL_NUM_THREADS": str(options.threads),
         "TOKENIZERS_PARALLELISM": "false",
         "HF_HUB_OFFLINE": "1",
-        "PYTHONPATH": str(REPOSITORY / "src"),
+        "PYTHONPATH": str(checkout.REPOSITORY / "src"),
     }
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "job.json"

@@ -104,7 +104,9 @@ def _with_lora(model: PreTrainedModel, config: LoraConfig) -> PeftModel:
 
 
 def lora_everywhere(model: PreTrainedModel) -> nn.Module:
-    return _with_lora(model, LoraConfig(r=4, lora_alpha=12, target_modules="all-linear", task_type="CAUSAL_LM"))
+    return _with_lora(
+        model, LoraConfig(r=4, lora_alpha=12, target_modules="all-linear", task_type="CAUSAL_LM")
+    )
 
 
 def lora_on_head(model: PreTrainedModel) -> nn.Module:

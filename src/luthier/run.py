@@ -187,7 +187,7 @@ def _model(
     base = load_model(settings.model, source, torch.device(hardware.device))
     model = method.apply(base)
     install_target_forward(model.get_base_model() if isinstance(model, PeftModel) else model)
-    require_isolation(model)
+    require_isolation(model, {"bf16": torch.bfloat16, "fp16": torch.float16}.get(settings.train.precision))
     return model, method
 
 

@@ -83,7 +83,15 @@ def closed_form(
 def flat(q: Tensor, k: Tensor, v: Tensor, name: str = SDPA, **options: float | None) -> Tensor:
     bounds = torch.tensor(BOUNDS, dtype=torch.int32)
     output, weights = KERNELS[name](
-        Layer(k.shape[1]), q, k, v, None, cu_seq_lens_q=bounds, cu_seq_lens_k=bounds, max_length_q=12, **options
+        Layer(k.shape[1]),
+        q,
+        k,
+        v,
+        None,
+        cu_seq_lens_q=bounds,
+        cu_seq_lens_k=bounds,
+        max_length_q=12,
+        **options,
     )
     assert weights is None
     return output
@@ -92,7 +100,9 @@ def flat(q: Tensor, k: Tensor, v: Tensor, name: str = SDPA, **options: float | N
 @pytest.mark.parametrize(("name", "softcap"), [(SDPA, None), (SDPA, 2.0), (VARLEN, 2.0)])
 @pytest.mark.parametrize("kv_heads", [4, 2, 1])
 @pytest.mark.parametrize("window", [None, 1, 4, 12, 100])
-def test_segments_equal_closed_form(window: int | None, softcap: float | None, kv_heads: int, name: str) -> None:
+def test_segments_equal_closed_form(
+    window: int | None, softcap: float | None, kv_heads: int, name: str
+) -> None:
     """Values and gradients; the variable-length kernel falls back to the exact one for soft caps."""
     scale = 0.3
     inputs = tensors(kv_heads)
@@ -119,7 +129,9 @@ def test_varlen_falls_back_in_float32() -> None:
     q, k, v = (tensor.detach().float() for tensor in tensors(2))
     bounds = torch.tensor(BOUNDS, dtype=torch.int32)
     out = varlen_segments(q, k, v, bounds, 12, scale=None, dropout=0.0, window=4, softcap=None)
-    torch.testing.assert_close(out[None], closed_form(q, k, v, visible(BOUNDS, 4), None, None), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(
+        out[None], closed_form(q, k, v, visible(BOUNDS, 4), None, None), rtol=1e-5, atol=1e-5
+    )
 
 
 @pytest.mark.parametrize("softcap", [None, 2.0])

@@ -27,7 +27,9 @@ class Net(nn.Module):
         return self.linear(x)
 
 
-def pair(*, bias: bool = True, dtype: torch.dtype = torch.float64, **options: Any) -> tuple[PeftModel, PeftModel]:
+def pair(
+    *, bias: bool = True, dtype: torch.dtype = torch.float64, **options: Any
+) -> tuple[PeftModel, PeftModel]:
     """The same layer twice: PEFT's own, and fused. The adapter's B is not zero."""
     torch.manual_seed(0)
     config = LoraConfig(r=RANK, lora_alpha=7, target_modules=["linear"], **options)
@@ -74,7 +76,9 @@ def results(model: nn.Module, x: Tensor, autocast: torch.dtype | None = None) ->
 def assert_same(actual: dict[str, Tensor], expected: dict[str, Tensor], **tolerance: float) -> None:
     assert actual.keys() == expected.keys()
     for name in expected:
-        torch.testing.assert_close(actual[name], expected[name], **tolerance, msg=lambda m, n=name: f"{n}: {m}")
+        torch.testing.assert_close(
+            actual[name], expected[name], **tolerance, msg=lambda m, n=name: f"{n}: {m}"
+        )
 
 
 @pytest.mark.parametrize("rslora", [False, True])
@@ -178,7 +182,9 @@ def test_two_adapters(products: list[int]) -> None:
     plain, other = pair()
     for model in (plain, other):
         torch.manual_seed(9)
-        model.add_adapter("second", LoraConfig(r=2, lora_alpha=5, target_modules=["linear"], init_lora_weights=False))
+        model.add_adapter(
+            "second", LoraConfig(r=2, lora_alpha=5, target_modules=["linear"], init_lora_weights=False)
+        )
         model.base_model.set_adapter(["default", "second"])
     assert_same(results(other, inputs()), results(plain, inputs()))
     assert products == []

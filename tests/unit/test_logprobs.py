@@ -74,11 +74,11 @@ def test_each_statistic_alone(method: str, wanted: dict[str, bool]) -> None:
     expected = dense_answers(dense, samples)
     names = ["logprobs", *wanted]
     assert [name for name in NAMES if getattr(answers, name) is not None] == [n for n in NAMES if n in names]
-    for index, name in enumerate(names, start=1):
+    for name in names:
         torch.testing.assert_close(getattr(answers, name), getattr(expected, name), rtol=1e-4, atol=1e-4)
-    torch.stack([k * getattr(answers, n).square().sum() for k, n in enumerate(names, start=1)]).sum().backward()
-    torch.stack([k * getattr(expected, n).square().sum() for k, n in enumerate(names, start=1)]).sum().backward()
-    assert index == len(names)
+    for said in (answers, expected):
+        parts = [k * getattr(said, name).square().sum() for k, name in enumerate(names, start=1)]
+        torch.stack(parts).sum().backward()
     assert_same_gradients(gradients(flat), gradients(dense), relative=3e-5)
 
 

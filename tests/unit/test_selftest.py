@@ -44,7 +44,9 @@ def test_models_that_never_ask_are_refused(config: PreTrainedConfig) -> None:
 def test_leak_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     """An attention that is called, but sees the whole row."""
 
-    def leaky(q: Tensor, k: Tensor, v: Tensor, bounds: Tensor, max_length: int | None, **options: Any) -> Tensor:
+    def leaky(
+        q: Tensor, k: Tensor, v: Tensor, bounds: Tensor, max_length: int | None, **options: Any
+    ) -> Tensor:
         return attention.sdpa_segments(q, k, v, bounds[[0, -1]], max_length, **options)
 
     model = taught("llama")

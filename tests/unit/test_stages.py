@@ -82,7 +82,7 @@ def test_smoothing_equals_transformers(epsilon: float) -> None:
         term = stage.loss(ModelPolicy(flat), flat_batch(samples)).terms["loss"]
         ids, mask, labels = padded_rows(samples)
         output = CausalLMOutput(logits=dense(ids, attention_mask=mask).logits)
-        expected = LabelSmoother(epsilon=epsilon)(output, {"labels": labels}, shift_labels=True)
+        expected = LabelSmoother(epsilon=epsilon)(output, labels, shift_labels=True)
         torch.testing.assert_close(term.total / term.weight, expected, rtol=1e-5, atol=1e-5)
         (term.total / term.weight).backward()
         expected.backward()
@@ -125,7 +125,7 @@ def test_message_weights() -> None:
     # three bytes and the stop token at 0.25, two bytes and the stop token at 1
     assert float(stage.weight(batch)["loss"]) == 4 * 0.25 + 3
     num_supervised = int((batch.targets >= 0).sum())
-    policy: Policy = Fixed([-2.0**k for k in range(num_supervised)], [])
+    policy: Policy = Fixed([-(2.0**k) for k in range(num_supervised)], [])
     total = float(stage.loss(policy, batch).terms["loss"].total)
     assert num_supervised == 7
     assert total == 0.25 * (1 + 2 + 4 + 8) + (16 + 32 + 64)

@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 from torch import nn
 from transformers import PreTrainedModel
 
-from luthier.methods.groups import decay_groups
+from luthier.methods.groups import checkpoints_activations, decay_groups
 from luthier.recipe.schema import FreezeSpec, FullSpec
 from luthier.types import CheckpointError, ModelError
 
@@ -63,7 +63,7 @@ class Freeze(Full):
         if any(parameter.requires_grad for parameter in model.get_input_embeddings().parameters()):
             return model
         # Checkpointed layers below the first trained one would otherwise see inputs without a gradient.
-        if model.is_activation_checkpointing:
+        if checkpoints_activations(model):
             model.enable_input_require_grads()  # type: ignore[no-untyped-call]
         return model
 
@@ -71,7 +71,7 @@ class Freeze(Full):
         count = self.spec.layers
         if abs(count) > num_layers:
             raise ModelError(f"method.layers={count}, but the model has only {num_layers} layers")
-        return range(num_layers - count, num_layers) if count > 0 else range(0, -count)
+        return range(num_layers - count, num_layers) if count > 0 else range(-count)
 
     def _train_layer(self, path: str, layer: nn.Module) -> None:
         if self.spec.modules == ("all",):

@@ -24,6 +24,11 @@ def count_parameters(model: nn.Module) -> ParameterCount:
     return ParameterCount(trainable, sum(parameter.numel() for parameter in parameters))
 
 
+def checkpoints_activations(model: nn.Module) -> bool:
+    """Whether any layer computes its activations again in backward; transformers renamed its own property."""
+    return any(getattr(module, "gradient_checkpointing", False) for module in model.modules())
+
+
 def decay_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
     """Two groups, as transformers' Trainer makes them: biases and norms are not decayed."""
     norms = [nn.LayerNorm, nn.RMSNorm]

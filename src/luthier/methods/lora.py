@@ -11,11 +11,9 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from luthier.methods.fused import fuse_lora
-from luthier.methods.groups import decay_groups
+from luthier.methods.groups import checkpoints_activations, decay_groups
 from luthier.recipe.schema import LoraSpec
 from luthier.types import CheckpointError, ModelError
-
-EMBEDDINGS = ("embed_tokens", "lm_head", "wte", "word_embeddings", "embed_in", "embed_out")
 
 
 class Lora:
@@ -33,7 +31,7 @@ class Lora:
             assert isinstance(merged, PreTrainedModel)
             model = merged
         peft_model = self._new(model) if continued is None else self._attach(model, continued, trainable=True)
-        if model.is_activation_checkpointing:
+        if checkpoints_activations(model):
             # Without it the first checkpointed layer has no input that asks for a gradient.
             model.enable_input_require_grads()  # type: ignore[no-untyped-call]
         fuse_lora(peft_model)
@@ -82,12 +80,9 @@ class Lora:
         return decay_groups(model, weight_decay)
 
     def save(self, model: PeftModel, folder: Path) -> None:
-        targets = [
-            *self.spec.modules_to_save,
-            *([] if isinstance(self.spec.targets, str) else self.spec.targets),
-        ]
-        # Said outright: left to itself PEFT asks a hub for the base model's vocabulary size.
-        model.save_pretrained(str(folder), save_embedding_layers=any(name in EMBEDDINGS for name in targets))
+        # Never the base's own embeddings: with them PEFT writes copies that it cannot load again. Left to itself
+        # it asks a hub for the base model's vocabulary size.
+        model.save_pretrained(str(folder), save_embedding_layers=False)
 
     def load(self, model: PeftModel, folder: Path) -> None:
         """Put the adapter of `folder` into `model`. Raises CheckpointError where it does not fit exactly."""

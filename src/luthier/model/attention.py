@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from inspect import signature
 from itertools import pairwise
 from typing import Any
 
@@ -104,12 +105,12 @@ def _softcapped(
 ) -> Tensor:
     """Attention whose scores pass through softcap * tanh(scores / softcap) (Gemma 2, arXiv:2408.00118)."""
     scores = query @ key.transpose(-1, -2) * scale
-    scores = softcap * torch.tanh(scores / softcap)
+    scores = (softcap * torch.tanh(scores / softcap)).float()
     if mask is not None:
         # Not -inf: the row of a padding token is masked whole, and its NaN would reach every other row.
-        least = torch.finfo(scores.dtype).min
+        least = torch.finfo(torch.float32).min
         scores = scores.masked_fill(~mask, least) if mask.dtype == torch.bool else scores + mask
-    weights = scores.softmax(dim=-1, dtype=torch.float32).to(query.dtype)
+    weights = scores.softmax(dim=-1).to(query.dtype)
     return F.dropout(weights, dropout) @ value
 
 
@@ -166,6 +167,10 @@ def varlen_segments(
     softcap: float | None,
 ) -> Tensor:
     """torch's variable-length FlashAttention: (1, H, T, E), (1, K, T, E) -> (T, H, E). CUDA, 16 bits."""
+    if torch.is_autocast_enabled(query.device.type):
+        # Rotary embeddings leave float32 queries beside 16-bit values; autocast does not know this kernel.
+        dtype = torch.get_autocast_dtype(query.device.type)
+        query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
     if dropout > 0 or softcap is not None or query.dtype == torch.float32:
         # The kernel has none of these; the per-segment form is exact, only slower.
         return sdpa_segments(
@@ -183,6 +188,13 @@ def varlen_segments(
 
     if max_length is None:
         max_length = int(cu_seqlens.diff().max())
+    grouped: dict[str, Any] = {}
+    if query.shape[1] != key.shape[1]:
+        if "enable_gqa" in signature(varlen_attn).parameters:
+            grouped["enable_gqa"] = True
+        else:  # torch 2.11
+            groups = query.shape[1] // key.shape[1]
+            key, value = repeat_kv(key, groups), repeat_kv(value, groups)
     out = varlen_attn(
         query[0].transpose(0, 1),
         key[0].transpose(0, 1),
@@ -193,7 +205,7 @@ def varlen_segments(
         max_length,
         scale=scale,
         window_size=(-1 if window is None else window - 1, 0),
-        enable_gqa=query.shape[1] != key.shape[1],
+        **grouped,
     )
     assert isinstance(out, Tensor)
     return out

@@ -153,7 +153,8 @@ def load_model(spec: ModelSpec, source: ModelSource, device: torch.device) -> Pr
     except (OSError, ValueError) as error:
         raise ModelError(f"model.path={spec.path} could not be loaded: {error}") from error
     if spec.gradient_checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[no-untyped-call]
+        renamed = getattr(model, "activation_checkpointing_enable", None)  # transformers 5.23
+        (renamed or model.gradient_checkpointing_enable)({"use_reentrant": False})
     assert isinstance(model, PreTrainedModel)
     nn.Module.to(model, device)
     return model

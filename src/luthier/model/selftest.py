@@ -85,11 +85,16 @@ def _alone(model: nn.Module, batch: Batch) -> Tensor:
     return torch.cat(parts)
 
 
-def require_isolation(model: nn.Module) -> SelfTest:
-    """Raise ModelError, saying what was measured, unless flat rows are exact on this model."""
+def require_isolation(model: nn.Module, arithmetic: torch.dtype | None = None) -> SelfTest:
+    """Raise ModelError, saying what was measured, unless flat rows are exact on this model.
+
+    `arithmetic` is the type of an autocast that training will use; None where there is none.
+    """
     name = type(model.get_base_model() if hasattr(model, "get_base_model") else model).__name__  # type: ignore[operator]
-    result = run_self_test(model)
-    tolerance = TOLERANCE[next(model.parameters()).dtype]
+    first = next(model.parameters())
+    with torch.autocast(first.device.type, dtype=arithmetic, enabled=arithmetic is not None):
+        result = run_self_test(model)
+    tolerance = TOLERANCE[arithmetic or first.dtype]
     if result.attention_calls == 0:
         raise ModelError(
             f"{name} never calls the attention function that was chosen for it, so segments of a packed row "
