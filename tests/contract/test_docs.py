@@ -118,7 +118,9 @@ def test_recipes_in_documents_validate(document: str, text: str) -> None:
 @pytest.mark.parametrize("path", DOCUMENTS, ids=name)
 def test_files_that_documents_name_exist(path: Path) -> None:
     text = FENCE.sub("", path.read_text(encoding="utf-8"))
-    links = [link for link in re.findall(r"\]\(([^)#\s]+)[^)]*\)", text) if "://" not in link and "@" not in link]
+    links = [
+        link for link in re.findall(r"\]\(([^)#\s]+)[^)]*\)", text) if "://" not in link and "@" not in link
+    ]
     missing = [link for link in links if not (path.parent / link).exists()]
     roots = r"`((?:src|tests|docs|examples|benchmarks|\.ci|\.github)/[\w./-]+)`"
     missing += [file for file in re.findall(roots, text) if not (ROOT / file).exists()]

@@ -42,7 +42,9 @@ def test_an_upward_import_is_found(tmp_path: Path) -> None:
         target = package / source.relative_to(ROOT / "src/luthier")
         target.parent.mkdir(parents=True, exist_ok=True)
         target.write_text(source.read_text(encoding="utf-8"), encoding="utf-8")
-    (tmp_path / "pyproject.toml").write_text((ROOT / "pyproject.toml").read_text(encoding="utf-8"), encoding="utf-8")
+    (tmp_path / "pyproject.toml").write_text(
+        (ROOT / "pyproject.toml").read_text(encoding="utf-8"), encoding="utf-8"
+    )
     types = package / "types.py"
     types.write_text(types.read_text(encoding="utf-8") + "\nimport luthier.stages.sft\n", encoding="utf-8")
     result = lint(tmp_path)

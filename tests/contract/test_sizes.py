@@ -34,7 +34,9 @@ def test_the_package_is_found() -> None:
 @pytest.mark.parametrize("path", MODULES, ids=name)
 def test_file_and_function_sizes(path: Path) -> None:
     lines = len(path.read_text(encoding="utf-8").splitlines())
-    assert lines <= MAX_FILE, f"{name(path)} has {lines} lines: it holds two ideas, find the second one's name"
+    assert lines <= MAX_FILE, (
+        f"{name(path)} has {lines} lines: it holds two ideas, find the second one's name"
+    )
     long = {node.name: num_lines(node) for node in functions(path) if num_lines(node) > MAX_FUNCTION}
     assert not long, f"{name(path)}: longer than {MAX_FUNCTION} lines"
 

@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
+from peft.utils import load_peft_weights
 from torch import Tensor, nn
 from transformers import PreTrainedModel, Trainer, TrainingArguments
 
@@ -243,6 +244,11 @@ def test_stacked_adapters(create_new: bool, tmp_path: Path) -> None:
     trains = {"self_attn.k_proj"} if create_new else {"self_attn.q_proj", "mlp.down_proj"}
     assert lora_layers(model) == {f"{k}.{name}" for k in (0, 1) for name in trains}
     assert all("lora_" in name for name in trained(model))
+    if not create_new:
+        last = load_peft_weights(str(folders[-1]))
+        state = get_peft_model_state_dict(model, save_embedding_layers=False)
+        assert state.keys() == last.keys()
+        assert all(torch.equal(state[name], tensor) for name, tensor in last.items())
 
 
 # ---- saving and loading ---------------------------------------------------------------------------------------

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, BloomConfig, MambaConfig, PreTrainedConfig
+from transformers import AutoModelForCausalLM, BloomConfig, FalconConfig, MambaConfig, PreTrainedConfig
 
 from luthier.model import attention, logprobs
+from luthier.model.load import ModelSource, load_model
 from luthier.model.logprobs import install_target_forward
 from luthier.model.selftest import LENGTHS, require_isolation, run_self_test, two_segments
+from luthier.recipe.schema import ModelSpec
 from luthier.types import IGNORE_INDEX, ModelError
 from tests.tiny import FAMILIES, VOCAB, tiny_model
 
@@ -39,6 +42,13 @@ def test_models_that_never_ask_are_refused(config: PreTrainedConfig) -> None:
     install_target_forward(model)
     with pytest.raises(ModelError, match="never calls the attention function"):
         require_isolation(model)
+
+
+def test_model_with_a_closed_table_of_attentions_is_refused(tmp_path: Path) -> None:
+    config = FalconConfig(vocab_size=VOCAB, hidden_size=32, num_hidden_layers=2, num_attention_heads=4)
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    with pytest.raises(ModelError, match=r"FalconForCausalLM.*does not let its attention be chosen"):
+        load_model(ModelSpec(path=str(tmp_path)), ModelSource(str(tmp_path), local=True), torch.device("cpu"))
 
 
 def test_leak_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

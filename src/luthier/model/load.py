@@ -141,17 +141,26 @@ def load_model(spec: ModelSpec, source: ModelSource, device: torch.device) -> Pr
     `spec.dtype` and `spec.attention` are resolved. Raises ModelError for what is no causal language model.
     """
     arguments = _hub_arguments(spec)
+    attention = attention_name(spec.attention, device)
     try:
         config = AutoConfig.from_pretrained(source.path, **arguments)
         model = AutoModelForCausalLM.from_pretrained(
             source.path,
             config=config,
             dtype="auto" if spec.dtype == "auto" else DTYPES[spec.dtype],
-            attn_implementation=attention_name(spec.attention, device),
+            attn_implementation=attention,
             **arguments,
         )
     except (OSError, ValueError) as error:
         raise ModelError(f"model.path={spec.path} could not be loaded: {error}") from error
+    except KeyError as error:
+        if error.args != (attention,):
+            raise
+        # Falcon looks its attention up in a table of its own, where nothing can be registered.
+        raise ModelError(
+            f"model.path={spec.path}: {config.architectures} does not let its attention be chosen, so segments of "
+            "a packed row cannot be isolated; this model cannot be trained on flat rows"
+        ) from error
     if spec.gradient_checkpointing:
         renamed = getattr(model, "activation_checkpointing_enable", None)  # transformers 5.23
         (renamed or model.gradient_checkpointing_enable)({"use_reentrant": False})

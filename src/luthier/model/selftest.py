@@ -1,4 +1,4 @@
-"""The test that every model passes before it trains: isolation, and the kernel's numbers against its own.
+"""What every model must pass before it trains: isolation, and the kernel's numbers equal to the model's own.
 
 Two random segments go through the flat forward; each goes alone through the model's ordinary forward, dense
 logits and all. A model that attends across segments, ignores the registered attention, or scales its logits

@@ -15,11 +15,12 @@ from rich.table import Table
 
 from luthier.data.template import load_template
 from luthier.engine.hf import HfEngine
+from luthier.environment import detect_hardware
 from luthier.model.load import load_model, load_tokenizer, locate
 from luthier.recipe.load import load_recipe
 from luthier.recipe.resolve import resolve
 from luthier.recipe.schema import Recipe
-from luthier.run import TrainResult, detect_hardware, train
+from luthier.run import TrainResult, train
 from luthier.types import Conversation, GenerationSettings, Message
 
 FOLDER = Path(__file__).parent
@@ -97,10 +98,8 @@ def _report(
         records.append({"question": question.question, "expected": question.expected, "before": old, "after": new})
     console.print(table)
     scores = [sum(q.passed(text) for q, text in zip(questions, texts, strict=True)) for texts in (before, after)]
-    (result.output / "quickstart.json").write_text(
-        json.dumps({"before": scores[0], "after": scores[1], "of": len(questions), "answers": records}, indent=2) + "\n",
-        encoding="utf-8",
-    )
+    scored = {"before": scores[0], "after": scores[1], "of": len(questions), "answers": records}
+    (result.output / "quickstart.json").write_text(json.dumps(scored, indent=2) + "\n", encoding="utf-8")
     console.print(
         f"[bold]{scores[0]} of {len(questions)} right before, {scores[1]} of {len(questions)} after.[/]\n"
         f"Result:     {result.output}  (the adapter, its tokenizer and template)\n"

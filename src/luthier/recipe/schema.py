@@ -324,6 +324,8 @@ class Recipe(Spec):
         if self.train.eval_only and not self.data.eval and not self.data.dev_split:
             raise ValueError("train.eval_only needs data.eval or data.dev_split")
         train = self.train
+        if train.eval_every is not None and not self.data.eval and not self.data.dev_split:
+            raise ValueError("train.eval_every needs something to evaluate on: data.eval or data.dev_split")
         if train.load_best and train.eval_every is None:
             raise ValueError("train.load_best needs train.eval_every: the best is chosen at evaluations")
         if train.load_best and train.save_every != train.eval_every:

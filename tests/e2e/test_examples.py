@@ -1,0 +1,38 @@
+"""Every example that needs no other run trains a step on the embedded model, with the data that comes with it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+import luthier
+
+ROOT = Path(__file__).parents[2]
+NEEDS_ADAPTERS = {"sft_stacked_adapters.yaml"}
+EXAMPLES = [path for path in sorted((ROOT / "examples").glob("*.yaml")) if path.name not in NEEDS_ADAPTERS]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
+def test_an_example_trains(
+    path: Path, smollm2: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(ROOT)  # examples name their data from there
+    overrides = [
+        f"model.path={smollm2}",
+        f"train.output={tmp_path / 'run'}",
+        f"data.cache={tmp_path / 'cache'}",
+        "train.max_steps=1",
+        "train.save_every=null",
+        "train.plots=false",
+        "train.log_every=1",
+        "data.max_samples=8",
+        "data.dev_split=0",
+        "train.eval_every=null",
+    ]
+    result = luthier.train(path, overrides, quiet=True)
+    # An instruct model's loss on short English text; an untrained head would give ln 49152 = 10.8.
+    assert 0.5 < result.metrics["train_loss"] < 6
+    assert json.loads((result.output / "run.json").read_text(encoding="utf-8"))["files"]
