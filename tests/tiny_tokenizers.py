@@ -21,7 +21,9 @@ CORPUS = [
 BOS, EOS = "<s>", "</s>"
 
 
-def _wrap(backend: Tokenizer, special: Sequence[str | AddedToken], template: str | None) -> PreTrainedTokenizerFast:
+def _wrap(
+    backend: Tokenizer, special: Sequence[str | AddedToken], template: str | None
+) -> PreTrainedTokenizerFast:
     backend.add_special_tokens([BOS, EOS, *special])
     return PreTrainedTokenizerFast(
         tokenizer_object=backend, bos_token=BOS, eos_token=EOS, unk_token="<unk>", chat_template=template
@@ -70,6 +72,8 @@ def unigram(special: Sequence[str | AddedToken] = (), template: str | None = Non
     backend.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first")
     backend.decoder = decoders.Metaspace(prepend_scheme="first")
     pieces = [str(token) for token in special]
-    trainer = trainers.UnigramTrainer(vocab_size=300, special_tokens=["<unk>", BOS, EOS, *pieces], unk_token="<unk>")
+    trainer = trainers.UnigramTrainer(
+        vocab_size=300, special_tokens=["<unk>", BOS, EOS, *pieces], unk_token="<unk>"
+    )
     backend.train_from_iterator(CORPUS, trainer)
     return _wrap(backend, special, template)

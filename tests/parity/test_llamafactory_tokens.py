@@ -54,7 +54,9 @@ def test_tokens_targets_and_order(case: Path, smollm2: Path, shared_data: Path, 
     options = EncodeOptions.of(spec, stage, llamafactory=True, pad_id=tokenizer.pad_token_id)
     part: Any = Pretraining(PtSpec(), options) if stage == "pt" else SupervisedFineTuning(SftSpec(), options)
     kind: Any = "text" if stage == "pt" else "conversation"
-    how = Preparation(part.encode, template, kind, {"stage": stage, **asdict(options)}, asked["seed"], llamafactory=True)
+    how = Preparation(
+        part.encode, template, kind, {"stage": stage, **asdict(options)}, asked["seed"], llamafactory=True
+    )
     data = prepare(spec, how)
 
     tables = {"train": data.train, "eval": data.eval.get("dev")}

@@ -158,7 +158,7 @@ def test_epochs_and_their_steps(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_real_model(smollm2: Path, shared_data: Path, tmp_path: Path) -> None:
-    """`luthier.train` on SmolLM2-135M: three steps of LoRA on sixteen real rows, the last step uneven."""
+    """`luthier.train` on SmolLM2-135M: three steps of LoRA on fifteen real rows, the last step uneven."""
     data = {
         "train": ["alpaca_en_demo"], "directory": str(shared_data), "max_samples": 15, "max_length": 48,
         "overflow": "truncate", "max_lost": None, "cache": str(tmp_path / "cache"),
@@ -168,7 +168,7 @@ def test_real_model(smollm2: Path, shared_data: Path, tmp_path: Path) -> None:
     luthier.train(
         {
             "model": {"path": str(smollm2)}, "data": data, "method": method,
-            "optim": {"lr": 1e-3, "warmup": 1, "weight_decay": 0.01},
+            "optim": {"lr": 1e-3, "eps": 1e-4, "warmup": 1, "weight_decay": 0.01},
             "train": {
                 "output": str(output), "rows_per_device": 2, "accumulation": 3, "epochs": 1, "log_every": 1,
                 "save_every": None, "plots": False, "seed": SEED, "precision": "fp32",
@@ -185,6 +185,7 @@ def test_real_model(smollm2: Path, shared_data: Path, tmp_path: Path) -> None:
         samples,
         tmp_path / "plain",
         learning_rate=1e-3,
+        adam_epsilon=1e-4,  # a tiny one makes a whole step of a gradient that is only rounding
         warmup_steps=1,
         weight_decay=0.01,
         lr_scheduler_type="cosine",
@@ -200,7 +201,7 @@ def test_real_model(smollm2: Path, shared_data: Path, tmp_path: Path) -> None:
     assert losses == pytest.approx(history(plain, "loss"), rel=1e-4)
     saved = load_file(output / "adapter_model.safetensors")
     actual = {name.replace(".weight", ".default.weight"): tensor for name, tensor in saved.items()}
-    assert_same_weights(actual, weights(plain.model), start, 1e-2)
+    assert_same_weights(actual, weights(plain.model), start, 1e-3)
 
 
 def rows_of(model: Path, spec: DataSpec) -> list[Sample]:

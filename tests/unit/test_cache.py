@@ -13,7 +13,6 @@ from typing import Any
 import numpy as np
 import pytest
 from numpy.testing import assert_array_equal
-from tiny_tokenizers import byte_level
 
 from luthier.data import cache as cache_module
 from luthier.data.cache import TokenCache, content_key, default_folder
@@ -27,6 +26,7 @@ from luthier.recipe.schema import DataSpec, PtSpec, SftSpec
 from luthier.stages.pt import Pretraining
 from luthier.stages.sft import SupervisedFineTuning
 from luthier.types import DataError, Encoded, Lost, Sample
+from tiny_tokenizers import byte_level
 
 TEMPLATE_TOKENS = ("<|im_start|>", "<|im_end|>")
 
@@ -110,7 +110,10 @@ def report_of(encoded: list[Encoded], name: str = "demo") -> DataReport:
 def test_a_report_counts_every_row_once() -> None:
     report = report_of(ENCODED)
     assert (report.rows, report.samples, report.tokens, report.targets) == (6, 4, 15, 3 + 5 + 1)
-    assert report.dropped == {"no answer": 2, "too odd": 1} and report.examples == {"no answer": [1, 5], "too odd": [4]}
+    assert report.dropped == {"no answer": 2, "too odd": 1} and report.examples == {
+        "no answer": [1, 5],
+        "too odd": [4],
+    }
     assert (report.cut_rows, report.cut_tokens, report.lost_answers, report.unsupervised) == (1, 5, 1, 1)
     assert report.lost_rows == 5 and report.lost_share == 5 / 6
     assert report.lengths == {"p50": 3, "p90": 4, "p99": 4, "p100": 6}
@@ -126,7 +129,9 @@ def test_losses_are_told_and_judged() -> None:
     assert good.losses() == ""
     check_max_lost([report, good], None)
     check_max_lost([report], 0.84)
-    with pytest.raises(DataError, match=r"^demo: 5 of 6 rows lost.*more than data\.max_lost allows \(80\.00%\)"):
+    with pytest.raises(
+        DataError, match=r"^demo: 5 of 6 rows lost.*more than data\.max_lost allows \(80\.00%\)"
+    ):
         check_max_lost([report, good], 0.8)
     table = format_reports([report, good]).splitlines()
     assert table[1].split() == ["demo", "6", "3", "1", "1", "4", "15", "9", "3", "4", "4", "6"]
@@ -229,8 +234,12 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def prepared(folder: Path, *, stage: str = "sft", seed: int = 3, progress: Any = None, **spec: Any) -> PreparedData:
-    data = DataSpec(**{"directory": str(folder), "cache": str(folder / "cache"), "template": "chatml", **spec})
+def prepared(
+    folder: Path, *, stage: str = "sft", seed: int = 3, progress: Any = None, **spec: Any
+) -> PreparedData:
+    data = DataSpec(
+        **{"directory": str(folder), "cache": str(folder / "cache"), "template": "chatml", **spec}
+    )
     options = EncodeOptions.of(data, stage)
     part = Pretraining(PtSpec(), options) if stage == "pt" else SupervisedFineTuning(SftSpec(), options)
     template = load_template(byte_level(TEMPLATE_TOKENS), data)
@@ -253,8 +262,12 @@ def counted_encodes(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
 def test_sets_are_put_one_after_the_other_and_evaluated_by_name(folder: Path) -> None:
     seen: list[tuple[str, int]] = []
-    data = prepared(folder, train=["a.json", "b.json"], eval=["mixed.jsonl"], progress=lambda *at: seen.append(at))
-    assert [(s.source, s.index) for s in data.train] == [("a", i) for i in range(12)] + [("b", i) for i in range(5)]
+    data = prepared(
+        folder, train=["a.json", "b.json"], eval=["mixed.jsonl"], progress=lambda *at: seen.append(at)
+    )
+    assert [(s.source, s.index) for s in data.train] == [("a", i) for i in range(12)] + [
+        ("b", i) for i in range(5)
+    ]
     assert list(data.eval) == ["mixed"] and [s.index for s in data.eval["mixed"]] == [0, 4]
     assert [r.dataset for r in data.reports] == ["a", "b", "mixed"]
     assert data.reports[2].dropped == {"no answer": 1, "no answer to learn": 1, "answer is not text": 1}
@@ -271,7 +284,10 @@ def test_what_is_unchanged_is_not_tokenized_again(folder: Path, monkeypatch: pyt
     (folder / "copy.json").write_bytes((folder / "a.json").read_bytes())
     assert prepared(folder, train=["copy.json"]).train[0].source == "copy"
     assert len(calls) == 12
-    assert all(same(replace(a, source="x"), replace(b, source="x")) for a, b in zip(first.train, prepared(folder, train=["copy.json"]).train, strict=True))
+    assert all(
+        same(replace(a, source="x"), replace(b, source="x"))
+        for a, b in zip(first.train, prepared(folder, train=["copy.json"]).train, strict=True)
+    )
 
 
 @pytest.mark.parametrize(
@@ -338,17 +354,23 @@ def test_documents_come_from_lines(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("spec", "message"),
     [
-        ({"train": ["a.json", str("a.json")]}, "data.train: two data sets are called 'a'"),
+        ({"train": ["a.json", "a.json"]}, "data.train: two data sets are called 'a'"),
         ({"train": ["mixed.jsonl"], "max_length": 2}, r"nothing to train on: mixed: 5 of 5 rows lost"),
-        ({"train": ["a.json"], "dev_split": 3, "eval": [{"name": "dev", "file_name": "b.json"}]}, "two data sets are called 'dev'"),
-        ({"train": [{"file_name": "a.json", "ranking": True}]}, "preference pairs .* stage 'sft' does not learn from"),
+        (
+            {"train": ["a.json"], "dev_split": 3, "eval": [{"name": "dev", "file_name": "b.json"}]},
+            "two data sets are called 'dev'",
+        ),
+        (
+            {"train": [{"file_name": "a.json", "ranking": True}]},
+            "preference pairs .* stage 'sft' does not learn from",
+        ),
         ({"train": ["a.json"], "overflow": "error", "max_length": 20}, r"a, row \d+: \d+ tokens, more than"),
     ],
 )
 def test_data_that_cannot_be_used(folder: Path, spec: dict[str, Any], message: str) -> None:
     with pytest.raises(DataError, match=message):
         prepared(folder, **spec)
-    assert not [entry for entry in (folder / "cache").glob(".*")]
+    assert not list((folder / "cache").glob(".*"))
 
 
 def _prepare_in_a_process(folder: str) -> None:

@@ -31,7 +31,8 @@ def test_targets_are_the_next_token_inside_a_segment() -> None:
 def test_one_batch_holds_what_the_samples_hold_alone() -> None:
     rng = np.random.default_rng(0)
     samples = [
-        sample(rng.integers(0, 99, n).tolist(), rng.integers(0, 2, n).tolist()) for n in rng.integers(1, 9, 12)
+        sample(rng.integers(0, 99, n).tolist(), rng.integers(0, 2, n).tolist())
+        for n in rng.integers(1, 9, 12)
     ]
     together = flat_batch(samples)
     for name in ("targets", "target_weights"):

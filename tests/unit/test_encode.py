@@ -96,7 +96,26 @@ def weights(encoded: Encoded) -> list[dict[int, float]]:
 
 def test_answers_and_their_stop_tokens_are_targets() -> None:
     (sample,) = sft_sample(row(*TWO_TURNS), Words(), options()).samples
-    assert sample.input_ids.tolist() == [101, 1, 2, 900, 901, 102, 3, 4, 900, 901, 101, 5, 900, 901, 102, 6, 900, 901]
+    assert sample.input_ids.tolist() == [
+        101,
+        1,
+        2,
+        900,
+        901,
+        102,
+        3,
+        4,
+        900,
+        901,
+        101,
+        5,
+        900,
+        901,
+        102,
+        6,
+        900,
+        901,
+    ]
     assert sample.weights.tolist() == [0, 0, 0, 0, 0, 0, 1, 1, 1, 0, 0, 0, 0, 0, 0, 1, 1, 0]
     assert (sample.source, sample.index) == ("demo", 5)
     assert sample.input_ids.dtype == np.int32 and sample.weights.dtype == np.float32
@@ -124,13 +143,20 @@ def test_train_on_prompt_learns_everything() -> None:
 
 
 def test_messages_have_weights_of_their_own() -> None:
-    turns = (("user", "a"), Message("assistant", "bb", weight=0.25), ("user", "ccc"), Message("assistant", "dddd", weight=0))
+    turns = (
+        ("user", "a"),
+        Message("assistant", "bb", weight=0.25),
+        ("user", "ccc"),
+        Message("assistant", "dddd", weight=0),
+    )
     (sample,) = sft_sample(row(*turns), Words(), options()).samples
     assert sample.weights.tolist() == [0, 0, 0, 0, 0, 0.25, 0.25, 0, 0, 0, 0, 0, 0, 0, 0, 0]
 
 
 def test_empty_answers_are_not_learnt() -> None:
-    encoded = sft_sample(row(("user", "a"), ("assistant", " "), ("user", "b"), ("assistant", "cc")), Words(), options())
+    encoded = sft_sample(
+        row(("user", "a"), ("assistant", " "), ("user", "b"), ("assistant", "cc")), Words(), options()
+    )
     assert weights(encoded) == [{2: 1.0, END: 1.0}]
     only = row(("user", "a"), ("assistant", ""))
     assert sft_sample(only, Words(), options()) == Encoded(lost=Lost("no answer to learn"))
@@ -243,7 +269,9 @@ def test_truncate_counts_answers_that_are_gone() -> None:
 
 
 def test_truncate_with_masked_history_keeps_the_last_turn() -> None:
-    encoded = sft_sample(row(*TWO_TURNS), Words(), options(max_length=11, overflow="truncate", mask_history=True))
+    encoded = sft_sample(
+        row(*TWO_TURNS), Words(), options(max_length=11, overflow="truncate", mask_history=True)
+    )
     (sample,) = encoded.samples
     # the last turn (5 + 3) first, then 3 tokens of room: int(3 x 4 / 10) = 1 of the first answer, 2 of its prompt
     assert sample.input_ids.tolist() == [101, 1, 3, 101, 5, 900, 901, 102, 6, 900, 901]
@@ -255,7 +283,9 @@ def test_truncate_drops_what_has_no_target_left() -> None:
     late = row(("user", "a " * 30), Message("assistant", "b", weight=0), ("user", "c"), ("assistant", "d"))
     native = sft_sample(late, Words(), options(max_length=10, overflow="truncate"))
     assert native == Encoded(lost=Lost("nothing left to learn in max_length", 35, 1))
-    (kept,) = sft_sample(late, Words(), options(max_length=10, overflow="truncate", llamafactory=True)).samples
+    (kept,) = sft_sample(
+        late, Words(), options(max_length=10, overflow="truncate", llamafactory=True)
+    ).samples
     assert len(kept) == 10 and not kept.weights.any()
 
 
@@ -310,7 +340,9 @@ def test_windows_train_each_target_once(length: int, limit: int) -> None:
     sample = Sample(np.arange(length, dtype=np.int32), np.ones(length, np.float32), "s", 1)
     pieces = list(windows(sample, limit))
     assert all(1 <= len(piece) <= limit for piece in pieces)
-    targets = [int(t) for piece in pieces for t, w in zip(piece.input_ids[1:], piece.weights[1:], strict=True) if w]
+    targets = [
+        int(t) for piece in pieces for t, w in zip(piece.input_ids[1:], piece.weights[1:], strict=True) if w
+    ]
     assert targets == list(range(1, length))
     # each target is predicted from the token before it, whatever the window
     for piece in pieces:

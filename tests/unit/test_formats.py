@@ -82,7 +82,9 @@ def test_alpaca_rows_that_cannot_be_used(row: dict[str, Any], reason: str) -> No
 
 
 def test_a_missing_prompt_column_is_the_files_fault() -> None:
-    with pytest.raises(DataError, match=r"row 7: no column 'instruction'; its columns are question, output") as caught:
+    with pytest.raises(
+        DataError, match=r"row 7: no column 'instruction'; its columns are question, output"
+    ) as caught:
         read({"question": "a", "output": "b"}, attr())
     assert not isinstance(caught.value, RowError)
 
@@ -112,16 +114,21 @@ def test_sharegpt_roles_calls_and_tools() -> None:
 
 
 def test_sharegpt_several_calls_at_once() -> None:
-    calls = [{"name": "a", "arguments": "{\"x\": 1}"}, {"name": "b", "arguments": "free text"}]
+    calls = [{"name": "a", "arguments": '{"x": 1}'}, {"name": "b", "arguments": "free text"}]
     row = {"conversations": [{"from": "function_call", "value": json.dumps(calls)}]}
-    assert read(row, attr("sharegpt")).messages[0].tool_calls == (ToolCall("a", {"x": 1}), ToolCall("b", "free text"))
+    assert read(row, attr("sharegpt")).messages[0].tool_calls == (
+        ToolCall("a", {"x": 1}),
+        ToolCall("b", "free text"),
+    )
 
 
 def test_the_system_message_wins_over_the_system_column() -> None:
     description = attr("sharegpt", system="system")
     turns = [{"from": "human", "value": "q"}]
     column_only = read({"conversations": turns, "system": "column"}, description)
-    both = read({"conversations": [{"from": "system", "value": "own"}, *turns], "system": "column"}, description)
+    both = read(
+        {"conversations": [{"from": "system", "value": "own"}, *turns], "system": "column"}, description
+    )
     empty = read({"conversations": [{"from": "system", "value": ""}, *turns]}, description)
     assert [m.content for m in column_only.messages] == ["column", "q"]
     assert [m.content for m in both.messages] == ["own", "q"]
@@ -175,8 +182,14 @@ def test_message_rows_that_cannot_be_used(turns: Any, reason: str) -> None:
     [
         ({"chat": []}, "no column 'messages' with the messages; its columns are chat"),
         ({"messages": "hello"}, "'messages' should be a list of messages, not str"),
-        ({"messages": [{"from": "human", "value": "x"}]}, r"message 0: no 'role' in it \(it has from, value\)"),
-        ({"messages": [{"role": "user", "content": "x", "weight": 1}]}, "a weight belongs to an assistant's message"),
+        (
+            {"messages": [{"from": "human", "value": "x"}]},
+            r"message 0: no 'role' in it \(it has from, value\)",
+        ),
+        (
+            {"messages": [{"role": "user", "content": "x", "weight": 1}]},
+            "a weight belongs to an assistant's message",
+        ),
         ({"messages": [{"role": "assistant", "content": "x", "weight": -1}]}, "weight should be a number"),
     ],
 )
@@ -191,6 +204,12 @@ def test_text_comes_from_the_prompt_column_unchanged() -> None:
     assert text({"body": " a\n", "text": "no"}, description) == " a\n"
     assert text({"text": " a\n"}, attr()) == " a\n"
     assert text({"instruction": "a", "input": "b", "output": "c"}, attr()) == "a\nb"
-    assert text({"messages": [{"role": "system", "content": "s"}, {"role": "user", "content": "q"}]}, attr("openai")) == "q"
+    assert (
+        text(
+            {"messages": [{"role": "system", "content": "s"}, {"role": "user", "content": "q"}]},
+            attr("openai"),
+        )
+        == "q"
+    )
     with pytest.raises(DataError, match="no column 'body'"):
         text({"text": "x"}, description)

@@ -14,10 +14,14 @@ import pytest
 
 from luthier.data.read import data_fingerprint, read_rows
 from luthier.data.registry import DatasetAttr, resolve_datasets
-from luthier.recipe.schema import ColumnSpec, DataSpec, DatasetSpec, TagSpec
+from luthier.recipe.schema import ColumnSpec, DatasetSpec, DataSpec, TagSpec
 from luthier.types import DataError
 
-ROWS = [{"instruction": "a", "output": "1"}, {"instruction": "b", "output": "2"}, {"instruction": "c", "output": "3"}]
+ROWS = [
+    {"instruction": "a", "output": "1"},
+    {"instruction": "b", "output": "2"},
+    {"instruction": "c", "output": "3"},
+]
 
 
 @pytest.fixture
@@ -68,7 +72,11 @@ def test_tags_that_are_not_named_keep_the_formats_own(folder: Path) -> None:
     )
     shared, openai = resolve(folder, "shared", "openai")
     assert shared.tags == TagSpec(**tags) and shared.tags.system_tag == "system"
-    assert (openai.tags.role_tag, openai.tags.user_tag, openai.tags.observation_tag) == ("role", "user", "tool")
+    assert (openai.tags.role_tag, openai.tags.user_tag, openai.tags.observation_tag) == (
+        "role",
+        "user",
+        "tool",
+    )
     assert openai.columns.messages == "messages"
 
 
@@ -122,13 +130,24 @@ def test_a_sha1_that_differs_shows_both(folder: Path) -> None:
 def test_every_file_type_gives_the_same_rows(folder: Path) -> None:
     table = pa.Table.from_pylist(ROWS)
     pq.write_table(table, folder / "rows.parquet")
-    with pa.OSFile(str(folder / "stream.arrow"), "wb") as sink, pa.ipc.new_stream(sink, table.schema) as writer:
+    with (
+        pa.OSFile(str(folder / "stream.arrow"), "wb") as sink,
+        pa.ipc.new_stream(sink, table.schema) as writer,
+    ):
         writer.write_table(table)
     with pa.OSFile(str(folder / "file.arrow"), "wb") as sink, pa.ipc.new_file(sink, table.schema) as writer:
         writer.write_table(table)
     (folder / "rows.csv").write_text('instruction,output\na,1\n"b",2\nc,3\n')
     (folder / "lines.json").write_text("\n".join(map(json.dumps, ROWS)))
-    names = ["rows.json", "rows.jsonl", "rows.parquet", "stream.arrow", "file.arrow", "rows.csv", "lines.json"]
+    names = [
+        "rows.json",
+        "rows.jsonl",
+        "rows.parquet",
+        "stream.arrow",
+        "file.arrow",
+        "rows.csv",
+        "lines.json",
+    ]
     for attr in resolve(folder, *names):
         rows = list(read_rows(attr))
         assert [dict(row.columns) for row in rows] == ROWS, attr.path
@@ -191,7 +210,9 @@ def test_a_named_column_must_be_in_some_row(folder: Path) -> None:
     good = DatasetSpec(file_name="some.json", columns=ColumnSpec(system="system"))
     bad = DatasetSpec(file_name="some.json", columns=ColumnSpec(system="sytem"))
     assert columns(resolve(folder, good)[0]) == rows
-    with pytest.raises(DataError, match=r"columns\.system names 'sytem', which no row .* instruction, output, system"):
+    with pytest.raises(
+        DataError, match=r"columns\.system names 'sytem', which no row .* instruction, output, system"
+    ):
         columns(resolve(folder, bad)[0])
 
 

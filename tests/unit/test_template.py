@@ -62,13 +62,17 @@ def chatml(**spec: Any) -> ChatTemplate:
 def test_ids_are_those_of_apply_chat_template(kind: str) -> None:
     tokenizer = TOKENIZERS[kind]()
     template = load_template(tokenizer, DataSpec())
-    conversation = talk("How are you?", "I am fine.", "And what is it?", "It is a test.", system="You are a model.")
+    conversation = talk(
+        "How are you?", "I am fine.", "And what is it?", "It is a test.", system="You are a model."
+    )
     encoded = template.encode(conversation)
     messages = chat(conversation)
     assert encoded.input_ids == tokenizer.apply_chat_template(messages)["input_ids"]
     assert [a.message for a in encoded.answers] == [2, 4] and encoded.rewritten == ()
     for answer in encoded.answers:
-        prompt = tokenizer.apply_chat_template(messages[: answer.message], add_generation_prompt=True)["input_ids"]
+        prompt = tokenizer.apply_chat_template(messages[: answer.message], add_generation_prompt=True)[
+            "input_ids"
+        ]
         assert template.prompt(Conversation(conversation.messages[: answer.message])) == prompt
         assert encoded.input_ids[: answer.start] == prompt
         assert encoded.input_ids[answer.stop - 1] == tokenizer.convert_tokens_to_ids("<|im_end|>")
@@ -92,7 +96,9 @@ def test_the_prompt_stays_a_prefix_where_the_tokenizer_would_merge() -> None:
     assert encoded.input_ids != whole
     assert template.decode(encoded.input_ids) == template.decode(whole)
     for answer in encoded.answers:
-        assert encoded.input_ids[: answer.start] == template.prompt(Conversation(conversation.messages[: answer.message]))
+        assert encoded.input_ids[: answer.start] == template.prompt(
+            Conversation(conversation.messages[: answer.message])
+        )
     assert parts(template, conversation)[0][0] == "\n\nHello<|im_end|>"
     assert gate(template, [Row("demo", 0, conversation)]) == 1
 
@@ -162,7 +168,10 @@ def test_added_tokens_that_are_not_special_stay_tokens() -> None:
     template = load_template(backend, DataSpec())
     ids = template.encode(talk("</s>", "<think> Hm.")).input_ids
     assert ids.count(backend.convert_tokens_to_ids("<think>")) == 1
-    assert template.decode(ids) == "<|im_start|>user\n</s><|im_end|>\n<|im_start|>assistant\n<think> Hm.<|im_end|>\n"
+    assert (
+        template.decode(ids)
+        == "<|im_start|>user\n</s><|im_end|>\n<|im_start|>assistant\n<think> Hm.<|im_end|>\n"
+    )
 
 
 def test_plain_text_and_documents() -> None:
@@ -171,10 +180,15 @@ def test_plain_text_and_documents() -> None:
     ids = template.text("Hello </s> there")
     assert special_ids(template, ids) == [] and template.decode(ids) == "Hello </s> there"
     assert template.document("Hello </s> there") == [*ids, eos]
-    assert template.text("Hello there") == template.tokenizer("Hello there", add_special_tokens=False)["input_ids"]
+    assert (
+        template.text("Hello there")
+        == template.tokenizer("Hello there", add_special_tokens=False)["input_ids"]
+    )
 
 
-fragments = st.sampled_from([*CHATML_TOKENS, BOS, EOS, "<unk>", "<|im_", "end|>", " ", "\n", "a", "assistant", "é", "\U000f0000"])
+fragments = st.sampled_from(
+    [*CHATML_TOKENS, BOS, EOS, "<unk>", "<|im_", "end|>", " ", "\n", "a", "assistant", "é", "\U000f0000"]
+)
 texts = st.lists(fragments | st.text(max_size=4), max_size=8).map("".join)
 
 
@@ -223,16 +237,27 @@ def test_answers_that_are_rewritten_later_are_named() -> None:
     encoded = template.encode(conversation)
     assert encoded.rewritten == (1,)
     assert parts(template, conversation) == [("<think>so</think>two<|im_end|>", "\n")]
-    assert parts(template, Conversation(conversation.messages[:2])) == [("<think>hm</think>one<|im_end|>", "\n")]
-    assert template.prompt(Conversation(conversation.messages[:3])) == encoded.input_ids[: encoded.answers[0].start]
+    assert parts(template, Conversation(conversation.messages[:2])) == [
+        ("<think>hm</think>one<|im_end|>", "\n")
+    ]
+    assert (
+        template.prompt(Conversation(conversation.messages[:3]))
+        == encoded.input_ids[: encoded.answers[0].start]
+    )
     assert gate(template, [Row("demo", 0, conversation)]) == 1
 
 
 @pytest.mark.parametrize(
     ("source", "message"),
     [
-        (CHATML.replace("'<|im_start|>assistant\n'", "'<|im_start|>assistant\n<think>'"), "not a prefix of the training text"),
-        (CHATML.replace("m['content'] + '<|im_end|>\n'", "m['content'] + '\n'"), "stop token is not supervised"),
+        (
+            CHATML.replace("'<|im_start|>assistant\n'", "'<|im_start|>assistant\n<think>'"),
+            "not a prefix of the training text",
+        ),
+        (
+            CHATML.replace("m['content'] + '<|im_end|>\n'", "m['content'] + '\n'"),
+            "stop token is not supervised",
+        ),
         ("{% for m in messages %}", "not valid Jinja"),
     ],
 )
@@ -246,7 +271,10 @@ def test_templates_that_cannot_be_trained_are_refused(source: str, message: str)
     ("conversation", "reason"),
     [
         (Conversation((Message("user", "a"),), ({"type": "function"},)), "has no place for tools"),
-        (Conversation((Message("assistant", "", tool_calls=(ToolCall("f", {}),)),)), "has no place for tool calls"),
+        (
+            Conversation((Message("assistant", "", tool_calls=(ToolCall("f", {}),)),)),
+            "has no place for tool calls",
+        ),
         (Conversation((Message("user", "a"), Message("assistant", "b", "hm"))), "has no place for reasoning"),
         (Conversation(()), "no messages"),
     ],
@@ -292,7 +320,9 @@ def test_generation_spans_are_the_answers() -> None:
 
 
 def test_generation_spans_that_start_after_the_prompt_are_refused() -> None:
-    late = GENERATION.replace("{% generation %}{{ m['content']", "{{ '<think>' }}{% generation %}{{ m['content']")
+    late = GENERATION.replace(
+        "{% generation %}{{ m['content']", "{{ '<think>' }}{% generation %}{{ m['content']"
+    )
     template = load_template(byte_level(CHATML_TOKENS, late), DataSpec())
     with pytest.raises(DataError, match="neither given nor learnt"):
         template.encode(talk("a", "b"))
@@ -312,7 +342,10 @@ def test_a_default_system_prompt_becomes_part_of_the_saved_template(tmp_path: Pa
     assert template.rendering(talk("a", "b")) == text
     own = talk("a", "b", system="own")
     assert template.rendering(own) == chatml().rendering(own)
-    assert template.encode(talk("a", "b")).input_ids == reloaded.apply_chat_template(chat(talk("a", "b")))["input_ids"]
+    assert (
+        template.encode(talk("a", "b")).input_ids
+        == reloaded.apply_chat_template(chat(talk("a", "b")))["input_ids"]
+    )
 
 
 def test_unknown_templates_and_missing_ones() -> None:
@@ -322,7 +355,9 @@ def test_unknown_templates_and_missing_ones() -> None:
         load_template(byte_level(CHATML_TOKENS), DataSpec(template="nothing.jinja"))
     with pytest.raises(DataError, match=r"has no chat template; name one .*chatml"):
         load_template(byte_level(CHATML_TOKENS), DataSpec())
-    with pytest.raises(DataError, match=r"ends answers with '<\|im_end\|>', which the tokenizer's vocabulary lacks"):
+    with pytest.raises(
+        DataError, match=r"ends answers with '<\|im_end\|>', which the tokenizer's vocabulary lacks"
+    ):
         load_template(byte_level(), DataSpec(template="chatml"))
 
 
@@ -373,9 +408,7 @@ NAMED_TOKENS = (
     *("<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>", "<|eom_id|>", "<|end_of_text|>"),
     *("<start_of_turn>", "<end_of_turn>", "<|end|>", "<|user|>", "<|assistant|>", "<|system|>"),
 )
-ALPACA = (
-    "Below is an instruction that describes a task. Write a response that appropriately completes the request.\n\n"
-)
+ALPACA = "Below is an instruction that describes a task. Write a response that appropriately completes the request.\n\n"
 VICUNA = (
     "A chat between a curious user and an artificial intelligence assistant. "
     "The assistant gives helpful, detailed, and polite answers to the user's questions."
@@ -484,7 +517,9 @@ def test_named_templates(name: str, system: str | None, make: Any) -> None:
     template = load_template(make(NAMED_TOKENS), DataSpec(template=name))
     assert template.rendering(conversation) == text
     assert template.tokenizer.apply_chat_template(chat(conversation), tokenize=False) == text
-    assert template.rendering(talk("Q1", system=system)) + _generation(template, talk("Q1", system=system)) == "".join(first)
+    assert template.rendering(talk("Q1", system=system)) + _generation(
+        template, talk("Q1", system=system)
+    ) == "".join(first)
     assert gate(template, [Row("demo", 0, conversation)]) == 1
 
     tokenizer = make(NAMED_TOKENS)

@@ -42,7 +42,11 @@ def _check(template: ChatTemplate, conversation: Conversation) -> None:
     read_back = template.decode(ids)
     # tokenizers that normalize text read back as the normalized text, however the text was cut; and where another
     # tool's pieces are wanted, so are the spaces that a tokenizer may put between them
-    if not template.pieces and read_back != saved and read_back != template.decode(template.whole(conversation)):
+    if (
+        not template.pieces
+        and read_back != saved
+        and read_back != template.decode(template.whole(conversation))
+    ):
         raise DataError(f"the tokens read back as {_difference(read_back, saved)} of the template's text")
     for span in encoded.answers:
         prompt = template.prompt(Conversation(conversation.messages[: span.message], conversation.tools))
