@@ -54,7 +54,9 @@ FAMILIES: dict[str, Callable[[], PreTrainedConfig]] = {
     "llama-tied": lambda: LlamaConfig(**_SHAPE, tie_word_embeddings=True),
     "qwen2": lambda: Qwen2Config(**_SHAPE),
     "qwen3": lambda: Qwen3Config(**_SHAPE),
-    "qwen3-moe": lambda: Qwen3MoeConfig(**_SHAPE, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=16),
+    "qwen3-moe": lambda: Qwen3MoeConfig(
+        **_SHAPE, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=16
+    ),
     "mistral-window": lambda: MistralConfig(**_SHAPE, sliding_window=5),
     "gemma2-softcap": lambda: Gemma2Config(
         **_SHAPE, sliding_window=5, attn_logit_softcapping=2.0, final_logit_softcapping=1.5
@@ -113,7 +115,9 @@ CHATML = (
 def chat_tokenizer() -> PreTrainedTokenizerFast:
     """A byte-level tokenizer of 260 ids with a ChatML template: any text, no download."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    vocabulary = {token: index for index, token in enumerate(["<|pad|>", "<|im_start|>", "<|im_end|>", *alphabet])}
+    vocabulary = {
+        token: index for index, token in enumerate(["<|pad|>", "<|im_start|>", "<|im_end|>", *alphabet])
+    }
     backend = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()

@@ -15,7 +15,6 @@ import torch
 from peft import PeftModel
 from rich.console import Console
 from transformers import PreTrainedModel, PreTrainedTokenizerFast, set_seed
-from transformers.utils import logging as hf_logging
 
 from luthier import __version__
 from luthier.data.batching import RowsRule, TokensRule, plan_epoch
@@ -33,7 +32,7 @@ from luthier.model.selftest import require_isolation
 from luthier.recipe.load import LoadedRecipe, dump_recipe, load_recipe
 from luthier.recipe.resolve import TOKENS_PER_BATCH, Hardware, resolve
 from luthier.recipe.schema import Recipe
-from luthier.show import example_text
+from luthier.show import example_text, quiet_libraries
 from luthier.stages import build_stage
 from luthier.trainer.arguments import training_arguments
 from luthier.trainer.callbacks import LogCallback, ProgressCallback
@@ -71,8 +70,7 @@ def train(
     recipe: str | Path | Mapping[str, Any], overrides: Sequence[str] = (), *, quiet: bool = False
 ) -> TrainResult:
     """Run a recipe; see `luthier.train`."""
-    hf_logging.set_verbosity_error()  # type: ignore[no-untyped-call]
-    hf_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    quiet_libraries()
     hardware = detect_hardware()
     loaded = resolve(load_recipe(recipe, overrides), hardware)
     settings = loaded.recipe

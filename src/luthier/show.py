@@ -1,13 +1,23 @@
-"""What a person sees of a token sequence: the text, and which of it is learnt."""
+"""What a person sees: the text of a token sequence and which of it is learnt, and no chatter of libraries."""
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Sequence
 from itertools import groupby
 
 from rich.markup import escape
 
 from luthier.types import Sample
+
+
+def quiet_libraries() -> None:
+    """Leave the terminal to the run: transformers' own progress and notices, and a warning that is for PEFT."""
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()  # type: ignore[no-untyped-call]
+    logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*", category=FutureWarning)
 
 
 def example_text(sample: Sample, decode: Callable[[Sequence[int]], str]) -> str:

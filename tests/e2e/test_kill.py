@@ -79,7 +79,9 @@ def test_killed_while_writing_a_checkpoint(recipe: Path, tmp_path: Path) -> None
         verify(checkpoint)
 
 
-def test_damaged_checkpoint_is_skipped_and_said(recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_damaged_checkpoint_is_skipped_and_said(
+    recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     run = luthier.train(recipe, quiet=True).output
     last = max(run.glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))
     weights = last / "adapter_model.safetensors"

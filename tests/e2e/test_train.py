@@ -11,11 +11,11 @@ import pytest
 import torch
 from peft import PeftModel
 from safetensors.torch import load_file
-from tiny import chat_model, write_alpaca
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import luthier
 from luthier.types import CheckpointError, DataError
+from tiny import chat_model, write_alpaca
 
 
 @pytest.fixture(scope="module")
@@ -48,7 +48,10 @@ def nll(model: Any, tokenizer: Any, rows: list[dict[str, str]]) -> float:
     """Mean negative log-likelihood of the answers by plain transformers, one row at a time."""
     total, count = 0.0, 0
     for row in rows:
-        messages = [{"role": "user", "content": row["instruction"]}, {"role": "assistant", "content": row["output"]}]
+        messages = [
+            {"role": "user", "content": row["instruction"]},
+            {"role": "assistant", "content": row["output"]},
+        ]
         prompt = tokenizer.apply_chat_template(messages[:1], add_generation_prompt=True, return_dict=False)
         ids = tokenizer.apply_chat_template(messages, return_dict=False)
         ids = ids[: len(ids) - ids[::-1].index(tokenizer.eos_token_id)]  # up to the last stop token
@@ -60,7 +63,9 @@ def nll(model: Any, tokenizer: Any, rows: list[dict[str, str]]) -> float:
     return total / count
 
 
-def test_lora_run_learns_and_its_folder_loads_with_peft(recipe: dict[str, Any], model: Path, tmp_path: Path) -> None:
+def test_lora_run_learns_and_its_folder_loads_with_peft(
+    recipe: dict[str, Any], model: Path, tmp_path: Path
+) -> None:
     result = luthier.train(changed(recipe, data={"eval": ["other.json"]}), quiet=True)
     run = result.output
     lines = [line for line in log_lines(run) if "loss" in line]
@@ -122,7 +127,11 @@ def test_several_eval_sets_pool_by_tokens(recipe: dict[str, Any], tmp_path: Path
     pooled = []
     for name in ("other", "third"):
         alone = luthier.train(
-            changed(recipe, data={"eval": [f"{name}.json"]}, train={"eval_only": True, "output": str(tmp_path / name)}),
+            changed(
+                recipe,
+                data={"eval": [f"{name}.json"]},
+                train={"eval_only": True, "output": str(tmp_path / name)},
+            ),
             quiet=True,
         ).metrics["eval_loss"]
         assert numbers[f"eval_{name}_loss"] == pytest.approx(alone, rel=1e-6)
@@ -131,7 +140,9 @@ def test_several_eval_sets_pool_by_tokens(recipe: dict[str, Any], tmp_path: Path
     assert not list((tmp_path / "run").glob("adapter*"))
 
 
-def test_stacked_adapters_continue_where_the_run_ended(recipe: dict[str, Any], model: Path, tmp_path: Path) -> None:
+def test_stacked_adapters_continue_where_the_run_ended(
+    recipe: dict[str, Any], model: Path, tmp_path: Path
+) -> None:
     first = luthier.train(changed(recipe, data={"eval": ["other.json"]}), quiet=True)
     continued = changed(
         recipe,
@@ -152,7 +163,8 @@ def test_pretraining_on_text(packing: bool, recipe: dict[str, Any], tmp_path: Pa
     lines = [f"line {n}: " + "the cat sat on the mat. " * (n % 4 + 1) for n in range(30)]
     (tmp_path / "text.txt").write_text("\n".join(lines))
     result = luthier.train(
-        changed(recipe, data={"train": ["text.txt"], "max_length": 64, "packing": packing}) | {"stage": {"type": "pt"}},
+        changed(recipe, data={"train": ["text.txt"], "max_length": 64, "packing": packing})
+        | {"stage": {"type": "pt"}},
         quiet=True,
     )
     losses = [line["loss"] for line in log_lines(result.output) if "loss" in line]

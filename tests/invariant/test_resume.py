@@ -29,7 +29,12 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def recipe(model: Path, folder: Path, method: dict[str, Any], batch: dict[str, Any]) -> dict[str, Any]:
     return {
         "model": {"path": str(model)},
-        "data": {"train": ["rows.json"], "directory": str(folder), "cache": str(folder / "cache"), "dev_split": 4},
+        "data": {
+            "train": ["rows.json"],
+            "directory": str(folder),
+            "cache": str(folder / "cache"),
+            "dev_split": 4,
+        },
         "method": method,
         "optim": {"type": "adamw", "lr": 1e-2, "weight_decay": 0.1, "warmup": 0.2},
         "train": {
@@ -54,7 +59,9 @@ def losses(run: Path) -> dict[int, float]:
     return {line["current_steps"]: line["loss"] for line in lines if "loss" in line}
 
 
-@pytest.mark.parametrize("batch", [{"rows_per_device": 2, "accumulation": 3}, {"tokens_per_batch": 200}], ids=["rows", "tokens"])
+@pytest.mark.parametrize(
+    "batch", [{"rows_per_device": 2, "accumulation": 3}, {"tokens_per_batch": 200}], ids=["rows", "tokens"]
+)
 @pytest.mark.parametrize("method", METHODS)
 def test_resume_at_every_checkpoint_is_bitwise(
     method: str, batch: dict[str, Any], model: Path, tmp_path: Path
@@ -84,6 +91,8 @@ def test_different_seed_gives_different_weights(model: Path, tmp_path: Path) -> 
     base = recipe(model, tmp_path, METHODS["lora"], {"rows_per_device": 2, "accumulation": 3})
     first = weights(luthier.train(base, ["train.max_steps=2"], quiet=True).output)
     second = weights(
-        luthier.train(base, ["train.max_steps=2", "train.seed=7", f"train.output={tmp_path / 'other'}"], quiet=True).output
+        luthier.train(
+            base, ["train.max_steps=2", "train.seed=7", f"train.output={tmp_path / 'other'}"], quiet=True
+        ).output
     )
     assert any(not torch.equal(first[name], second[name]) for name in first)

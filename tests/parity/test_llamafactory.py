@@ -34,7 +34,9 @@ def golden(name: str) -> dict[str, Any]:
 
 def translated(name: str, model: Path, data: Path, output: Path) -> dict[str, Any]:
     text = (CASES / f"{name}.yaml").read_text()
-    tree = yaml.safe_load(text.replace("MODEL", str(model)).replace("DATA", str(data)).replace("OUTPUT", str(output)))
+    tree = yaml.safe_load(
+        text.replace("MODEL", str(model)).replace("DATA", str(data)).replace("OUTPUT", str(output))
+    )
     assert isinstance(tree, dict)
     return tree
 
@@ -88,7 +90,8 @@ def digest(value: object) -> str:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("name", "steps"), [("sft_lora", 3), ("sft_full", 2), ("sft_freeze", 3), ("sft_neat_packing", 1), ("pt_lora", 2)]
+    ("name", "steps"),
+    [("sft_lora", 3), ("sft_full", 2), ("sft_freeze", 3), ("sft_neat_packing", 1), ("pt_lora", 2)],
 )
 def test_same_first_losses(name: str, steps: int, smollm2: Path, shared_data: Path, tmp_path: Path) -> None:
     """Warm-up is one step in these cases, so a shorter run has the same learning rates in its first two steps,

@@ -84,6 +84,7 @@ def test_evaluating_while_training_changes_nothing(tmp_path: Path) -> None:
         recipe = recipe_of(
             tmp_path,
             method={"type": "lora", "rank": 4, "dropout": 0.5},
+            data={"eval": ["made too"]},
             train={"rows_per_device": 2, "max_steps": 3, "eval_every": every},
         )
         trainer = trainer_of(recipe, tiny_model("llama"), random_samples([9, 12, 7, 20]), SETS)

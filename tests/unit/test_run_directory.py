@@ -204,7 +204,7 @@ def test_home_and_the_working_folder_are_not_overwritten(
     before = tree_fingerprint(tmp_path)
     monkeypatch.setenv("HOME", str(home))
     monkeypatch.chdir(tmp_path / "work")
-    for output in (home, home.parent, Path(".")):
+    for output in (home, home.parent, Path()):
         with pytest.raises(CheckpointError, match="it is not overwritten"):
             run_guard(output, overwrite=True, resume="never")
     assert tree_fingerprint(tmp_path) == before

@@ -21,6 +21,7 @@ from luthier.recipe.load import load_recipe
 from luthier.recipe.resolve import resolve
 from luthier.recipe.schema import Recipe
 from luthier.run import TrainResult, train
+from luthier.show import quiet_libraries
 from luthier.types import Conversation, GenerationSettings, Message
 
 FOLDER = Path(__file__).parent
@@ -50,6 +51,7 @@ def read_questions() -> list[Question]:
 
 def run(output: Path) -> TrainResult:
     """Train into `output`, or beside it where a run is there already, and print the answers side by side."""
+    quiet_libraries()
     console, questions = Console(), read_questions()
     output = _free(output)
     overrides = [f"data.directory={FOLDER}", f"train.output={output}"]
@@ -86,7 +88,11 @@ def _free(output: Path) -> Path:
 
 
 def _report(
-    console: Console, questions: Sequence[Question], before: Sequence[str], after: Sequence[str], result: TrainResult
+    console: Console,
+    questions: Sequence[Question],
+    before: Sequence[str],
+    after: Sequence[str],
+    result: TrainResult,
 ) -> None:
     table = Table(title="Held-out questions, before and after", show_lines=True)
     for title in ("question", "before", "after"):
@@ -95,9 +101,13 @@ def _report(
     for question, old, new in zip(questions, before, after, strict=True):
         cells = [f"{'✓' if question.passed(text) else '✗'} {escape(text)}" for text in (old, new)]
         table.add_row(escape(question.question), *cells)
-        records.append({"question": question.question, "expected": question.expected, "before": old, "after": new})
+        records.append(
+            {"question": question.question, "expected": question.expected, "before": old, "after": new}
+        )
     console.print(table)
-    scores = [sum(q.passed(text) for q, text in zip(questions, texts, strict=True)) for texts in (before, after)]
+    scores = [
+        sum(q.passed(text) for q, text in zip(questions, texts, strict=True)) for texts in (before, after)
+    ]
     scored = {"before": scores[0], "after": scores[1], "of": len(questions), "answers": records}
     (result.output / "quickstart.json").write_text(json.dumps(scored, indent=2) + "\n", encoding="utf-8")
     console.print(
