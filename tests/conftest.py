@@ -8,6 +8,7 @@ import os
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
+from collections.abc import Iterator
 from importlib import util
 from pathlib import Path
 
@@ -33,3 +34,17 @@ def smollm2() -> Path:
     from luthier.recipe.schema import ModelSpec
 
     return Path(locate(ModelSpec(path="embedded")).path)
+
+
+@pytest.fixture(autouse=True)
+def threads(request: pytest.FixtureRequest) -> Iterator[None]:
+    """One thread for tiny models, all cores for tests on a real one.
+
+    Threads that wait for each other over matrices of 32 x 48 spin; on a busy machine that made tests ten times slower.
+    """
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads((os.cpu_count() or 1) if request.node.get_closest_marker("slow") else 1)
+    yield
+    torch.set_num_threads(before)
