@@ -74,6 +74,23 @@ def train(
 
 
 @app.command()
+def prepare(
+    recipe: Annotated[Path, typer.Argument(help="A Luthier or LLaMA-Factory recipe (YAML or JSON).")],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(help="KEY=VALUE, for example data.workers=2.", show_default=False)
+    ] = None,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print only warnings and errors.")] = False,
+) -> None:
+    """Tokenize the data of RECIPE into the cache and stop."""
+    from luthier.run import prepare as run_prepare
+
+    data = run_prepare(recipe, overrides or [], quiet=quiet)
+    if not quiet:
+        for name, key in data.fingerprints.items():
+            typer.echo(f"{name}: ready ({key[:16]})")
+
+
+@app.command()
 def quickstart(
     output: Annotated[Path, typer.Option("--output", "-o", help="The run directory.")] = Path(
         "runs/quickstart"

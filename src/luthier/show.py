@@ -6,9 +6,19 @@ import warnings
 from collections.abc import Callable, Sequence
 from itertools import groupby
 
+from rich.console import Console
 from rich.markup import escape
 
 from luthier.types import Sample
+
+Say = Callable[[str], None]
+"""Shows one line or table to the person who waits."""
+
+
+def speaker(quiet: bool) -> Say:
+    """Prints rich markup to the terminal, or nothing."""
+    console = Console(soft_wrap=True)
+    return (lambda text: None) if quiet else (lambda text: console.print(text, highlight=False))
 
 
 def quiet_libraries() -> None:

@@ -55,7 +55,7 @@ def load_template(
         raise DataError(
             f"{type(tokenizer).__name__} has no fast (Rust) backend; convert it to a tokenizer.json first"
         )
-    family = families.find(spec.template) if spec.template is not None else None
+    family = families.find(spec.template) if isinstance(spec.template, str) else None
     marked: str | dict[str, str] | None
     if family is not None:
         marked = family.marked_source

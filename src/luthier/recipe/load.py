@@ -126,11 +126,11 @@ def _find_directory(recipe: Recipe, document: Document) -> Recipe:
 
 
 def leaves(spec: Spec, path: KeyPath = ()) -> dict[KeyPath, Any]:
-    """Every value of a recipe by its path; lists and free mappings are one value each."""
+    """Every value of a recipe by its path; lists, mappings and what a section nests are one value each."""
     values: dict[KeyPath, Any] = {}
     for name in type(spec).model_fields:
         value = getattr(spec, name)
-        if isinstance(value, Spec):
+        if isinstance(value, Spec) and not path:
             values |= leaves(value, (*path, name))
         else:
             values[*path, name] = value
@@ -138,10 +138,14 @@ def leaves(spec: Spec, path: KeyPath = ()) -> dict[KeyPath, Any]:
 
 
 def _origins(recipe: Recipe, document: Document) -> dict[str, str]:
-    return {
-        dotted(path): document.places[path].describe() if path in document.places else DEFAULT
-        for path in leaves(recipe)
-    }
+    return {dotted(path): _origin(path, document) for path in leaves(recipe)}
+
+
+def _origin(path: KeyPath, document: Document) -> str:
+    """Where a value came from; for a nested one, where its last given part did."""
+    inside = [place for key, place in document.places.items() if key[: len(path)] == path]
+    place = document.places.get(path, inside[-1] if inside else None)
+    return place.describe() if place is not None else DEFAULT
 
 
 def dump_recipe(loaded: LoadedRecipe, *, everything: bool = True) -> str:

@@ -44,12 +44,14 @@ class Hardware:
 def resolve(loaded: LoadedRecipe, hardware: Hardware) -> LoadedRecipe:
     """The same recipe with nothing left open, and the origins of what was filled in.
 
+    Only `model.rows` stays open: the loaded model itself decides it, by the two-segment self-test.
     Raises RecipeError for arithmetic that this machine cannot do.
     """
     recipe = loaded.recipe
     precision = _precision(recipe, hardware)
     machine: dict[str, Any] = {
         "train.precision": precision,
+        "train.eval_precision": _eval_precision(recipe, hardware, precision),
         "model.dtype": _dtype(recipe, hardware, precision),
         "model.attention": _attention(recipe, hardware, precision),
         "model.gradient_checkpointing": _checkpointing(recipe, hardware),
@@ -81,15 +83,25 @@ def _precision(recipe: Recipe, hardware: Hardware) -> str:
     wanted = recipe.train.precision
     if wanted == "auto":
         return "bf16" if hardware.device == "cuda" and hardware.bf16 else "fp32"
+    _check_precision("train.precision", wanted, hardware)
+    return wanted
+
+
+def _eval_precision(recipe: Recipe, hardware: Hardware, precision: str) -> str:
+    wanted = recipe.train.eval_precision
+    if wanted == "auto":
+        return precision
+    _check_precision("train.eval_precision", wanted, hardware)
+    return wanted
+
+
+def _check_precision(key: str, wanted: str, hardware: Hardware) -> None:
     if wanted == "bf16" and hardware.device != "cpu" and not hardware.bf16:
-        raise RecipeError(
-            f"train.precision=bf16: {hardware.name} does not compute bfloat16; use auto, fp32 or fp16"
-        )
+        raise RecipeError(f"{key}=bf16: {hardware.name} does not compute bfloat16; use auto, fp32 or fp16")
     if wanted == "fp16" and hardware.device != "cuda":
         raise RecipeError(
-            f"train.precision=fp16: its loss scaling needs a CUDA GPU and this is {hardware.name}; use auto"
+            f"{key}=fp16: its loss scaling needs a CUDA GPU and this is {hardware.name}; use auto"
         )
-    return wanted
 
 
 def _dtype(recipe: Recipe, hardware: Hardware, precision: str) -> str:

