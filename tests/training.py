@@ -11,7 +11,7 @@ from peft import PeftModel
 from torch import Tensor, nn
 from transformers import PreTrainedModel, set_seed
 
-from luthier import run
+from luthier import assemble
 from luthier.data.encode import EncodeOptions
 from luthier.data.packing import best_fit
 from luthier.data.prepare import PreparedData
@@ -62,15 +62,15 @@ def trainer_of(
     sets = {name: SampleTable.of_mixed(list(rows)) for name, rows in (eval_samples or {}).items()}
     stage = build_stage(recipe.stage, EncodeOptions.of(recipe.data, recipe.stage.type))
     unused = cast(ChatTemplate, None)
-    material = run._Material(unused, stage, PreparedData(table, sets, [], {}))
+    material = assemble.Material(unused, stage, PreparedData(table, sets, [], {}))
     return PeftTrainer(
         model=trained,
         args=training_arguments(recipe, use_cpu=True),
         stage=stage,
         method=method,
         optim=recipe.optim,
-        steps=run._steps(recipe, material, 1, 0),
-        eval_sets=run._eval_sets(recipe, material, 1),
+        steps=assemble.training_steps(recipe, material, 1, 0),
+        eval_sets=assemble.eval_sets(recipe, material, 1),
         tokenizer=chat_tokenizer(),
         callbacks=[],
     )

@@ -5,16 +5,18 @@ from __future__ import annotations
 import os
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal, cast
 
 import typer
+from click import Choice
 from typer.core import TyperGroup
 
 from luthier import __version__
-from luthier.types import LuthierError
+from luthier.types import LuthierError, RunInterrupted
 
 USAGE_ERROR = 2
 INTERRUPTED = 130  # what a shell reports for a process that Ctrl-C ended
+SAVED = 75  # sysexits' EX_TEMPFAIL: stopped by a signal with a checkpoint saved; try again and it goes on
 
 
 class _Commands(TyperGroup):
@@ -23,6 +25,9 @@ class _Commands(TyperGroup):
     def invoke(self, ctx: Any) -> Any:
         try:
             return super().invoke(ctx)
+        except RunInterrupted as stop:
+            typer.echo(str(stop), err=True)
+            raise SystemExit(SAVED) from None
         except LuthierError as error:
             if os.environ.get("LUTHIER_TRACEBACK") == "1":
                 raise
@@ -88,6 +93,30 @@ def prepare(
     if not quiet:
         for name, key in data.fingerprints.items():
             typer.echo(f"{name}: ready ({key[:16]})")
+
+
+@app.command()
+def plot(
+    runs: Annotated[list[Path], typer.Argument(help="Folders of runs.", show_default=False)],
+    metric: Annotated[
+        list[str] | None,
+        typer.Option("--metric", "-m", help="Any name in the log; may be given several times.", show_default=False),
+    ] = None,
+    x: Annotated[
+        str, typer.Option("--x", help="steps, tokens or time.", click_type=Choice(["steps", "tokens", "time"]))
+    ] = "steps",
+    output: Annotated[
+        Path | None,
+        typer.Option("--output", "-o", help="A .png, .svg or .pdf file (runs.png).", show_default=False),
+    ] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a file that is in the way.")] = False,
+) -> None:
+    """Draw the curves of RUNS in one picture; those of one run, without options, in its folder."""
+    from luthier.trainer.compare_plots import plot_runs
+
+    axis = cast(Literal["steps", "tokens", "time"], x)
+    for file in plot_runs(runs, metrics=metric or [], axis=axis, output=output, overwrite=overwrite):
+        typer.echo(str(file))
 
 
 @app.command()

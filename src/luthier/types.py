@@ -55,6 +55,10 @@ class CheckpointError(LuthierError):
     """A checkpoint or run directory that is damaged, foreign or in the way."""
 
 
+class RunInterrupted(LuthierError):
+    """A run that a signal stopped after it had saved a checkpoint; the command line has a status for it."""
+
+
 # --------------------------------------------------------------------------------------------------
 # Data, before tokens
 
@@ -307,8 +311,11 @@ class Method(Protocol):
 
     def parameter_groups(self, model: nn.Module, weight_decay: float) -> list[dict[str, Any]]: ...
 
-    def save(self, model: Any, folder: Path) -> None:
-        """Write what was trained, so that `load` on the same base gives the same function."""
+    def save(self, model: Any, folder: Path, state: Mapping[str, Tensor] | None = None) -> None:
+        """Write what was trained, so that `load` on the same base gives the same function.
+
+        `state` is a copy of the model's state dict, where the model itself may change meanwhile.
+        """
         ...
 
     def load(self, model: Any, folder: Path) -> None:

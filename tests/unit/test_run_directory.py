@@ -16,9 +16,9 @@ from luthier.trainer.checkpoint import (
     list_checkpoints,
     newest_valid,
     resolve_resume,
-    rotate,
     tree_fingerprint,
 )
+from luthier.trainer.retention import rotate
 from luthier.trainer.run_directory import run_guard
 from luthier.types import CheckpointError
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from safetensors.torch import load_file
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from luthier.methods.groups import checkpoints_activations, decay_groups
@@ -27,8 +28,8 @@ class Full:
     def parameter_groups(self, model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
         return decay_groups(model, weight_decay)
 
-    def save(self, model: PreTrainedModel, folder: Path) -> None:
-        model.save_pretrained(folder)
+    def save(self, model: PreTrainedModel, folder: Path, state: Mapping[str, Tensor] | None = None) -> None:
+        model.save_pretrained(folder, state_dict=None if state is None else dict(state))
 
     def load(self, model: PreTrainedModel, folder: Path) -> None:
         """Put the weights of `folder` into `model`. Raises CheckpointError where they do not fit exactly."""

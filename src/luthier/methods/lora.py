@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from peft import LoraConfig, PeftModel, TaskType, get_peft_model, set_peft_model_state_dict
 from peft.utils import load_peft_weights
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from luthier.methods.fused import fuse_lora
@@ -79,10 +80,11 @@ class Lora:
     def parameter_groups(self, model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
         return decay_groups(model, weight_decay)
 
-    def save(self, model: PeftModel, folder: Path) -> None:
+    def save(self, model: PeftModel, folder: Path, state: Mapping[str, Tensor] | None = None) -> None:
         # Never the base's own embeddings: with them PEFT writes copies that it cannot load again. Left to itself
         # it asks a hub for the base model's vocabulary size.
-        model.save_pretrained(str(folder), save_embedding_layers=False)
+        given: dict[str, Any] = {} if state is None else {"state_dict": dict(state)}
+        model.save_pretrained(str(folder), save_embedding_layers=False, **given)
 
     def load(self, model: PeftModel, folder: Path) -> None:
         """Put the adapter of `folder` into `model`. Raises CheckpointError where it does not fit exactly."""

@@ -14,12 +14,13 @@ from luthier.recipe.method import FreezeSpec, FullSpec, LoraSpec, MethodSpec
 from luthier.recipe.model import EMBEDDED_MODEL, ModelSpec, RopeScalingSpec, VocabularySpec
 from luthier.recipe.optim import AdamwSpec, AnyOptimSpec, OptimSpec, ScheduleName, SgdSpec
 from luthier.recipe.stage import PtSpec, SftSpec, StageSpec
-from luthier.recipe.train import CompileSpec, EarlyStoppingSpec, HubSpec, TrainSpec
+from luthier.recipe.train import BadNumbersSpec, CompileSpec, EarlyStoppingSpec, HubSpec, TrainSpec
 
 __all__ = [
     "EMBEDDED_MODEL",
     "AdamwSpec",
     "AnyOptimSpec",
+    "BadNumbersSpec",
     "ColumnSpec",
     "CompileSpec",
     "DataSpec",

@@ -35,6 +35,19 @@ class HubSpec(Spec):
     """Branch to upload to."""
 
 
+class BadNumbersSpec(Spec):
+    """What happens to a step whose loss or gradient is NaN or infinite."""
+
+    action: Literal["stop", "skip", "rewind"] = "stop"
+    """End the run; leave the step out; or go back to the last checkpoint and leave out the steps since."""
+    limit: int = Field(default=3, gt=0)
+    """Bad steps in a row (skip), or returns in a run (rewind), before it stops all the same."""
+    spike: float | None = Field(default=None, gt=0)
+    """Also bad: a loss above the mean of the last ones by this many of their standard deviations."""
+    window: int = Field(default=50, ge=2)
+    """Losses that `spike` looks back on."""
+
+
 class TrainSpec(Spec):
     output: str = "runs/luthier"
     """The run directory. An existing run is never overwritten unless `overwrite` says so."""
@@ -83,6 +96,12 @@ class TrainSpec(Spec):
     """Checkpoints to keep; the best and the newest are never deleted."""
     save_only_model: bool = False
     """Leave optimizer and random state out of checkpoints; such a run cannot be resumed."""
+    async_save: bool | Literal["auto"] = "auto"
+    """Write checkpoints while training goes on, from a copy in host memory; `auto`: where there is room."""
+    allow_changes: bool = False
+    """Resume although recipe, base model or data changed since the checkpoint; each change is named."""
+    bad_numbers: BadNumbersSpec = BadNumbersSpec()
+    """What happens to a step with a NaN or infinite loss or gradient."""
     load_best: bool = False
     """Finish with the best checkpoint by `best_metric` instead of the last weights."""
     best_metric: str = "eval_loss"

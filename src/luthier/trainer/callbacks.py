@@ -22,10 +22,9 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from luthier.trainer.log import LOG_NAME
 from luthier.trainer.pace import Pace, clock_text, peak_memory
 from luthier.types import CheckpointError
-
-LOG_NAME = "trainer_log.jsonl"
 
 _TOKEN_COUNT = "num_input_tokens_seen"
 """transformers' name for what a line has as `tokens`."""
@@ -41,7 +40,8 @@ class LogCallback(TrainerCallback):
     Every line has `current_steps`, `elapsed_time` (H:MM:SS of this process) and `memory` (bytes, see
     `peak_memory`); in training also `total_steps`, `percentage`, `epoch` and, once a step is done,
     `remaining_time`; `tokens` counts the real tokens trained on so far and `tokens_per_second` is their
-    rate since the last training line, evaluation and saving aside. All metrics keep their own names (`loss`,
+    rate since the last training line, evaluation and saving aside. A process that went on from a checkpoint says
+    at which step in `resumed_from`. All metrics keep their own names (`loss`,
     `learning_rate`, `grad_norm`, `eval_loss`, `eval_<set>_loss`, ...). A number that is not finite is
     written as "NaN", "Infinity" or "-Infinity".
 
@@ -53,6 +53,7 @@ class LogCallback(TrainerCallback):
         self.path = Path(output) / LOG_NAME
         self._pace = Pace(clock)
         self._ready = False
+        self._resumed_from = 0
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -97,6 +98,8 @@ class LogCallback(TrainerCallback):
         line: dict[str, Any] = {"current_steps": state.global_step}
         if in_training:
             line["total_steps"] = state.max_steps
+        if self._resumed_from:
+            line["resumed_from"] = self._resumed_from
         line |= {name: _plain(value) for name, value in logs.items() if name != _TOKEN_COUNT}
         if in_training:
             line["percentage"] = round(100 * state.global_step / state.max_steps, 2)
@@ -114,6 +117,7 @@ class LogCallback(TrainerCallback):
 
     def _prepare(self, state: TrainerState) -> None:
         self._ready = True
+        self._resumed_from = state.global_step
         if not state.is_world_process_zero:
             return
         self.path.parent.mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,4 @@
-"""Checkpoints as folders of files: written atomically, hashed, verified, rotated. Nothing here knows a model.
+"""Checkpoints as folders of files: written atomically, hashed, verified. Nothing here knows a model.
 
 A folder exists under its final name only when every byte of it is on the disk, together with a
 `manifest.json` that holds the size and SHA-256 of each file. Until then it is `.tmp-<name>-<pid>` beside it,
@@ -311,22 +311,3 @@ def resolve_resume(run_dir: Path, resume: str) -> tuple[Path | None, list[tuple[
             f"train.overwrite=true with train.resume=never starts anew.{reasons}"
         )
     return found, skipped
-
-
-def rotate(run_dir: Path, limit: int | None, best: Path | None) -> list[Path]:
-    """Delete the oldest checkpoints until `limit` are left; never `best`, never the newest valid one.
-
-    Where no checkpoint is valid, or `limit` is None, nothing is deleted. Returns the deleted ones.
-    """
-    checkpoints = list_checkpoints(run_dir)
-    if limit is None or len(checkpoints) <= limit:
-        return []
-    newest, _ = newest_valid(run_dir)
-    if newest is None:
-        return []
-    kept = {newest.resolve()} | ({best.resolve()} if best is not None else set())
-    spare = [folder for folder in checkpoints if folder.resolve() not in kept]
-    deleted = spare[: len(checkpoints) - limit]
-    for folder in deleted:
-        discard(folder)
-    return deleted

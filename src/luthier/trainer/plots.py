@@ -5,7 +5,6 @@ Only `Figure` objects are used, never `pyplot`: drawing changes no global state 
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import re
@@ -18,47 +17,14 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from luthier.trainer.callbacks import LOG_NAME
-from luthier.types import CheckpointError
+from luthier.trainer.log import LOG_NAME, metrics, read_log, settled
 
-_NOT_DRAWN = frozenset(
-    {
-        "current_steps",
-        "total_steps",
-        "epoch",
-        "percentage",
-        "tokens",
-        "tokens_per_second",
-        "memory",
-        "train_loss",
-        "total_flos",
-    }
-)
-_NOT_DRAWN_ENDINGS = ("_runtime", "_per_second", "_time")
-_COLORS = ("#1f6feb", "#d9480f", "#2b8a3e", "#9c36b5", "#b08900", "#0b7285", "#c2255c", "#495057")
-_MANY_POINTS = 40
+COLORS = ("#1f6feb", "#d9480f", "#2b8a3e", "#9c36b5", "#b08900", "#0b7285", "#c2255c", "#495057")
+MANY_POINTS = 40
 """With more points than this, a marker on each would hide the curve."""
 
 Curve = tuple[list[int], list[float]]
 """Steps, and the value at each."""
-
-
-def read_log(path: Path) -> list[dict[str, Any]]:
-    """The lines of a log as objects. Raises CheckpointError that names the file and the line at fault."""
-    if not path.is_file():
-        raise CheckpointError(f"{path} does not exist: there is no training log to draw")
-    records = []
-    for number, line in enumerate(path.read_text(encoding="utf-8", errors="replace").splitlines(), start=1):
-        try:
-            record = json.loads(line)
-        except ValueError as error:
-            raise CheckpointError(f"{path}, line {number} is not JSON: {error}") from error
-        if not isinstance(record, dict) or type(record.get("current_steps")) is not int:
-            raise CheckpointError(f"{path}, line {number} has no whole number `current_steps`: {line[:80]!r}")
-        records.append(record)
-    if not records:
-        raise CheckpointError(f"{path} is empty: there is nothing to draw")
-    return records
 
 
 def curves(records: Sequence[Mapping[str, Any]]) -> dict[str, Curve]:
@@ -68,14 +34,10 @@ def curves(records: Sequence[Mapping[str, Any]]) -> dict[str, Curve]:
     """
     found: dict[str, Curve] = {}
     for record in records:
-        for name, value in record.items():
-            if name in _NOT_DRAWN or name.endswith(_NOT_DRAWN_ENDINGS) or isinstance(value, bool):
-                continue
-            if not isinstance(value, int | float) and value not in ("NaN", "Infinity", "-Infinity"):
-                continue
+        for name, value in metrics(record).items():
             steps, values = found.setdefault(name, ([], []))
             steps.append(record["current_steps"])
-            values.append(float(value))
+            values.append(value)
     return found
 
 
@@ -108,14 +70,14 @@ def draw_training(name: str, curve: Curve) -> Figure:
     """
     steps, values = curve
     figure, axes = _page(name)
-    marker = "o" if len(steps) <= _MANY_POINTS else ""
+    marker = "o" if len(steps) <= MANY_POINTS else ""
     if len(steps) == 1 or name == "learning_rate":
         axes.plot(
-            steps, values, color=_COLORS[0], linewidth=2.0, marker=marker, markersize=5, label=_text(name)
+            steps, values, color=COLORS[0], linewidth=2.0, marker=marker, markersize=5, label=plain_text(name)
         )
     else:
-        axes.plot(steps, values, color=_COLORS[0], alpha=0.35, linewidth=1.2, marker=marker, label="raw")
-        axes.plot(steps, smooth(values), color=_COLORS[0], linewidth=2.0, label="smoothed")
+        axes.plot(steps, values, color=COLORS[0], alpha=0.35, linewidth=1.2, marker=marker, label="raw")
+        axes.plot(steps, smooth(values), color=COLORS[0], linewidth=2.0, label="smoothed")
         axes.lines[0].set_markersize(4)
         axes.legend(frameon=False, fontsize=9)
     _fit(axes, steps)
@@ -126,9 +88,11 @@ def draw_evaluation(name: str, series: Mapping[str, Curve]) -> Figure:
     """One metric of evaluations, a line for each data set; few points, so nothing is smoothed."""
     figure, axes = _page(name)
     for index, (label, (steps, values)) in enumerate(series.items()):
-        marker = "o" if len(steps) <= _MANY_POINTS else ""
-        color = _COLORS[index % len(_COLORS)]
-        axes.plot(steps, values, color=color, linewidth=1.8, marker=marker, markersize=5, label=_text(label))
+        marker = "o" if len(steps) <= MANY_POINTS else ""
+        color = COLORS[index % len(COLORS)]
+        axes.plot(
+            steps, values, color=color, linewidth=1.8, marker=marker, markersize=5, label=plain_text(label)
+        )
     if len(series) > 1:
         axes.legend(frameon=False, fontsize=9)
     _fit(axes, [step for steps, _ in series.values() for step in steps])
@@ -155,13 +119,14 @@ def draw_run(records: Sequence[Mapping[str, Any]]) -> dict[str, Figure]:
     return figures
 
 
-def plot_run(output: Path) -> list[Path]:
+def plot_run(output: Path, *, unfinished: bool = False) -> list[Path]:
     """Draw the curves of the run in `output` into it, as `training_<metric>.png`; returns the files.
 
+    unfinished: the run may be at work or was killed; see `log.read_log`.
     Raises CheckpointError where `trainer_log.jsonl` is missing or damaged.
     """
     written = []
-    for name, figure in draw_run(read_log(output / LOG_NAME)).items():
+    for name, figure in draw_run(settled(read_log(output / LOG_NAME, unfinished=unfinished))).items():
         image = BytesIO()
         figure.savefig(image, format="png", dpi="figure")
         temporary = output / f".{name}.{os.getpid()}"
@@ -174,18 +139,22 @@ def plot_run(output: Path) -> list[Path]:
 def _page(name: str) -> tuple[Figure, Axes]:
     figure = Figure(figsize=(8, 4.5), dpi=150, layout="constrained")
     axes = figure.add_subplot()
-    title = name.removeprefix("eval_").replace("_", " ")
-    axes.set_title(
-        _text(f"{'Evaluation' if name.startswith('eval_') else 'Training'} {title}"), loc="left", fontsize=12
-    )
-    axes.set_xlabel("optimizer step")
-    axes.set_ylabel(_text(title))
+    style(axes, name, "optimizer step")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    return figure, axes
+
+
+def style(axes: Axes, metric: str, label: str) -> None:
+    """The look of a panel: titled by its metric, `label` under the horizontal axis."""
+    title = metric.removeprefix("eval_").replace("_", " ")
+    kind = "Evaluation" if metric.startswith("eval_") else "Training"
+    axes.set_title(plain_text(f"{kind} {title}"), loc="left", fontsize=12)
+    axes.set_xlabel(label)
+    axes.set_ylabel(plain_text(title))
     axes.ticklabel_format(axis="y", scilimits=(-3, 4))
     axes.grid(visible=True, color="#d0d7de", linewidth=0.6)
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)
-    return figure, axes
 
 
 def _fit(axes: Axes, steps: Sequence[int]) -> None:
@@ -194,7 +163,7 @@ def _fit(axes: Axes, steps: Sequence[int]) -> None:
         axes.set_xlim(min(steps) - 1, min(steps) + 1)
 
 
-def _text(text: str) -> str:
+def plain_text(text: str) -> str:
     """A name as it is written: a dollar sign would begin a formula, a leading underscore hide a label."""
     return text.replace("$", r"\$").lstrip("_")
 

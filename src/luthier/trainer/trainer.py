@@ -31,7 +31,8 @@ from transformers.trainer_callback import ExportableState
 from luthier.model.logprobs import ModelPolicy
 from luthier.optim.build import build_optimizer, build_schedule
 from luthier.recipe.schema import AdamwSpec, SgdSpec
-from luthier.trainer.checkpoint import atomic_folder, rotate
+from luthier.trainer.retention import reading
+from luthier.trainer.saving import CheckpointSaver, saves_asynchronously
 from luthier.trainer.steps import EpochCallback, Passes, StepDataset
 from luthier.types import Batch, LossSum, Method, Sample, Stage, Term
 
@@ -61,11 +62,19 @@ class PeftTrainer(Seq2SeqTrainer):
         callbacks: list[TrainerCallback],
         save_total_limit: int | None = None,
         checkpoint_metadata: Mapping[str, Any] | None = None,
+        async_save: bool | str = False,
     ) -> None:
         self.stage, self.method, self._optim = stage, method, optim
         self._steps, self._eval_sets = steps, dict(eval_sets)
-        self._save_total_limit = save_total_limit
-        self._checkpoint_metadata = dict(checkpoint_metadata or {})
+        self.saver = CheckpointSaver(
+            Path(str(args.output_dir)),
+            method,
+            tokenizer,
+            asynchronous=saves_asynchronously(async_save, model),
+            limit=save_total_limit,
+            only_model=args.save_only_model,
+            metadata=checkpoint_metadata or {},
+        )
         self._window: dict[str, Term] = {}
         super().__init__(
             model=model,
@@ -244,23 +253,19 @@ class PeftTrainer(Seq2SeqTrainer):
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         """Everything that a resume needs, in a folder that exists whole or not at all."""
         self.store_flos()
-        run = Path(str(self.args.output_dir))
-        final = run / f"checkpoint-{self.state.global_step}"
         if self.state.best_global_step == self.state.global_step:
-            self.state.best_model_checkpoint = str(final)
-        metadata = {"step": self.state.global_step, "epoch": self.state.epoch, **self._checkpoint_metadata}
-        if self.args.save_only_model:
-            metadata["resumable"] = False
-        with atomic_folder(final, metadata=metadata, replace=True) as folder:
-            self.save_model(str(folder), _internal_call=True)
-            if not self.args.save_only_model:
-                self._save_optimizer_and_scheduler(str(folder))
-                self._save_scaler(str(folder))
-                self._save_rng_state(str(folder))
-            self._export_callback_states()
-            self.state.save_to_json(str(folder / "trainer_state.json"))
-        best = self.state.best_model_checkpoint
-        rotate(run, self._save_total_limit, Path(best) if best is not None else None)
+            self.state.best_model_checkpoint = str(
+                self.saver.run_dir / f"checkpoint-{self.state.global_step}"
+            )
+        self._export_callback_states()
+        self.saver.save(
+            self.accelerator.unwrap_model(self.model),
+            self.state,
+            optimizer=self.optimizer,
+            scheduler=self.lr_scheduler,
+            scaler=getattr(self.accelerator, "scaler", None),
+            loop={},
+        )
 
     def _export_callback_states(self) -> None:
         exporters = [*self.callback_handler.callbacks, self.control]
@@ -276,9 +281,11 @@ class PeftTrainer(Seq2SeqTrainer):
         self.processing_class.save_pretrained(folder)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        self.method.load(self.accelerator.unwrap_model(model or self.model), Path(resume_from_checkpoint))
+        with reading(Path(resume_from_checkpoint)):
+            self.method.load(self.accelerator.unwrap_model(model or self.model), Path(resume_from_checkpoint))
 
     def _load_best_model(self) -> None:
+        self.saver.writer.wait()
         self._load_from_checkpoint(str(self.state.best_model_checkpoint))
 
 

@@ -1,0 +1,70 @@
+"""Whether a run that is resumed is still the run that wrote the checkpoint."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from luthier.recipe.schema import Recipe
+
+FREE = {
+    "model": {"path", "revision", "cache_dir", "token", "gguf_file", "trust_remote_code"},  # fingerprinted
+    "data": {"train", "eval", "directory", "cache", "workers", "max_lost"},  # the training data, too
+    "train": {
+        "output",
+        "overwrite",
+        "resume",
+        "allow_changes",
+        "log_every",
+        "eval_every",
+        "eval_at_end",
+        "eval_only",
+        "eval_precision",
+        "save_every",
+        "save_total_limit",
+        "save_only_model",
+        "async_save",
+        "load_best",
+        "best_metric",
+        "greater_is_better",
+        "early_stopping",
+        "metrics",
+        "callbacks",
+        "plots",
+        "report_to",
+        "push_to_hub",
+        "bad_numbers",
+        "fit_memory",
+        "tokens_per_pass",
+    },
+}
+"""What may differ: it changes no step of the training, or its content is compared instead."""
+
+
+def identity(recipe: Recipe, base: str, data: list[str]) -> dict[str, Any]:
+    """What a checkpoint remembers of its run: all settings that decide a step, base model and training data.
+
+    `data` are the cache keys of the training sets in their order.
+    """
+    tree = recipe.model_dump(mode="json")
+    settings = {
+        f"{section}.{name}": value
+        for section, values in tree.items()
+        for name, value in values.items()
+        if name not in FREE.get(section, set())
+    }
+    return {"settings": settings, "base": base, "data": data}
+
+
+def changes(then: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """Each difference between two identities in a few words; a setting that one of them lacks is none."""
+    found = [
+        f"{key} was {then['settings'][key]!r} and is {value!r}"
+        for key, value in now["settings"].items()
+        if key in then["settings"] and then["settings"][key] != value
+    ]
+    if then["base"] != now["base"]:
+        found.append("the base model's weights or config are others")
+    if then["data"] != now["data"]:
+        found.append("the training data, or how it becomes tokens, is another")
+    return found

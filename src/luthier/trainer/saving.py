@@ -1,0 +1,133 @@
+"""Makes a checkpoint of a running training: a copy at once, files while the loop goes on.
+
+The loop waits for the copy alone. Room is asked for before anything is written, a disk that fills up all the
+same leaves the checkpoints before it, and what goes wrong in the background stops the run at its next step.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+from peft import PeftModel
+from torch import nn
+from transformers import PreTrainedTokenizerBase, TrainerState
+
+from luthier.trainer.checkpoint import atomic_folder
+from luthier.trainer.retention import require_space, rotate, what_is_left
+from luthier.trainer.snapshot import HostCopies, TrainingState, model_state, num_bytes, training_state
+from luthier.trainer.writer import CheckpointWriter
+from luthier.types import CheckpointError, Method
+
+LOOP_STATE_NAME = "loop_state.json"
+"""What the loop itself keeps between steps: sums of the logging window, recent losses."""
+
+ROOM_SHARE = 0.25
+"""`async_save: auto` copies where the copy takes less than this share of the free memory."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Content:
+    """One checkpoint, in host memory."""
+
+    final: Path
+    metadata: Mapping[str, Any]
+    model: Mapping[str, Any]
+    training: TrainingState | None
+    state: str
+    loop: str
+    best: Path | None
+
+
+class CheckpointSaver:
+    """Writes `checkpoint-N` folders of one run and deletes old ones."""
+
+    def __init__(
+        self,
+        run_dir: Path,
+        method: Method,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        asynchronous: bool,
+        limit: int | None,
+        only_model: bool,
+        metadata: Mapping[str, Any],
+    ) -> None:
+        self.run_dir = run_dir
+        self._method, self._tokenizer = method, tokenizer
+        self._limit, self._only_model = limit, only_model
+        self._metadata = dict(metadata)
+        self._copies = HostCopies()
+        self.writer = CheckpointWriter(asynchronous=asynchronous)
+
+    def save(
+        self,
+        model: nn.Module,
+        state: TrainerState,
+        *,
+        optimizer: Any,
+        scheduler: Any,
+        scaler: Any,
+        loop: Mapping[str, Any],
+    ) -> None:
+        """A checkpoint of this moment. Raises CheckpointError where it, or the one before, cannot be written."""
+        self.writer.wait()  # the buffers are its until then
+        training = None
+        if not self._only_model:
+            training = training_state(optimizer, scheduler, scaler, self._copies)
+        weights = model_state(model, self._copies)
+        self._copies.finish()
+        best = state.best_model_checkpoint
+        content = _Content(
+            final=self.run_dir / f"checkpoint-{state.global_step}",
+            metadata=self._about(state),
+            model=weights,
+            training=training,
+            state=json.dumps(asdict(state), indent=2, sort_keys=True) + "\n",
+            loop=json.dumps(dict(loop)) + "\n",
+            best=Path(best) if best is not None else None,
+        )
+        written = weights
+        if isinstance(model, PeftModel):  # the base is not written
+            trains = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+            written = {name: tensor for name, tensor in weights.items() if name in trains}
+        require_space(self.run_dir, content.final.name, num_bytes(written, training and training.optimizer))
+        self.writer.submit(lambda: self._write(model, content))
+
+    def _about(self, state: TrainerState) -> dict[str, Any]:
+        about = {"step": state.global_step, "epoch": state.epoch, **self._metadata}
+        return about | {"resumable": False} if self._only_model else about
+
+    def _write(self, model: nn.Module, content: _Content) -> None:
+        try:
+            with atomic_folder(content.final, metadata=content.metadata, replace=True) as folder:
+                self._method.save(model, folder, content.model)
+                self._tokenizer.save_pretrained(folder)
+                if content.training is not None:
+                    content.training.write(folder)
+                (folder / "trainer_state.json").write_text(content.state, encoding="utf-8")
+                (folder / LOOP_STATE_NAME).write_text(content.loop, encoding="utf-8")
+            rotate(self.run_dir, self._limit, content.best, valid=content.final)
+        except OSError as error:
+            raise CheckpointError(
+                f"{content.final.name} could not be written: {error.strerror or error}. {what_is_left(self.run_dir)}"
+            ) from error
+
+
+def saves_asynchronously(wanted: bool | str, model: nn.Module, states_per_parameter: int = 2) -> bool:
+    """Whether to copy and write in the background: as the recipe says, or where the copy is small.
+
+    A copy holds what trains and about `states_per_parameter` numbers of the optimizer for each of it.
+    """
+    if isinstance(wanted, bool):
+        return wanted
+    trained = sum(
+        parameter.numel() * parameter.element_size()
+        for parameter in model.parameters()
+        if parameter.requires_grad
+    )
+    return trained * (1 + states_per_parameter) < ROOM_SHARE * psutil.virtual_memory().available

@@ -1,0 +1,139 @@
+"""Everything that a resume needs, copied to host memory, so that it can be written while training goes on.
+
+The files are those of transformers' Trainer (`optimizer.pt`, `scheduler.pt`, `scaler.pt`, `rng_state.pth`,
+`trainer_state.json`), so its own loading reads them. What a model's files are is its method's business.
+"""
+
+from __future__ import annotations
+
+import copy
+import random
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+State = dict[str, Any]
+
+
+class HostCopies:
+    """Copies of tensors in host memory, pinned where they come from a GPU.
+
+    The buffers are used again by the next snapshot: fresh memory would be given page by page while the loop
+    waits. Tensors that share memory (tied weights) share their copy.
+    """
+
+    def __init__(self) -> None:
+        self._buffers: dict[str, Tensor] = {}
+
+    def copy(self, name: str, tensor: Tensor) -> Tensor:
+        """A copy of `tensor` under `name`; complete only after `finish` where it comes from a GPU."""
+        buffer = self._buffers.get(name)
+        if buffer is None or buffer.shape != tensor.shape or buffer.dtype != tensor.dtype:
+            buffer = torch.empty(
+                tensor.shape, dtype=tensor.dtype, device="cpu", pin_memory=tensor.device.type == "cuda"
+            )
+            self._buffers[name] = buffer
+        return buffer.copy_(tensor.detach(), non_blocking=True)
+
+    def tree(self, name: str, value: Any) -> Any:
+        """`value` (dictionaries, lists, tuples, plain values) with every tensor in it copied."""
+        if isinstance(value, Tensor):
+            return self.copy(name, value)
+        if isinstance(value, Mapping):
+            return {key: self.tree(f"{name}.{key}", item) for key, item in value.items()}
+        if isinstance(value, list | tuple):
+            return type(value)(self.tree(f"{name}.{index}", item) for index, item in enumerate(value))
+        return copy.deepcopy(value)
+
+    @staticmethod
+    def finish() -> None:
+        """Wait for copies from a GPU."""
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+
+
+def model_state(model: nn.Module, copies: HostCopies) -> dict[str, Tensor]:
+    """The model's state dict: what can change is copied, frozen parameters are the model's own tensors."""
+    frozen = {
+        parameter.data_ptr() for parameter in model.parameters() if not parameter.requires_grad
+    }  # fmt: skip
+    seen: dict[tuple[int, torch.Size], Tensor] = {}
+    state = {}
+    for name, tensor in model.state_dict(keep_vars=False).items():
+        key = (tensor.data_ptr(), tensor.shape)
+        if tensor.data_ptr() in frozen:
+            seen[key] = tensor
+        elif key not in seen:
+            seen[key] = copies.copy(f"model.{name}", tensor)
+        state[name] = seen[key]
+    return state
+
+
+def random_state() -> State:
+    """The state of all generators that training draws from, as transformers saves it."""
+    state: State = {
+        "python": random.getstate(),
+        "numpy": np.random.get_state(),
+        "cpu": torch.random.get_rng_state(),
+    }
+    if torch.cuda.is_available():
+        state["cuda"] = torch.cuda.random.get_rng_state()
+    return state
+
+
+@dataclass(frozen=True, slots=True)
+class TrainingState:
+    """Optimizer, schedule, loss scaler and generators at one moment, in host memory."""
+
+    optimizer: State
+    scheduler: State
+    scaler: State | None
+    generators: State
+
+    def write(self, folder: Path) -> None:
+        torch.save(self.optimizer, folder / "optimizer.pt")
+        with warnings.catch_warnings():
+            # The schedule's reminder to save the optimizer too, which was done one line above.
+            warnings.filterwarnings("ignore", message="Please also save or load the state of the optimizer")
+            torch.save(self.scheduler, folder / "scheduler.pt")
+        if self.scaler is not None:
+            torch.save(self.scaler, folder / "scaler.pt")
+        torch.save(self.generators, folder / "rng_state.pth")
+
+
+def training_state(optimizer: Any, scheduler: Any, scaler: Any, copies: HostCopies) -> TrainingState:
+    """A copy of all that the optimizer and its companions hold."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Please also save or load the state of the optimizer")
+        schedule = copy.deepcopy(scheduler.state_dict())
+    return TrainingState(
+        optimizer=copies.tree("optimizer", optimizer.state_dict()),
+        scheduler=schedule,
+        scaler=None if scaler is None else dict(scaler.state_dict()),
+        generators=random_state(),
+    )
+
+
+def num_bytes(*trees: Any) -> int:
+    """Bytes of all tensors in the trees, shared memory counted once."""
+    sizes: dict[int, int] = {}
+
+    def visit(value: Any) -> None:
+        if isinstance(value, Tensor):
+            sizes[value.data_ptr()] = value.numel() * value.element_size()
+        elif isinstance(value, Mapping):
+            for item in value.values():
+                visit(item)
+        elif isinstance(value, list | tuple):
+            for item in value:
+                visit(item)
+
+    for tree in trees:
+        visit(tree)
+    return sum(sizes.values())
