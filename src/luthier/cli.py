@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import os
 import sys
+from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Any, Literal, cast
+from typing import Annotated, Any
 
 import typer
-from click import Choice
 from typer.core import TyperGroup
 
 from luthier import __version__
@@ -16,6 +16,7 @@ from luthier.types import LuthierError, RunInterrupted
 
 USAGE_ERROR = 2
 INTERRUPTED = 130  # what a shell reports for a process that Ctrl-C ended
+CLAIM_FAILS = 1
 SAVED = 75  # sysexits' EX_TEMPFAIL: stopped by a signal with a checkpoint saved; try again and it goes on
 
 
@@ -79,6 +80,32 @@ def train(
 
 
 @app.command()
+def selfcheck(
+    recipe: Annotated[Path, typer.Argument(help="A Luthier or LLaMA-Factory recipe (YAML or JSON).")],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(help="KEY=VALUE, for example data.max_samples=50.", show_default=False)
+    ] = None,
+    only: Annotated[
+        list[str] | None, typer.Option("--only", help="Run this check alone; may be repeated.", show_default=False)
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of a table.")] = False,
+) -> None:
+    """Prove the fast paths on RECIPE's own model and data: packed = padded, resumed = straight and the others.
+
+    The exit status is 1 where a claim does not hold.
+    """
+    import json
+
+    from luthier.selfcheck.outcome import table
+    from luthier.selfcheck.verb import selfcheck as run_selfcheck
+
+    result = run_selfcheck(recipe, overrides or [], only=only or [], quiet=as_json)
+    typer.echo(json.dumps(result.to_dict(), indent=2) if as_json else "\n" + table(result.outcomes))
+    if not result.holds:
+        raise typer.Exit(CLAIM_FAILS)
+
+
+@app.command()
 def prepare(
     recipe: Annotated[Path, typer.Argument(help="A Luthier or LLaMA-Factory recipe (YAML or JSON).")],
     overrides: Annotated[
@@ -96,27 +123,69 @@ def prepare(
 
 
 @app.command()
+def templates(
+    name: Annotated[
+        str | None, typer.Argument(help="A template's name or a .jinja file.", show_default=False)
+    ] = None,
+    tokenizer: Annotated[
+        str | None,
+        typer.Option("--tokenizer", "-t", help="A folder or hub name (embedded).", show_default=False),
+    ] = None,
+) -> None:
+    """List the named chat templates, or show NAME at work: a conversation, and what is learnt of it."""
+    from luthier.show import speaker
+    from luthier.templates import listing, shown
+
+    if name is None:
+        typer.echo(listing())
+    else:
+        speaker(quiet=False)(shown(name, tokenizer))
+
+
+class PlotAxis(StrEnum):
+    steps = "steps"
+    tokens = "tokens"
+    time = "time"
+
+
+@app.command()
 def plot(
     runs: Annotated[list[Path], typer.Argument(help="Folders of runs.", show_default=False)],
     metric: Annotated[
         list[str] | None,
-        typer.Option("--metric", "-m", help="Any name in the log; may be given several times.", show_default=False),
+        typer.Option("--metric", "-m", help="Any name in the logs; may be repeated.", show_default=False),
     ] = None,
-    x: Annotated[
-        str, typer.Option("--x", help="steps, tokens or time.", click_type=Choice(["steps", "tokens", "time"]))
-    ] = "steps",
+    x: Annotated[PlotAxis, typer.Option("--x", help="What the horizontal axis counts.")] = PlotAxis.steps,
     output: Annotated[
         Path | None,
         typer.Option("--output", "-o", help="A .png, .svg or .pdf file (runs.png).", show_default=False),
     ] = None,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a file that is in the way.")] = False,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace a file that is in the way.")
+    ] = False,
 ) -> None:
     """Draw the curves of RUNS in one picture; those of one run, without options, in its folder."""
     from luthier.trainer.compare_plots import plot_runs
 
-    axis = cast(Literal["steps", "tokens", "time"], x)
-    for file in plot_runs(runs, metrics=metric or [], axis=axis, output=output, overwrite=overwrite):
+    for file in plot_runs(runs, metrics=metric or [], axis=x.value, output=output, overwrite=overwrite):
         typer.echo(str(file))
+
+
+@app.command()
+def sweep(
+    file: Annotated[Path, typer.Argument(help="A sweep file (YAML or JSON): recipe, search, space.")],
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Check everything, print the trials and run none.")
+    ] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print only warnings and errors.")] = False,
+) -> None:
+    """Train a recipe with many values and find the best; started again, it goes on."""
+    from luthier.sweep import run
+
+    if dry_run:
+        typer.echo(run.dry_run(file))
+    else:
+        run.sweep(file, quiet=quiet)
 
 
 @app.command()

@@ -1,0 +1,167 @@
+"""What all checks share: the user's model, template and rows, loaded once."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+
+import torch
+from peft import PeftModel
+from torch import Tensor, nn
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
+
+from luthier.assemble import Material, build_model, load_tokens, read_material
+from luthier.data.formats import RowKind, to_row
+from luthier.data.read import read_rows
+from luthier.data.registry import resolve_datasets
+from luthier.model.load import ModelSource, locate
+from luthier.model.vocabulary import VocabularyChange
+from luthier.recipe.load import LoadedRecipe
+from luthier.recipe.resolve import Hardware
+from luthier.recipe.schema import Recipe
+from luthier.show import Say
+from luthier.types import DataError, Method, Row, Sample
+
+MAX_TOKENS = 1024
+"""Tokens of the rows that the numeric checks run on: enough for several chunks, minutes on a laptop."""
+MAX_ROWS = 24
+
+BOUNDS = {torch.float32: 1e-3, torch.bfloat16: 0.25, torch.float16: 0.1}
+"""Largest difference of one log-probability, in nats. A leak or a shifted mask moves them by whole nats."""
+GRADIENT_BOUNDS = {torch.float32: 1e-3, torch.bfloat16: 0.1, torch.float16: 0.05}
+"""Largest difference of a gradient, relative to its norm."""
+
+
+@dataclass
+class Bench:
+    """One recipe on one machine, ready for measurements. `folder` is for files that the checks write."""
+
+    loaded: LoadedRecipe
+    hardware: Hardware
+    folder: Path
+    say: Say
+
+    @property
+    def settings(self) -> Recipe:
+        return self.loaded.recipe
+
+    @cached_property
+    def source(self) -> ModelSource:
+        return locate(self.settings.model)
+
+    @cached_property
+    def tokens(self) -> tuple[PreTrainedTokenizerFast, VocabularyChange]:
+        return load_tokens(self.settings, self.source, self.say)
+
+    @cached_property
+    def material(self) -> Material:
+        return read_material(self.settings, self.tokens[0], self.say)
+
+    @cached_property
+    def built(self) -> tuple[PreTrainedModel | PeftModel, Method]:
+        """The model ready to train; where an adapter starts as zero it is given weights, so that it counts."""
+        model, method = build_model(self.settings, self.source, self.hardware, self.tokens[1])
+        generator = torch.Generator().manual_seed(0)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                if parameter.requires_grad and parameter.ndim > 1 and not parameter.any():
+                    noise = torch.randn(parameter.shape, generator=generator) * 0.02
+                    parameter.copy_(noise.to(parameter))
+        _without_dropout(model)
+        model.eval()
+        return model, method
+
+    @property
+    def model(self) -> PreTrainedModel | PeftModel:
+        return self.built[0]
+
+    @property
+    def method(self) -> Method:
+        return self.built[1]
+
+    @property
+    def device(self) -> torch.device:
+        return torch.device(self.hardware.device)
+
+    @cached_property
+    def arithmetic(self) -> torch.dtype:
+        """The least exact type that takes part."""
+        autocast = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(self.settings.train.precision)
+        return autocast or next(self.model.parameters()).dtype
+
+    def autocast(self) -> torch.autocast:
+        """The arithmetic that training uses."""
+        wanted = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(self.settings.train.precision)
+        return torch.autocast(self.hardware.device, dtype=wanted, enabled=wanted is not None)
+
+    @property
+    def bound(self) -> float:
+        return BOUNDS[self.arithmetic]
+
+    @property
+    def gradient_bound(self) -> float:
+        return GRADIENT_BOUNDS[self.arithmetic]
+
+    @cached_property
+    def samples(self) -> list[Sample]:
+        """Supervised samples from all over the training data, `MAX_TOKENS` in all, two at least."""
+        table = self.material.data.train
+        chosen: list[Sample] = []
+        step = max(1, len(table) // MAX_ROWS)
+        for index in range(0, len(table), step):
+            sample = table[index]
+            room = MAX_TOKENS - sum(len(one) for one in chosen)
+            if (sample.weights[1:] > 0).any() and (len(sample) <= room or len(chosen) < 2):
+                chosen.append(sample)
+        if len(chosen) < 2:
+            raise DataError("selfcheck needs at least two training rows with something to learn")
+        return chosen
+
+    @cached_property
+    def rows(self) -> list[Row]:
+        """The first training rows as they are before tokens; rows that cannot be used are left out."""
+        spec = self.settings.data
+        kind: RowKind = "text" if self.settings.stage.type == "pt" else "conversation"
+        found: list[Row] = []
+        for attr in resolve_datasets(spec.train, spec):
+            first = replace(attr, num_samples=None)
+            for raw in read_rows(first, max_samples=MAX_ROWS):
+                try:
+                    found.append(to_row(raw, attr, kind))
+                except DataError:
+                    continue
+        return found
+
+    def gradients(self) -> dict[str, Tensor]:
+        """Copies of the gradients of all that trains; clears them."""
+        found = {}
+        for name, parameter in self.model.named_parameters():
+            if parameter.grad is not None:
+                found[name] = parameter.grad.detach().double().cpu()
+                parameter.grad = None
+        return found
+
+
+def _without_dropout(model: nn.Module) -> None:
+    """Two forms of the same computation are compared, and one of them runs in training mode."""
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+        for name in ("attention_dropout", "dropout", "hidden_dropout"):
+            if isinstance(getattr(module, name, None), float):
+                setattr(module, name, 0.0)
+
+
+def relative_difference(found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> float:
+    """|found - expected| / |expected| over all tensors together; infinite where names differ."""
+    if found.keys() != expected.keys():
+        return float("inf")
+    apart = sum(float((found[name] - expected[name]).square().sum()) for name in expected)
+    size = sum(float(tensor.square().sum()) for tensor in expected.values())
+    return float((apart / size) ** 0.5) if size else float("inf") if apart else 0.0
+
+
+def largest(values: Sequence[float]) -> float:
+    return max(values, default=0.0)

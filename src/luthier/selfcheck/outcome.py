@@ -1,0 +1,54 @@
+"""What a check measured, and how that is shown."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """One claim, what was measured of it, and the bound that it must keep."""
+
+    check: str
+    claim: str
+    measured: float
+    bound: float
+    unit: str
+    detail: str = ""
+    """On what it was measured, or what went wrong."""
+
+    @property
+    def holds(self) -> bool:
+        return not math.isnan(self.measured) and self.measured <= self.bound
+
+    def to_dict(self) -> dict[str, Any]:
+        numbers = {name: getattr(self, name) for name in ("measured", "bound")}
+        plain = {name: value if math.isfinite(value) else str(value) for name, value in numbers.items()}
+        return asdict(self) | plain | {"holds": self.holds}
+
+
+def table(outcomes: Sequence[Outcome]) -> str:
+    """The outcomes as plain text, one line each, and the details of those that do not hold."""
+    head = ("check", "claim", "measured", "bound", "")
+    lines = [head]
+    for one in outcomes:
+        lines.append(
+            (
+                one.check,
+                one.claim,
+                f"{one.measured:.3g} {one.unit}",
+                f"{one.bound:.3g}",
+                "holds" if one.holds else "FAILS",
+            )
+        )
+    widths = [max(len(line[column]) for line in lines) for column in range(len(head))]
+    text = [
+        "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
+        for line in lines
+    ]
+    return "\n".join(
+        [*text, *(f"{one.check}: {one.detail}" for one in outcomes if one.detail and not one.holds)]
+    )
