@@ -24,7 +24,7 @@ export TOKENIZERS_PARALLELISM ?= false
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help quickstart test check style format types layers contracts schema bench env clean
+.PHONY: help quickstart test check style format types layers contracts schema docs bench env clean
 
 help:  ## Show this list
 	@grep -E '^[a-z]+:.*## ' $(firstword $(MAKEFILE_LIST)) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -75,8 +75,12 @@ layers: $(VENV)/dev.stamp  ## Check that imports go strictly downward
 contracts: $(VENV)/dev.stamp  ## Run the contract tests alone
 	$(BIN)/python -m pytest -q tests/contract
 
-schema: $(VENV)/core.stamp  ## Write examples/recipe.schema.json, which editors read, anew
+schema: $(VENV)/core.stamp  ## Write the schemas in examples/, which editors read, anew
 	$(BIN)/luthier schema > examples/recipe.schema.json
+	$(BIN)/luthier schema --sweep > examples/sweep/sweep.schema.json
+
+docs: $(VENV)/core.stamp  ## Write docs/llamafactory_keys.md, the table of that tool's keys, anew
+	$(BIN)/python -m luthier.recipe.key_table > docs/llamafactory_keys.md
 
 bench: $(VENV)/dev.stamp  ## Measure the training speed on this CPU (BENCH_ARGS; see benchmarks/README.md)
 	$(BIN)/python benchmarks/sft_cpu.py --model "$$($(BIN)/python -c '$(EMBEDDED)' | tail -n 1)" $(BENCH_ARGS)

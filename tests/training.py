@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -19,11 +19,16 @@ from luthier.data.table import SampleTable
 from luthier.data.template import ChatTemplate
 from luthier.methods import build_method
 from luthier.model.logprobs import install_target_forward
+from luthier.model.neftune import EmbeddingNoise
 from luthier.recipe.load import load_recipe
 from luthier.recipe.resolve import Hardware, resolve
 from luthier.recipe.schema import Recipe
 from luthier.stages import build_stage
 from luthier.trainer.arguments import training_arguments
+from luthier.trainer.compilation import compile_layers
+from luthier.trainer.memory import FitMemory
+from luthier.trainer.precision import AUTOCAST
+from luthier.trainer.metrics import Metric
 from luthier.trainer.trainer import PeftTrainer
 from luthier.types import Sample
 from tests.tiny import chat_tokenizer
@@ -50,12 +55,18 @@ def trainer_of(
     model: PreTrainedModel,
     samples: Sequence[Sample],
     eval_samples: Mapping[str, Sequence[Sample]] | None = None,
+    metrics: Sequence[Metric] = (),
+    say: Callable[[str], None] = lambda text: None,
 ) -> PeftTrainer:
     """The trainer of a resolved recipe over these samples, on this model."""
     set_seed(recipe.train.seed)
     method = build_method(recipe.method)
     trained = method.apply(model)
     install_target_forward(trained.get_base_model() if isinstance(trained, PeftModel) else trained)
+    if recipe.train.neftune_alpha:
+        EmbeddingNoise(trained, recipe.train.neftune_alpha)
+    if recipe.train.compile is not None:
+        compile_layers(trained, recipe.train.compile)
     table = SampleTable.of_mixed(list(samples))
     if recipe.data.packing:
         table = table.with_groups(best_fit(table.lengths.tolist(), recipe.data.max_length))
@@ -63,16 +74,20 @@ def trainer_of(
     stage = build_stage(recipe.stage, EncodeOptions.of(recipe.data, recipe.stage.type))
     unused = cast(ChatTemplate, None)
     material = assemble.Material(unused, stage, PreparedData(table, sets, [], {}))
+    steps = assemble.training_steps(recipe, material, 1, 0)
     return PeftTrainer(
         model=trained,
         args=training_arguments(recipe, use_cpu=True),
         stage=stage,
         method=method,
         optim=recipe.optim,
-        steps=assemble.training_steps(recipe, material, 1, 0),
+        steps=steps,
         eval_sets=assemble.eval_sets(recipe, material, 1),
         tokenizer=chat_tokenizer(),
         callbacks=[],
+        metrics=metrics,
+        eval_arithmetic=AUTOCAST[recipe.train.eval_precision],
+        fit_memory=FitMemory(steps, say) if recipe.train.fit_memory and steps is not None else None,
     )
 
 

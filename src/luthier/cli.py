@@ -106,6 +106,36 @@ def selfcheck(
 
 
 @app.command()
+def check(
+    recipe: Annotated[Path, typer.Argument(help="A Luthier or LLaMA-Factory recipe (YAML or JSON).")],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(help="KEY=VALUE, for example train.epochs=2.", show_default=False)
+    ] = None,
+    samples: Annotated[int, typer.Option("--samples", min=0, help="Samples to show token by token.")] = 3,
+    everything: Annotated[
+        bool, typer.Option("--all", help="Show the recipe's defaults too, not only what was given.")
+    ] = False,
+    probe: Annotated[
+        bool, typer.Option("--probe/--no-probe", help="Measure a few optimizer steps, for the time.")
+    ] = True,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")] = False,
+    html: Annotated[
+        Path | None, typer.Option("--html", help="Write a page with plots to FILE.", metavar="FILE", show_default=False)
+    ] = None,
+) -> None:
+    """Say what RECIPE would do, without training: data, samples, parameters, memory, time, and every refusal.
+
+    The exit status is 2 where `train` would refuse.
+    """
+    from luthier.check.command import run as run_check
+
+    if not run_check(
+        recipe, overrides or [], samples=samples, everything=everything, probe=probe, as_json=as_json, html=html
+    ):
+        raise typer.Exit(USAGE_ERROR)
+
+
+@app.command()
 def prepare(
     recipe: Annotated[Path, typer.Argument(help="A Luthier or LLaMA-Factory recipe (YAML or JSON).")],
     overrides: Annotated[
@@ -209,13 +239,17 @@ def _finish(result: Any, quiet: bool) -> None:
 
 
 @app.command()
-def schema() -> None:
+def schema(
+    sweep: Annotated[bool, typer.Option("--sweep", help="That of a sweep file instead.")] = False,
+) -> None:
     """Print the JSON Schema of a recipe, for editors."""
     import json
 
     from luthier.recipe.schema import Recipe
+    from luthier.recipe.sweep import SweepSpec
 
-    described = {"$schema": "https://json-schema.org/draft/2020-12/schema", **Recipe.model_json_schema()}
+    kind = SweepSpec if sweep else Recipe
+    described = {"$schema": "https://json-schema.org/draft/2020-12/schema", **kind.model_json_schema()}
     typer.echo(json.dumps(described, indent=2))
 
 

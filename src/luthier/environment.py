@@ -12,6 +12,7 @@ import psutil
 
 from luthier import __version__
 from luthier.recipe.resolve import Hardware
+from luthier.types import RecipeError
 
 CORE = ("torch", "transformers", "peft", "accelerate", "datasets", "tokenizers", "safetensors")
 
@@ -36,6 +37,9 @@ OPTIONAL = (
     Library("tensorboard", "tensorboard", "train.report_to: [tensorboard]", "pip install tensorboard"),
     Library("wandb", "wandb", "train.report_to: [wandb]", "pip install wandb"),
     Library("mlflow", "mlflow", "train.report_to: [mlflow]", "pip install mlflow"),
+    Library("optuna", "optuna", "search: {type: optuna} of `luthier sweep`", "pip install 'luthier[sweep]'"),
+    Library("swanlab", "swanlab", "train.report_to: [swanlab]", "pip install swanlab"),
+    Library("trackio", "trackio", "train.report_to: [trackio]", "pip install trackio"),
 )
 
 
@@ -50,6 +54,13 @@ def version_of(package: str) -> str | None:
 def missing() -> list[Library]:
     """The optional libraries that are not installed."""
     return [library for library in OPTIONAL if util.find_spec(library.module) is None]
+
+
+def require(module: str, key: str) -> None:
+    """Raise RecipeError, with the line that installs it, where an optional library that `key` needs is missing."""
+    for library in missing():
+        if library.module == module:
+            raise RecipeError(f"{key} needs the package {library.package}, which is not installed: {library.install}")
 
 
 def detect_hardware() -> Hardware:

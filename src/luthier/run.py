@@ -10,27 +10,47 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from torch import nn
+
 from luthier import __version__
-from luthier.assemble import Material, build_model, eval_sets, read_material, training_steps
+from luthier.assemble import (
+    Material,
+    attachments,
+    build_model,
+    eval_sets,
+    load_tokens,
+    padding_share,
+    read_material,
+    require_one_process,
+    run_identity,
+    training_steps,
+)
 from luthier.data.prepare import PreparedData
 from luthier.data.report import check_max_lost, format_reports
 from luthier.environment import detect_hardware
-from luthier.methods.groups import count_parameters
-from luthier.model.load import ModelSource, fingerprint, load_tokenizer, locate
+from luthier.methods.groups import ParameterCount, count_parameters
+from luthier.model.load import ModelSource, fingerprint, locate
+from luthier.model.logprobs import chosen_rows
+from luthier.model.positions import loaded_positions
+from luthier.publish import CARD_NAME, model_card, upload
 from luthier.recipe.load import LoadedRecipe, dump_recipe, load_recipe
-from luthier.recipe.resolve import resolve
+from luthier.recipe.resolve import Hardware, resolve
 from luthier.recipe.schema import Recipe
 from luthier.show import Say, example_text, quiet_libraries, speaker
 from luthier.trainer.arguments import training_arguments
 from luthier.trainer.callbacks import LogCallback, ProgressCallback
-from luthier.trainer.checkpoint import hash_file, read_manifest, resolve_resume, sweep_temporary
+from luthier.trainer.checkpoint import hash_file, resolve_resume, sweep_temporary
 from luthier.trainer.interruption import Interruption
+from luthier.trainer.kernels import kernel_rules
+from luthier.trainer.memory import FitMemory
 from luthier.trainer.plots import plot_run
+from luthier.trainer.precision import AUTOCAST
 from luthier.trainer.retention import what_is_left
 from luthier.trainer.run_directory import published_files, run_guard
-from luthier.trainer.same_run import changes, identity
+from luthier.trainer.same_run import differences
+from luthier.trainer.trackers import tracking
 from luthier.trainer.trainer import PeftTrainer
-from luthier.types import CheckpointError, RecipeError, RunInterrupted
+from luthier.types import RunInterrupted
 
 LIBRARIES = ("torch", "transformers", "peft", "accelerate", "datasets", "tokenizers", "safetensors")
 
@@ -50,51 +70,62 @@ def train(
     quiet_libraries()
     hardware = detect_hardware()
     loaded = resolve(load_recipe(recipe, overrides), hardware)
+    train_spec = loaded.recipe.train
+    with kernel_rules(deterministic=train_spec.deterministic, tf32=train_spec.tf32):
+        return _train(loaded, hardware, quiet)
+
+
+def _train(loaded: LoadedRecipe, hardware: Hardware, quiet: bool) -> TrainResult:
     settings = loaded.recipe
     output = Path(settings.train.output)
-    if hardware.world_size > 1:
-        raise RecipeError(
-            f"this version trains with one process, and {hardware.world_size} were started; run it without torchrun"
-        )
+    world_size = hardware.world_size
+    require_one_process(hardware)
     arguments = training_arguments(settings, use_cpu=hardware.device == "cpu")
-    say = speaker(quiet or arguments.process_index > 0)
+    main = arguments.process_index == 0
+    say = speaker(quiet or not main)
     for note in loaded.notes:
         say(f"note: {note}")
-    train_spec = settings.train
+    train_spec, attached = settings.train, attachments(loaded)
     if not train_spec.overwrite:
         run_guard(output, overwrite=False, resume=train_spec.resume)  # say so before the long work
     source = locate(settings.model)
-    tokenizer = load_tokenizer(settings.model, source)
+    tokenizer, vocabulary = load_tokens(settings, source, say)
     material = read_material(settings, tokenizer, say)
     _show(settings, material, say)
-    model, method = build_model(settings, source, hardware)
+    model, method = build_model(settings, source, hardware, vocabulary)
     manifest = _manifest(settings, source, material)
     # Only now, when nothing of the input can be wrong any more, is anything written.
-    resumed = _open_run(output, loaded, manifest["identity"], say, main=arguments.process_index == 0)
-    count = count_parameters(model)
-    say(
-        f"{count.trainable:,} of {count.total:,} parameters train ({count.trainable / count.total:.2%}) "
-        f"on {hardware.name}, {settings.train.precision}"
+    resumed = _open_run(output, loaded, manifest["identity"], say, main=main)
+    count = _count(model, hardware, settings, say)
+    added = vocabulary.to_dict() if vocabulary.is_needed else None
+    manifest |= {"parameters": asdict(count), "vocabulary": added}
+    manifest |= _model_record(settings, material, model, say)
+    padded = chosen_rows(model).padded
+    trackers = tracking(
+        train_spec.report_to if main else (), output, run_name=arguments.run_name, resumed=resumed
     )
-    manifest |= {"parameters": asdict(count)}
-    with ProgressCallback(quiet=quiet) as progress, Interruption() as interruption:
+    with trackers as tracked, ProgressCallback(quiet=quiet) as progress, Interruption() as interruption:
+        steps = training_steps(settings, material, world_size, arguments.process_index, padded=padded)
         trainer = PeftTrainer(
             model=model,
             args=arguments,
             stage=material.stage,
             method=method,
             optim=settings.optim,
-            steps=training_steps(settings, material, hardware.world_size, arguments.process_index),
-            eval_sets=eval_sets(settings, material, hardware.world_size),
+            steps=steps,
+            eval_sets=eval_sets(settings, material, world_size, padded=padded),
             tokenizer=tokenizer,
-            callbacks=[LogCallback(output), progress, interruption],
+            callbacks=[*tracked, LogCallback(output), progress, interruption, *attached.callbacks],
             save_total_limit=train_spec.save_total_limit,
             checkpoint_metadata={key: manifest[key] for key in ("luthier", "identity")},
             async_save=train_spec.async_save,
+            metrics=attached.metrics,
+            eval_arithmetic=AUTOCAST[train_spec.eval_precision],
+            fit_memory=FitMemory(steps, say) if train_spec.fit_memory and steps is not None else None,
         )
         metrics = _learn(trainer, settings, manifest, resumed, interruption)
-    if train_spec.plots and not train_spec.eval_only and trainer.is_world_process_zero():
-        plot_run(output)
+    if main and not train_spec.eval_only:
+        _show_result(settings, output, manifest, metrics, say)
     return TrainResult(output, metrics)
 
 
@@ -108,7 +139,8 @@ def prepare(
     for note in loaded.notes:
         say(f"note: {note}")
     settings = loaded.recipe
-    material = read_material(settings, load_tokenizer(settings.model, locate(settings.model)), say)
+    tokenizer, _ = load_tokens(settings, locate(settings.model), say)
+    material = read_material(settings, tokenizer, say)
     _show(settings, material, say)
     return material.data
 
@@ -120,6 +152,32 @@ def _show(settings: Recipe, material: Material, say: Say) -> None:
     check_max_lost(data.reports, settings.data.max_lost)
     shown = data.train if len(data.train) else next(iter(data.eval.values()))
     say(example_text(shown[0], material.template.decode))
+
+
+def _count(model: nn.Module, hardware: Hardware, settings: Recipe, say: Say) -> ParameterCount:
+    """How many parameters there are and train, said aloud."""
+    count = count_parameters(model)
+    say(
+        f"{count.trainable:,} of {count.total:,} parameters train ({count.trainable / count.total:.2%}) "
+        f"on {hardware.name}, {settings.train.precision}"
+    )
+    return count
+
+
+def _model_record(settings: Recipe, material: Material, model: nn.Module, say: Say) -> dict[str, Any]:
+    """How segments go through the model and what was changed in it, for the manifest; says what is not as usual."""
+    rows, positions = chosen_rows(model), loaded_positions(model)
+    record: dict[str, Any] = {"rows": rows.record()}
+    if positions is not None:
+        record["positions"] = asdict(positions)
+        say(f"note: positions are stretched ({positions})")
+    elif settings.model.rope_scaling is not None:
+        say("note: model.rope_scaling changes nothing: the model reads data.max_length tokens as it is")
+    if rows.padded:
+        share = padding_share(settings, material)
+        record["rows"]["padding_share"] = round(share, 4)
+        say(f"note: rows are padded on the {rows.side} ({share:.0%} of all positions is padding): {rows.reason}")
+    return record
 
 
 def _open_run(
@@ -136,7 +194,8 @@ def _open_run(
         sweep_temporary(output)
     resumed, skipped = resolve_resume(output, train_spec.resume)
     if resumed is not None:
-        _compare(resumed, now, train_spec.allow_changes, say)
+        for text in differences(resumed, now, allowed=train_spec.allow_changes):
+            say(f"changed since {resumed.name}: {text}")
     for folder, reason in skipped:
         say(f"checkpoint {folder.name} is not used: {reason}")
     if resumed is not None:
@@ -144,19 +203,6 @@ def _open_run(
     if main:
         (output / "recipe.yaml").write_text(dump_recipe(loaded), encoding="utf-8")
     return resumed
-
-
-def _compare(checkpoint: Path, now: Mapping[str, Any], allowed: bool, say: Say) -> None:
-    """Name what changed since the checkpoint was written; an error unless the recipe allows it."""
-    before = read_manifest(checkpoint)["metadata"].get("identity")
-    different = changes(before, now) if before is not None else []
-    if different and not allowed:
-        raise CheckpointError(
-            f"{checkpoint} is of a run that was another: {'; '.join(different)}. To go on all the same, give "
-            "train.allow_changes=true; to start anew, another train.output"
-        )
-    for text in different:
-        say(f"changed since {checkpoint.name}: {text}")
 
 
 def _learn(
@@ -175,7 +221,7 @@ def _learn(
         if interruption.received is not None:
             raise RunInterrupted(
                 f"{interruption.received.name}: stopped after step {trainer.state.global_step} of "
-                f"{trainer.state.max_steps}; {what_is_left(trainer.saver.run_dir)}"
+                f"{trainer.state.max_steps}; {what_is_left(trainer.saver.run_dir, then='')}"
             )
         trainer.save_metrics("train", trained)
         trainer.save_state()
@@ -194,21 +240,34 @@ def _save(trainer: PeftTrainer, manifest: dict[str, Any]) -> None:
         return
     with published_files(Path(str(trainer.args.output_dir))) as folder:
         trainer.save_model(str(folder), _internal_call=True)
+        (folder / CARD_NAME).unlink(missing_ok=True)  # PEFT writes a form to fill in; ours follows the evaluation
         files = {path.name: hash_file(path) for path in sorted(folder.iterdir())}
-        text = json.dumps({**manifest, "files": files}, indent=2)
+        passes = {"tokens_per_pass": trainer.tokens_per_pass}
+        text = json.dumps({**manifest, **passes, "files": files}, indent=2)
         (folder / "run.json").write_text(text + "\n", encoding="utf-8")
+
+
+def _show_result(
+    settings: Recipe, output: Path, manifest: Mapping[str, Any], metrics: Mapping[str, float], say: Say
+) -> None:
+    """Curves and model card, then the upload, if the recipe asks for one. Raises PublishError where that fails."""
+    if settings.train.plots:
+        plot_run(output)
+    (output / CARD_NAME).write_text(model_card(settings, manifest, metrics), encoding="utf-8")
+    if settings.train.push_to_hub is not None:
+        files = json.loads((output / "run.json").read_text(encoding="utf-8"))["files"]
+        say(f"uploaded: {upload(settings, output, [*files, CARD_NAME])}")
 
 
 def _manifest(settings: Recipe, source: ModelSource, material: Material) -> dict[str, Any]:
     """What the run was made from: versions, and fingerprints of base, template and data."""
     base = fingerprint(source)
-    trained = [report.dataset for report in material.data.reports[: len(settings.data.train)]]
     return {
         "luthier": __version__,
         "python": platform.python_version(),
         "libraries": {name: metadata.version(name) for name in LIBRARIES},
         "base": {"path": settings.model.path, "fingerprint": base},
-        "identity": identity(settings, base, [material.data.fingerprints[name] for name in trained]),
+        "identity": run_identity(settings, base, material),
         "template": {"name": material.template.name, "sha256": material.template.fingerprint},
         "data": material.data.fingerprints,
         "reports": [report.to_dict() for report in material.data.reports],

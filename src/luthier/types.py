@@ -212,12 +212,33 @@ class TokenLogprobs:
     """What a policy says of the targets of a batch, in the order of their positions.
 
     logprobs (N,) float32; entropy (N,) float32 or None; mean_logprobs (N,) float32 or None: the average
-    log-probability over the vocabulary, which is what label smoothing needs.
+    log-probability over the vocabulary, which is what label smoothing needs; predictions (N,) int64 or None: the
+    most likely token.
     """
 
     logprobs: Tensor
     entropy: Tensor | None = None
     mean_logprobs: Tensor | None = None
+    predictions: Tensor | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class EvalRow:
+    """What a model said of one sample of an evaluation set; what a metric computes from.
+
+    Arrays of the K >= 1 supervised positions of the sample, in their order: `targets` (K,) int64 are the tokens
+    that were to be predicted, `predictions` (K,) int64 the most likely tokens, `logprobs` (K,) float32 the
+    log-probabilities of the targets, `weights` (K,) float32 their loss weights.
+    """
+
+    source: str
+    """Name of the data set."""
+    index: int
+    """Position of the row in the data set as it was read, from 0; a row that was split has several samples."""
+    targets: np.ndarray[Any, np.dtype[np.int64]]
+    predictions: np.ndarray[Any, np.dtype[np.int64]]
+    logprobs: np.ndarray[Any, np.dtype[np.float32]]
+    weights: np.ndarray[Any, np.dtype[np.float32]]
 
 
 # --------------------------------------------------------------------------------------------------

@@ -14,13 +14,14 @@ import pytest
 import yaml
 
 import luthier
+from luthier.assemble import batch_rule, read_material
+from luthier.data.batching import plan_epoch
 from luthier.data.table import SampleTable
 from luthier.environment import detect_hardware
 from luthier.model.load import load_tokenizer, locate
 from luthier.recipe.load import load_recipe
 from luthier.recipe.resolve import resolve
 from luthier.recipe.schema import Recipe
-from luthier.run import _epoch, _material, _rule
 
 CASES = Path(__file__).parent / "data" / "llamafactory"
 NAMES = sorted(path.stem for path in CASES.glob("*.yaml"))
@@ -46,7 +47,7 @@ def prepared(name: str, model: Path, data: Path, folder: Path) -> tuple[Recipe, 
     file = translated(name, model, data, folder / "out")
     settings = resolve(load_recipe(file, [f"data.cache={folder / 'cache'}"]), detect_hardware()).recipe
     tokenizer = load_tokenizer(settings.model, locate(settings.model))
-    return settings, _material(settings, tokenizer, lambda text: None).data.train
+    return settings, read_material(settings, tokenizer, lambda text: None).data.train
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -75,7 +76,13 @@ def test_same_rows_tokens_and_targets(name: str, smollm2: Path, shared_data: Pat
     visited = []
     epoch = 0
     while len(visited) < len(expected["steps"]):
-        plan = _epoch(table, _rule(settings), settings.train.data_seed or 42, True, 1, None, epoch)
+        plan = plan_epoch(
+            table.lengths,
+            rule=batch_rule(settings),
+            epoch=epoch,
+            seed=settings.train.data_seed or 42,
+            groups=table.groups,
+        )
         visited += [plan[step][0] for step in range(len(plan))]
         epoch += 1
     where = {index: number for number, members in enumerate(rows) for index in members}

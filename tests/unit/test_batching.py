@@ -114,3 +114,34 @@ def test_slices_and_negative_steps() -> None:
     assert made[1:] == [made[1], made[2]] and made[-1] == made[2]
     with pytest.raises(IndexError):
         made[3]
+
+
+@pytest.mark.parametrize("rule", [RowsRule(3, 2), TokensRule(60)])
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_padded_passes_count_their_padding(rule: RowsRule | TokensRule, world_size: int) -> None:
+    lengths = np.random.default_rng(1).integers(1, 30, 80)
+    flat, padded = (
+        plan_epoch(
+            lengths, rule=rule, epoch=1, seed=3, world_size=world_size, tokens_per_pass=40, padded=padded
+        )
+        for padded in (False, True)
+    )
+    assert len(flat) == len(padded)
+    real = positions = 0
+    for flat_step, step in zip(flat, padded, strict=True):
+        for flat_rank, rank in zip(flat_step, step, strict=True):
+            assert sorted(i for p in rank for i in p) == sorted(i for p in flat_rank for i in p)
+            for indices in filter(None, rank):
+                width = int(lengths[indices].max())
+                assert len(indices) == 1 or len(indices) * width <= 40
+                real, positions = real + int(lengths[indices].sum()), positions + len(indices) * width
+    assert padded.padding_share() == pytest.approx(1 - real / positions)
+    assert 0 < padded.padding_share() < 0.5
+    assert flat.padding_share() == 0.0
+
+
+def test_padding_share_by_hand() -> None:
+    plan = plan_epoch([2, 4, 4], rule=RowsRule(3), epoch=0, seed=0, shuffle=False, padded=True)
+    assert plan[0] == [[[0, 1, 2]]]
+    assert plan.padding_share() == pytest.approx(2 / 12)
+    assert plan_epoch([], rule=TokensRule(8), epoch=0, seed=0, padded=True).padding_share() == 0.0

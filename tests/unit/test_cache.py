@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import multiprocessing
 import os
+import time
 from collections.abc import Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -182,6 +183,18 @@ def test_an_interrupted_entry_leaves_nothing(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="row 3 is bad"):
         store.put("k", "demo", failing())
     assert list(tmp_path.iterdir()) == []
+
+
+def test_what_a_killed_process_left_is_removed_after_a_day(tmp_path: Path) -> None:
+    fresh, stale, busy = (tmp_path / f".0123456789abcdef-{pid}-00000000" for pid in (1, 2, 3))
+    for folder in (fresh, stale, busy):
+        folder.mkdir()
+        (folder / "tokens.arrow").write_bytes(b"ARROW1")
+    day_ago = time.time() - 25 * 3600
+    for path in (stale / "tokens.arrow", stale, busy):  # to the third, tokens are still being added
+        os.utime(path, (day_ago, day_ago))
+    TokenCache(tmp_path).put("k", "demo", rows())
+    assert {entry.name for entry in tmp_path.iterdir()} == {"k", fresh.name, busy.name}
 
 
 def test_a_folder_that_cannot_be_written_is_named(tmp_path: Path) -> None:

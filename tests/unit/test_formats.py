@@ -68,7 +68,7 @@ def test_alpaca_history_and_system_come_first() -> None:
 @pytest.mark.parametrize(
     ("row", "reason"),
     [
-        ({"instruction": "a"}, "no answer"),
+        ({"instruction": "a"}, "no column 'output' with the answer"),
         ({"instruction": "a", "output": None}, "no answer"),
         ({"instruction": "a", "output": 3}, "answer is not text"),
         ({"instruction": ["a"], "output": "b"}, "instruction is not text"),
@@ -162,7 +162,13 @@ def test_openai_messages_keep_content_and_calls_together() -> None:
 @pytest.mark.parametrize(
     ("turns", "reason"),
     [
-        ([{"role": "narrator", "content": "x"}], "unknown role"),
+        ([{"role": "narrator", "content": "x"}], "unknown role 'narrator'"),
+        ([{"role": ["a", "list"], "content": "x"}], "unknown role ['a', 'list']"),
+        ([{"role": "user", "content": "half \ud83d of it"}], "text holds half of a surrogate pair"),
+        (
+            [{"role": "assistant", "tool_calls": [{"name": "f", "arguments": {"a": "\udc00"}}]}],
+            "text holds half of a surrogate pair",
+        ),
         ([], "no messages"),
         (None, "no messages"),
         ([{"role": "user", "content": None}], "content is not text"),

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import ast
+import contextlib
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from luthier.recipe.flat import KEYS
-from luthier.recipe.llamafactory_keys import TOOL_KEYS, Rule
+from luthier.recipe.earlier_keys import EARLY_MARKS, OLDER_NAMES
+from luthier.recipe.key_rules import Rule
+from luthier.recipe.known_keys import GROUPS, KEYS, known_key
+from luthier.recipe.llamafactory import EARLY_DEFAULTS
+from luthier.recipe.llamafactory_train import TRACKERS
 from luthier.recipe.load import LoadedRecipe, dump_recipe, load_recipe
 from luthier.recipe.problems import all_keys
 from luthier.recipe.schema import (
@@ -23,16 +27,24 @@ from luthier.recipe.schema import (
     SgdSpec,
 )
 from luthier.recipe.source import dotted
-from luthier.recipe.training_keys import OLDER_NAMES, TRAINING_KEYS
 from luthier.types import RecipeError
 
-FACTS = Path(__file__).parent / "data" / "llamafactory_0_9_5_keys.txt"
+DATA = Path(__file__).parent / "data"
 BASE = "model_name_or_path: m\ndo_train: true\ndataset: a\n"
 
 
+def table(name: str) -> list[list[str]]:
+    return [line.split("\t") for line in (DATA / name).read_text().splitlines() if not line.startswith("#")]
+
+
 def facts() -> dict[str, Any]:
-    lines = [line.split("\t") for line in FACTS.read_text().splitlines() if not line.startswith("#")]
-    return {name: ast.literal_eval(default) for _, name, default in lines}
+    """Names and defaults of 0.9.5."""
+    return {name: ast.literal_eval(default) for _, name, default in table("llamafactory_0_9_5_keys.txt")}
+
+
+def others() -> dict[str, Any]:
+    """Names and last defaults of what other versions had."""
+    return {name: ast.literal_eval(default) for _, name, default, _ in table("other_versions_keys.txt")}
 
 
 @pytest.fixture(autouse=True)
@@ -62,24 +74,48 @@ def test_every_key_of_that_version_is_known_with_its_default() -> None:
     assert len(known) == 357
 
 
-def test_the_table_holds_nothing_else_but_keys_of_earlier_versions() -> None:
-    assert set(KEYS) - set(facts()) == {
-        "save_safetensors", "include_tokens_per_second", "half_precision_backend", "fp16_backend",
-        "fp16_opt_level", "use_legacy_prediction_loop", "past_index", "mp_parameters", "jit_mode_eval",
-        "use_ipex", "use_mps_device", "tpu_num_cores", "tpu_metrics_debug", "dispatch_batches",
-        "split_batches", "group_by_length",
-    }  # fmt: skip
-    assert not set(TOOL_KEYS) & set(TRAINING_KEYS)
+def test_every_key_of_other_versions_is_known() -> None:
+    assert len(others()) > 90
+    assert [name for name in others() if known_key(name) is None] == []
+
+
+MEGATRON = {
+    "apply_rope_fusion", "bias_activation_fusion", "context_parallel_size", "expert_model_parallel_size",
+    "moe_grouped_gemm", "moe_token_dispatcher_type", "overlap_grad_reduce", "overlap_param_gather",
+    "pipeline_model_parallel_size", "recompute_granularity", "sequence_parallel", "tensor_model_parallel_size",
+    "use_distributed_optimizer", "virtual_pipeline_model_parallel_size",
+}  # fmt: skip
+"""Of a plug-in that LLaMA-Factory can train with."""
+
+
+def test_the_table_holds_nothing_else() -> None:
+    assert set(KEYS) | set(OLDER_NAMES) == set(facts()) | set(others()) | MEGATRON
+    assert sum(len(group) for group in GROUPS.values()) == len(KEYS)
     assert not set(OLDER_NAMES) & set(KEYS)
-    assert set(OLDER_NAMES.values()) <= set(KEYS)
+    assert set(OLDER_NAMES.values()) <= set(facts())
+    assert set(EARLY_MARKS) <= set(others())
+
+
+def test_todays_transformers_has_no_key_that_is_not_known() -> None:
+    transformers = pytest.importorskip("transformers")
+    fields = transformers.Seq2SeqTrainingArguments.__dataclass_fields__.values()
+    assert [field.name for field in fields if field.init and known_key(field.name) is None] == []
 
 
 def test_every_entry_says_what_becomes_of_its_key() -> None:
     native = {dotted(path) for path in all_keys()}
     for name, key in KEYS.items():
-        assert bool(key.text) == (key.rule in (Rule.NOTED, Rule.REFUSED)), name
+        assert key.text or key.rule not in (Rule.NOTED, Rule.REFUSED), name
+        assert not key.text or key.rule not in (Rule.SILENT, Rule.DIRECT, Rule.EXTRA), name
+        assert "\n" not in key.text and not key.text.endswith("."), name
         assert bool(key.target) == (key.rule in (Rule.READ, Rule.DIRECT)), name
         assert not key.target or key.target in native, name
+        assert not key.only_with or KEYS[key.only_with].default is False, name
+
+
+def test_trackers_are_those_that_transformers_knows() -> None:
+    utils = pytest.importorskip("transformers.integrations.integration_utils")
+    assert set(TRACKERS) == set(utils.INTEGRATION_TO_CALLBACK)
 
 
 @pytest.mark.parametrize("name", sorted(set(KEYS) - {"model_name_or_path", "dataset", "do_train"}))
@@ -93,7 +129,8 @@ def test_a_default_that_is_written_out_changes_nothing(name: str) -> None:
         assert spoken.recipe.model.gradient_checkpointing is True
     else:
         assert spoken.recipe == silent.recipe
-    assert spoken.notes == silent.notes
+    early = (f"{name}: {EARLY_DEFAULTS}",) if name in EARLY_MARKS else ()
+    assert spoken.notes == early + silent.notes
 
 
 def test_every_refused_key_is_an_error_that_names_it() -> None:
@@ -103,8 +140,12 @@ def test_every_refused_key_is_an_error_that_names_it() -> None:
     for name in refused:
         default = KEYS[name].default
         value = other[default] if default is None or isinstance(default, bool) else 7
+        tree = {"model_name_or_path": "m", "do_train": True, "dataset": "a", name: value}
+        if KEYS[name].only_with:
+            load_recipe(tree)
+            tree[KEYS[name].only_with] = True
         with pytest.raises(RecipeError) as caught:
-            load_recipe({"model_name_or_path": "m", "do_train": True, "dataset": "a", name: value})
+            load_recipe(tree)
         assert str(caught.value) == f"{name}: {KEYS[name].text}"
 
 
@@ -286,7 +327,7 @@ def test_precision(text: str, precision: str, dtype: str) -> None:
 def test_evaluation_and_the_best_checkpoint() -> None:
     train = load(
         "eval_dataset: b, c\neval_strategy: epoch\nsave_strategy: epoch\nload_best_model_at_end: true\n"
-        "metric_for_best_model: accuracy\ngreater_is_better: true\nsave_total_limit: 2\n"
+        "metric_for_best_model: accuracy\ngreater_is_better: true\nsave_total_limit: 2\ncompute_accuracy: true\n"
     ).recipe.train
     assert (train.eval_every, train.save_every, train.load_best) == ("epoch", "epoch", True)
     assert (train.best_metric, train.greater_is_better, train.save_total_limit) == ("eval_accuracy", True, 2)
@@ -366,7 +407,7 @@ def test_overrides_flat_then_native() -> None:
         ),
         (
             "lr_scheduler_type: warmup_stable_decay",
-            "lf.yaml:4: lr_scheduler_type: give num_stable_steps and num_decay_steps in lr_scheduler_kwargs "
+            "lf.yaml:4: lr_scheduler_type: give max_steps, or num_stable_steps and num_decay_steps in lr_scheduler_kwargs "
             "(there they are a third and two thirds of the steps after the warm-up)",
         ),
         (
@@ -379,7 +420,7 @@ def test_overrides_flat_then_native() -> None:
             "adamw_hf, "
             "adamw_torch, adamw_torch_fused, sgd",
         ),
-        ("logging_steps: 0.1", "lf.yaml:4: logging_steps: a share of all steps comes in a later version; "
+        ("logging_steps: 0.1", "lf.yaml:4: logging_steps: a share of all steps needs max_steps; "
          "give a number of steps"),
         ("save_steps: .inf", "lf.yaml:4: save_steps: expected a number, found the number inf"),
         ("eval_strategy: steps", "lf.yaml:4: eval_strategy: there is nothing to evaluate on; "
@@ -396,9 +437,8 @@ def test_overrides_flat_then_native() -> None:
         ("output_dir: ${HOME}/x", "lf.yaml:4: output_dir: variables (${...}) are not replaced; "
          "write the value itself"),
         ("dataset_dir: REMOTE:x/y", "lf.yaml:4: dataset_dir: download that folder and give its path"),
-        ("train_sampling_strategy: group_by_length", "lf.yaml:4: train_sampling_strategy: batches "
-         "of rows with "
-         "equal length come in a later version; rows are not padded here, so nothing is lost"),
+        ("train_sampling_strategy: group_by_length", "lf.yaml:4: train_sampling_strategy: rows "
+         "are not padded here, so grouping them by length saves nothing; remove it"),
     ],
 )  # fmt: skip
 def test_errors_name_the_key_as_the_file_has_it(text: str, message: str) -> None:
@@ -443,12 +483,12 @@ def test_errors_of_overrides_name_the_override() -> None:
 
 def test_all_problems_at_once() -> None:
     text = "lora_rnk: 8\nquantization_bit: 4\nstage: rm\nuse_galore: true\n"
-    assert [line.split(":")[1] for line in problems(text)] == ["4", "5", "7", "6"]
+    assert [line.split(":")[1] for line in problems(text)] == ["4", "5", "6", "7"]
 
 
 def test_a_file_that_does_not_train() -> None:
     base = "model_name_or_path: m\ntemplate: qwen\n"
-    assert problems("", base=base) == [
+    assert problems("dataset: a\n", base=base) == [
         "lf.yaml: do_train: neither do_train nor do_eval is true, so this file does not train; add "
         "do_train: true"
     ]
@@ -464,3 +504,16 @@ def test_native_recipe_hints_at_the_native_name() -> None:
         "native recipe",
         "r.yaml:3: lora_rank: unknown key; LLaMA-Factory's lora_rank is method.rank in a native recipe",
     ]
+
+
+ODD = (None, True, False, 0, -1, 3, 0.5, 1e308, 10**400, "", "x", "true", [], [1], ["x"], {}, {"x": 1}, [[]])
+
+
+@pytest.mark.parametrize(
+    "name", sorted(name for name, key in KEYS.items() if key.rule in (Rule.READ, Rule.DIRECT, Rule.EXTRA))
+)
+def test_no_value_of_any_key_ends_in_a_traceback(name: str) -> None:
+    for value in ODD:
+        tree = {"model_name_or_path": "m", "do_train": True, "dataset": "a", "val_size": 9, name: value}
+        with contextlib.suppress(RecipeError):
+            load_recipe(tree)

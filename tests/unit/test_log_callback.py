@@ -164,6 +164,7 @@ def test_resume_keeps_the_lines_up_to_the_checkpoint_and_counts_only_its_own_ste
     run = trainer(tmp_path, LogCallback(tmp_path, clock=clock), clock)
     run.train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
     assert path.read_text().splitlines()[:3] == before[:3]
+    assert column(read(tmp_path), "resumed_from") == [(None,)] * 3 + [(4,)] * 6
     keys = ("current_steps", "elapsed_time", "remaining_time", "tokens", "tokens_per_second")
     assert column(read(tmp_path)[3:], *keys) == [
         (6, "0:00:20", "0:00:40", 96, 1.6),

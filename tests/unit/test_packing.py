@@ -7,7 +7,7 @@ import time
 from hypothesis import given
 from hypothesis import strategies as st
 
-from luthier.data.packing import balanced, best_fit, greedy_groups
+from luthier.data.packing import balanced, best_fit, by_length, greedy_groups
 
 lengths_and_capacity = st.tuples(st.lists(st.integers(1, 40), max_size=60), st.integers(5, 40))
 
@@ -78,3 +78,18 @@ def test_balanced_spreads_evenly(lengths: list[int], parts: int) -> None:
     assert sorted(i for part in lists for i in part) == list(range(len(lengths)))
     totals = [sum(lengths[i] for i in part) for part in lists]
     assert max(totals) - min(totals) <= max(lengths, default=0)
+
+
+@given(lengths_and_capacity)
+def test_by_length_bounds_count_times_longest(case: tuple[list[int], int]) -> None:
+    lengths, capacity = case
+    groups = by_length(lengths, capacity)
+    assert sorted(index for group in groups for index in group) == list(range(len(lengths)))
+    for group in groups:
+        assert len(group) == 1 or len(group) * max(lengths[i] for i in group) <= capacity
+        assert group == sorted(group)
+
+
+def test_by_length_by_hand() -> None:
+    assert by_length([3, 9, 4, 4, 1, 2], 8) == [[1], [2, 3], [0, 5], [4]]
+    assert by_length([], 8) == []

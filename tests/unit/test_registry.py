@@ -95,8 +95,22 @@ def test_yaml_and_paths_are_read_too(folder: Path, monkeypatch: pytest.MonkeyPat
         ({"file_name": "rows.json", "colums": {}}, "unknown key 'colums'; did you mean 'columns'"),
         ({"file_name": "rows.json", "columns": {"promt": "x"}}, "unknown key 'promt'; did you mean 'prompt'"),
         ({"file_name": "rows.json", "tags": {"user": "x"}}, "did you mean 'user_tag'"),
-        ({"script_url": "load.py"}, "run code that comes with the data"),
-        ({"ms_hub_url": "x/y"}, "expected file_name or hf_hub_url"),
+        (
+            {"script_url": "load.py"},
+            "demo: script_url names a data set script, which the library `datasets` no longer runs; save its",
+        ),
+        ({"file_name": "load.py"}, r"load\.py is a data set script, which the library `datasets` no longer"),
+        ({"ms_hub_url": "x/y"}, "demo: ms_hub_url names a data set on ModelScope, which is not read; down"),
+        ({"om_hub_url": "x/y"}, "demo: om_hub_url names a data set on Modelers, which is not read; download"),
+        ({"cloud_file_name": "s3://x"}, "demo: cloud_file_name names a file in a cloud store, which is not"),
+        ({"formatting": "alpaca"}, "demo: says nowhere where the data is; give file_name or hf_hub_url"),
+        ({"file_name": "rows.json", "num_samples": 0}, "demo.num_samples: Input should be greater than 0"),
+        ({"file_name": "rows.json", "split": "test"}, "split is for data sets on the hub, and .*rows.json is a"),
+        ({"file_name": "rows.json", "subset": "en"}, "subset is for data sets on the hub"),
+        ({"file_name": "rows.json", "folder": "en"}, "folder is for data sets on the hub"),
+        ({"file_name": "rows.json", "revision": "v1"}, "revision is for data sets on the hub"),
+        ("rows.json", "demo: expected an object, found str"),
+        ({"file_name": "rows.json", "columns": "prompt"}, "demo.columns: expected an object, found str"),
         ({"file_name": "rows.json", "formatting": "alpacca"}, "demo.formatting"),
         ({"file_name": "gone.json"}, "does not exist"),
         ({"file_name": "dataset_info.json.bak"}, "cannot read '.bak'"),
@@ -107,6 +121,14 @@ def test_wrong_entries_are_named(folder: Path, entry: dict[str, Any], message: s
     info(folder, demo=entry)
     with pytest.raises(DataError, match=message):
         resolve(folder, "demo")
+
+
+def test_an_entry_with_several_origins_is_read_from_the_first_that_can_be(folder: Path) -> None:
+    several = {"hf_hub_url": "org/set", "ms_hub_url": "x/y", "script_url": "load.py"}
+    info(folder, hub=several, file={"file_name": "rows.json", "ms_hub_url": "x/y", "om_hub_url": "x/y"})
+    hub, file = resolve(folder, "hub", "file")
+    assert (hub.load_from, hub.path) == ("hub", "org/set")
+    assert (file.load_from, columns(file)) == ("file", ROWS)
 
 
 def test_an_unknown_name_lists_the_nearest(folder: Path) -> None:
@@ -176,15 +198,17 @@ def test_folders_are_read_in_the_order_of_their_names(folder: Path) -> None:
     (attr,) = resolve(folder, "parts")
     assert attr.load_from == "folder"
     assert [(row.index, row.columns["instruction"]) for row in read_rows(attr)] == [(0, "a"), (1, "b")]
-    (parts / "c.json").write_text("[]")
-    with pytest.raises(DataError, match=r"mixes \.json, \.jsonl"):
+    (parts / "c.json").write_text(json.dumps(ROWS[2:]))
+    assert columns(resolve(folder, "parts")[0]) == ROWS
+    (parts / "d.csv").write_text("instruction\n")
+    with pytest.raises(DataError, match=r"mixes \.csv, \.json, \.jsonl"):
         resolve(folder, "parts")
 
 
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("x.jsonl", '{"a": 1}\n{"a": }', r"x\.jsonl, line 2: not JSON"),
+        ("x.jsonl", '{"a": 1}\n{"a": }', r"x\.jsonl, line 2, column 7: not JSON"),
         ("x.json", '[{"a": 1},\n {"a" 1}]', r"x\.json, line 2, column 7: not JSON"),
         ("x.json", '[{"a": 1}, "text"]', r"x\.json, row 1: expected an object with columns, found str"),
         ("x.csv", "a,b\n1,2\n1,2,3\n", r"x\.csv, line 3: more cells"),

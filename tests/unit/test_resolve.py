@@ -154,7 +154,34 @@ def test_arithmetic_that_the_machine_lacks() -> None:
         "train.precision=bf16: Tesla T4 does not compute bfloat16; use auto, fp32 or fp16"
     )
     with pytest.raises(RecipeError) as caught:
-        resolve(loaded(train={"precision": "fp16"}), CPU)
+        resolve(loaded(train={"eval_precision": "fp16"}), MAC)
     assert str(caught.value) == (
-        "train.precision=fp16: its loss scaling needs a CUDA GPU and this is a processor; use auto"
+        "train.eval_precision=fp16: loss scaling is for CUDA GPUs and CPUs, and this is Apple arm64; use auto"
     )
+
+
+@pytest.mark.parametrize("hardware", [CPU, T4, MAC], ids=lambda hardware: hardware.name)
+def test_tensorfloat32_is_for_gpus_that_have_it(hardware: Hardware) -> None:
+    with pytest.raises(RecipeError) as caught:
+        resolve(loaded(train={"tf32": True}), hardware)
+    assert str(caught.value) == (
+        "train.tf32=true: TensorFloat-32 is arithmetic of NVIDIA GPUs from Ampere (2020) on, and this is "
+        f"{hardware.name}; remove it"
+    )
+    assert resolve(loaded(train={"tf32": False}), hardware).recipe.train.tf32 is False
+    assert resolve(loaded(train={"tf32": True}), H200).recipe.train.tf32 is True
+
+
+def test_memory_is_fitted_in_one_process() -> None:
+    with pytest.raises(RecipeError, match=r"^train\.fit_memory works in one process, and these are 8"):
+        resolve(loaded(train={"fit_memory": True}), H200)
+    assert resolve(loaded(train={"fit_memory": True}), T4).recipe.train.fit_memory is True
+
+
+def test_evaluations_have_their_own_precision() -> None:
+    recipe = resolve(loaded(train={"precision": "bf16"}), H200).recipe
+    assert recipe.train.eval_precision == "bf16"
+    recipe = resolve(loaded(train={"precision": "bf16", "eval_precision": "fp32"}), H200).recipe
+    assert (recipe.train.precision, recipe.train.eval_precision) == ("bf16", "fp32")
+    recipe = resolve(loaded(train={"precision": "fp16"}), CPU).recipe
+    assert (recipe.train.eval_precision, recipe.model.dtype) == ("fp16", "float32")

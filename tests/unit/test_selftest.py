@@ -7,19 +7,24 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
-from transformers import AutoModelForCausalLM, BloomConfig, FalconConfig, MambaConfig, PreTrainedConfig
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM
 
 from luthier.model import attention, logprobs
+from luthier.model.attention import NotIsolatedError
 from luthier.model.load import ModelSource, load_model
-from luthier.model.logprobs import install_target_forward
-from luthier.model.selftest import LENGTHS, require_isolation, run_self_test, two_segments
+from luthier.model.logprobs import chosen_rows, install_target_forward
+from luthier.model.selftest import (
+    LENGTHS,
+    build_with_rows,
+    require_isolation,
+    run_self_test,
+    two_segments,
+)
 from luthier.recipe.schema import ModelSpec
 from luthier.types import IGNORE_INDEX, ModelError
+from tests.padded import PADDED, builder, own_model, padded_model
 from tests.tiny import FAMILIES, VOCAB, tiny_model
-
-BLOOM = BloomConfig(vocab_size=VOCAB, hidden_size=32, n_layer=2, n_head=4)
-MAMBA = MambaConfig(vocab_size=VOCAB, hidden_size=32, num_hidden_layers=2, state_size=8)
 
 
 def taught(family: str) -> Any:
@@ -36,19 +41,99 @@ def test_known_families_pass(family: str) -> None:
     assert result.leak == 0.0
 
 
-@pytest.mark.parametrize("config", [BLOOM, MAMBA], ids=["bloom", "mamba"])
-def test_models_that_never_ask_are_refused(config: PreTrainedConfig) -> None:
-    model = AutoModelForCausalLM.from_config(config, attn_implementation=attention.SDPA)
+@pytest.mark.parametrize("family", ["bloom", "mamba", "rwkv"])
+def test_models_that_never_ask_are_found(family: str) -> None:
+    model = own_model(family, attention.SDPA)
     install_target_forward(model)
-    with pytest.raises(ModelError, match="never calls the attention function"):
+    with pytest.raises(NotIsolatedError, match="never calls the attention function"):
         require_isolation(model)
 
 
-def test_model_with_a_closed_table_of_attentions_is_refused(tmp_path: Path) -> None:
-    config = FalconConfig(vocab_size=VOCAB, hidden_size=32, num_hidden_layers=2, num_attention_heads=4)
-    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
-    with pytest.raises(ModelError, match=r"FalconForCausalLM.*does not let its attention be chosen"):
-        load_model(ModelSpec(path=str(tmp_path)), ModelSource(str(tmp_path), local=True), torch.device("cpu"))
+@pytest.mark.parametrize("family", ["jamba", "bamba", "lfm2"])
+def test_hybrids_leak_past_the_attention(family: str) -> None:
+    """Their attention layers are isolated; the recurrent or convolutional ones are not."""
+    model = own_model(family, attention.SDPA)
+    install_target_forward(model)
+    with pytest.raises(NotIsolatedError, match="a change in one segment moved the other") as error:
+        require_isolation(model)
+    assert type(model).__name__ in str(error.value)
+    assert run_self_test(model).attention_calls > 0
+
+
+def test_a_small_leak_is_found() -> None:
+    """A fresh short convolution with small weights: all differences below the tolerance of rounding."""
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(PADDED["lfm2"](), attn_implementation=attention.SDPA)
+    install_target_forward(model)
+    result = run_self_test(model)
+    assert 1e-5 < result.leak < 1e-3
+    with pytest.raises(NotIsolatedError):
+        require_isolation(model)
+
+
+@pytest.mark.parametrize("family", ["gpt-oss", "mpt", "qwen3-next"])
+def test_models_that_refuse_a_flat_row(family: str) -> None:
+    model = own_model(family, attention.SDPA)
+    install_target_forward(model)
+    with pytest.raises(NotIsolatedError, match=r"cannot compute a flat row \(.+\)"):
+        require_isolation(model)
+
+
+def test_model_with_a_closed_table_of_attentions(tmp_path: Path) -> None:
+    own_model("falcon").save_pretrained(tmp_path)
+    spec, source = ModelSpec(path=str(tmp_path)), ModelSource(str(tmp_path), local=True)
+    with pytest.raises(NotIsolatedError, match=r"FalconForCausalLM does not let its attention be chosen"):
+        load_model(spec, source, torch.device("cpu"))
+    model = load_model(spec, source, torch.device("cpu"), own_attention=True)
+    assert model.config._attn_implementation == "sdpa"
+
+
+@pytest.mark.parametrize("side", ["right", "left"])
+@pytest.mark.parametrize("family", PADDED)
+def test_padded_rows_are_chosen(family: str, side: str) -> None:
+    if (family, side) == ("rwkv", "left"):
+        with pytest.raises(
+            ModelError, match=r"never calls.*; and .*padding on the left.*model.padding_side=right"
+        ):
+            build_with_rows(builder(family), "auto", "left")
+        return
+    model = padded_model(family, side)
+    rows = chosen_rows(model)
+    assert (rows.padded, rows.side) == (True, side)
+    assert rows.reason
+    assert set(rows.tests) == {"padded"}
+    assert rows.tests["padded"].difference < 1e-5
+    assert rows.tests["padded"].leak == 0.0
+
+
+@pytest.mark.parametrize(("wanted", "padded"), [("auto", False), ("flat", False), ("padded", True)])
+def test_wish_on_a_model_that_can_do_both(wanted: str, padded: bool) -> None:
+    built: list[bool] = []
+
+    def build(own_attention: bool) -> nn.Module:
+        built.append(own_attention)
+        return tiny_model("llama", "sdpa" if own_attention else attention.SDPA)
+
+    rows = chosen_rows(build_with_rows(build, wanted, "right"))
+    assert built == [padded]
+    assert rows.padded is padded
+    assert rows.record()["layout"] == ("padded" if padded else "flat")
+    assert set(rows.tests) == {"padded" if padded else "flat"}
+
+
+def test_flat_rows_are_not_forced_on_a_model_that_leaks() -> None:
+    with pytest.raises(ModelError, match=r"MambaForCausalLM never calls.*model.rows=flat is not exact here"):
+        build_with_rows(builder("mamba"), "flat", "right")
+
+
+def test_unknown_logit_rule_is_refused_both_ways(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(logprobs, "logits_transform", lambda config: lambda logits: logits)
+
+    def build(own_attention: bool) -> nn.Module:
+        return tiny_model("granite-scaled", "sdpa" if own_attention else attention.SDPA)
+
+    with pytest.raises(ModelError, match=r"two-segment self-test.*; and .*self-test of padded rows"):
+        build_with_rows(build, "auto", "right")
 
 
 def test_leak_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

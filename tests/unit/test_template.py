@@ -295,7 +295,7 @@ def test_a_message_that_the_template_leaves_out_is_refused() -> None:
 def test_roles_that_a_template_refuses_are_the_rows_fault() -> None:
     source = "{% if messages[0].role != 'user' %}{{ raise_exception('user first') }}{% endif %}" + CHATML
     template = load_template(byte_level(CHATML_TOKENS, source), DataSpec())
-    with pytest.raises(RowError, match="refuses it: user first"):
+    with pytest.raises(RowError, match=r"refuses it \(user first\)"):
         template.encode(talk("a", "b", system="s"))
 
 
@@ -349,7 +349,7 @@ def test_a_default_system_prompt_becomes_part_of_the_saved_template(tmp_path: Pa
 
 
 def test_unknown_templates_and_missing_ones() -> None:
-    with pytest.raises(DataError, match="no template 'chatlm'; did you mean chatml"):
+    with pytest.raises(DataError, match=r"no template 'chatlm'; did you mean chatglm3, chatml\?"):
         load_template(byte_level(CHATML_TOKENS), DataSpec(template="chatlm"))
     with pytest.raises(DataError, match=r"nothing\.jinja does not exist"):
         load_template(byte_level(CHATML_TOKENS), DataSpec(template="nothing.jinja"))
@@ -407,6 +407,7 @@ NAMED_TOKENS = (
     *CHATML_TOKENS,
     *("<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>", "<|eom_id|>", "<|end_of_text|>"),
     *("<start_of_turn>", "<end_of_turn>", "<|end|>", "<|user|>", "<|assistant|>", "<|system|>"),
+    *("<|observation|>", "[gMASK]", "sop", "<reserved_106>", "<reserved_107>"),
 )
 ALPACA = "Below is an instruction that describes a task. Write a response that appropriately completes the request.\n\n"
 VICUNA = (
@@ -496,11 +497,34 @@ NAMED: dict[str, tuple[list[str], list[str], list[str], list[str]]] = {
         ["<|user|>\nQ2", E, "<|assistant|>\n"],
         ["{}", E],
     ),
+    "ziya": (
+        [B, "S\n", "<human>:Q1\n<bot>:"],
+        [B, "<human>:Q1\n<bot>:"],
+        ["\n<human>:Q2\n<bot>:"],
+        ["{}", E],
+    ),
+}
+
+# The same for templates that write the end token after the last answer only: an earlier answer is learnt in a
+# sample of its own, which ends with it.
+END_AT_THE_END: dict[str, tuple[list[str], list[str], list[str], list[str]]] = {
+    "baichuan2": (
+        ["S", "<reserved_106>Q1<reserved_107>"],
+        ["<reserved_106>Q1<reserved_107>"],
+        ["<reserved_106>Q2<reserved_107>"],
+        ["{}"],
+    ),
+    "chatglm3": (
+        ["[gMASK]", "sop", "<|system|>", "\n", "S", "<|user|>", "\n", "Q1", "<|assistant|>"],
+        ["[gMASK]", "sop", "<|user|>", "\n", "Q1", "<|assistant|>"],
+        ["<|user|>", "\n", "Q2", "<|assistant|>"],
+        ["\n", "{}"],
+    ),
 }
 
 
 def test_every_named_template_is_tested() -> None:
-    assert sorted(NAMED) == families.names()
+    assert sorted([*NAMED, *END_AT_THE_END]) == families.names()
 
 
 @pytest.mark.parametrize("make", [byte_level, metaspace], ids=["byte level", "metaspace"])
@@ -537,6 +561,36 @@ def test_named_templates(name: str, system: str | None, make: Any) -> None:
     assert gate(pieces, [Row("demo", 0, conversation)]) == 1
 
 
+@pytest.mark.parametrize("make", [byte_level, metaspace], ids=["byte level", "metaspace"])
+@pytest.mark.parametrize("system", ["S", None])
+@pytest.mark.parametrize("name", END_AT_THE_END)
+def test_named_templates_that_end_only_the_last_answer(name: str, system: str | None, make: Any) -> None:
+    with_system, without, later, reply = END_AT_THE_END[name]
+    first = with_system if system else without
+    answers = [[part.format(text) for part in reply] for text in ("A1", "A2")]
+    one, two = [*first, *answers[0]], [*later, *answers[1]]
+    conversation, short = talk("Q1", "A1", "Q2", "A2", system=system), talk("Q1", "A1", system=system)
+
+    tokenizer = make(NAMED_TOKENS)
+    template = load_template(tokenizer, DataSpec(template=name))
+    assert template.rendering(short) == "".join([*one, E])
+    assert template.rendering(conversation) == "".join([*one, *two, E])
+    assert template.tokenizer.apply_chat_template(chat(conversation), tokenize=False) == "".join(
+        [*one, *two, E]
+    )
+    encoded = template.encode(conversation)
+    assert encoded.rewritten == (len(conversation.messages) - 3,) and len(encoded.answers) == 1
+    assert parts(template, conversation) == [("".join([*answers[1], E]), "")]
+    assert parts(template, short) == [("".join([*answers[0], E]), "")]
+    assert gate(template, [Row("demo", 0, conversation)]) == 1
+
+    pieces = load_template(make(NAMED_TOKENS), DataSpec(template=name), pieces=True)
+    for expected, rendered in (([*one, E], short), ([*one, *two, E], conversation)):
+        ids = [i for part in expected for i in tokenizer(part, add_special_tokens=False)["input_ids"]]
+        assert pieces.encode(rendered).input_ids == ids
+        assert gate(pieces, [Row("demo", 0, rendered)]) == 1
+
+
 def _generation(template: ChatTemplate, conversation: Conversation) -> str:
     """What the generation prompt adds."""
     messages = chat(conversation)
@@ -551,3 +605,7 @@ def test_a_named_template_brings_its_end_token() -> None:
     assert template.stop_ids == (ids("<|eot_id|>"), ids("<|eom_id|>"))
     assert template.document("a")[-1] == ids("<|end_of_text|>")
     assert template.tokenizer.pad_token == "<|eot_id|>"
+    fewer = load_template(byte_level(("<|eot_id|>",)), DataSpec(template="llama3"))
+    assert fewer.encode(talk("a", "b")).answers
+    with pytest.raises(DataError, match=r"ends documents with '<\|end_of_text\|>', which the tokenizer's voc"):
+        fewer.document("a")

@@ -15,7 +15,7 @@ from typing import Any, overload
 
 import numpy as np
 
-from luthier.data.packing import balanced, best_fit
+from luthier.data.packing import balanced, best_fit, by_length
 
 Step = list[list[list[int]]]
 Lengths = np.ndarray[Any, np.dtype[np.int64]]
@@ -50,6 +50,8 @@ class EpochPlan(Sequence[Step]):
     rule: RowsRule | TokensRule
     world_size: int
     tokens_per_pass: int | None
+    padded: bool = False
+    """Whether each sample becomes a row as long as the longest of its pass; `tokens_per_pass` then counts padding."""
 
     def __len__(self) -> int:
         return len(self.units)
@@ -69,6 +71,14 @@ class EpochPlan(Sequence[Step]):
         """Real tokens of a step, all ranks together."""
         return int(sum(self.lengths[batch].sum() for batch in self.units[step] if batch))
 
+    def padding_share(self) -> float:
+        """The part of all positions that is padding, 0 to 1; 0 where rows are flat."""
+        if not self.padded:
+            return 0.0
+        passes = [self.lengths[indices] for step in self for rank in step for indices in rank if indices]
+        positions = sum(len(lengths) * int(lengths.max()) for lengths in passes)
+        return 1.0 - sum(int(lengths.sum()) for lengths in passes) / positions if positions else 0.0
+
     def _ranks(self, batches: list[list[int]]) -> list[list[list[int]]]:
         if isinstance(self.rule, RowsRule):
             return [batches[rank :: self.world_size] for rank in range(self.world_size)]
@@ -81,7 +91,8 @@ class EpochPlan(Sequence[Step]):
         if self.tokens_per_pass is None:
             return batches
         samples = [index for batch in batches for index in batch]
-        groups = best_fit([int(self.lengths[i]) for i in samples], self.tokens_per_pass)
+        lengths = [int(self.lengths[i]) for i in samples]
+        groups = (by_length if self.padded else best_fit)(lengths, self.tokens_per_pass)
         return [[samples[i] for i in group] for group in groups]
 
 
@@ -95,6 +106,7 @@ def plan_epoch(
     world_size: int = 1,
     tokens_per_pass: int | None = None,
     groups: Sequence[Sequence[int]] | None = None,
+    padded: bool = False,
 ) -> EpochPlan:
     """The plan of epoch `epoch` (from 0) over samples of the given lengths.
 
@@ -110,6 +122,9 @@ def plan_epoch(
     not promise that. A sample longer than `tokens` is a step of its own. Without `shuffle`, samples stay in
     order and a step takes as many as fit. `groups` has no meaning here, as steps are already packed by
     tokens.
+
+    Both rules count real tokens. With `padded`, samples of like length share a pass, so that its rows times its
+    longest row stay within `tokens_per_pass`; what is in a step does not change.
     """
     lengths = np.asarray(lengths, dtype=np.int64)
     units = (
@@ -117,7 +132,7 @@ def plan_epoch(
         if isinstance(rule, RowsRule)
         else _token_steps(lengths, rule, epoch, seed, shuffle)
     )
-    return EpochPlan(lengths, units, rule, world_size, tokens_per_pass)
+    return EpochPlan(lengths, units, rule, world_size, tokens_per_pass, padded)
 
 
 def _row_steps(

@@ -14,6 +14,7 @@ import os
 import secrets
 import shutil
 import sys
+import time
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -24,10 +25,13 @@ from luthier.data.report import DataReport, ReportBuilder
 from luthier.data.table import Placed, SampleTable, write_table
 from luthier.types import DataError, Encoded
 
-CODE_VERSION = 1
+CODE_VERSION = 2
 """Raise when the code makes other tokens, weights or reports of the same inputs."""
 
 _TOKENS, _REPORT = "tokens.arrow", "report.json"
+
+_ABANDONED = 24 * 3600
+"""Seconds after which an unfinished entry that nobody writes to is removed."""
 
 
 def default_folder() -> Path:
@@ -73,6 +77,7 @@ class TokenCache:
         Rows are consumed one at a time. Raises DataError where the disk is full or the folder cannot be
         written.
         """
+        self._sweep()
         unfinished = self.folder / f".{key[:16]}-{os.getpid()}-{secrets.token_hex(4)}"
         builder = ReportBuilder(dataset)
         try:
@@ -93,6 +98,16 @@ class TokenCache:
         if found is None:
             raise DataError(f"the tokenized cache entry {self.folder / key} vanished while it was written")
         return found
+
+    def _sweep(self) -> None:
+        """Remove what processes that were killed left behind, once nobody can be writing it any more."""
+        for unfinished in self.folder.glob(".*-*-*"):
+            try:
+                touched = max(path.stat().st_mtime for path in (unfinished, *unfinished.iterdir()))
+            except OSError:
+                continue  # finished or removed by its own process in the meantime
+            if time.time() - touched > _ABANDONED:
+                shutil.rmtree(unfinished, ignore_errors=True)
 
     def _publish(self, unfinished: Path, entry: Path, dataset: str) -> None:
         if entry.exists() and self.get(entry.name, dataset) is None:

@@ -8,6 +8,7 @@ template that is installed, shown or saved.
 from __future__ import annotations
 
 import difflib
+import json
 from dataclasses import dataclass
 from functools import cache
 from importlib import resources
@@ -15,9 +16,12 @@ from pathlib import Path
 
 import yaml
 
+from luthier.recipe.schema import TemplateSpec
 from luthier.types import DataError
 
 CUT = "{{- cut -}}"
+FOUR_STRINGS = "four strings"
+"""What messages call a template that the recipe writes out."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,13 +60,59 @@ def find(name: str) -> Family:
         path = Path(name)
         if not path.is_file():
             raise DataError(f"data.template: file {path} does not exist")
-        return Family(name=path.stem, marked_source=path.read_text(encoding="utf-8"), about=str(path))
+        try:
+            return Family(name=path.stem, marked_source=path.read_text(encoding="utf-8"), about=str(path))
+        except UnicodeDecodeError as error:
+            raise DataError(f"data.template: {path} is not UTF-8 text (byte {error.start})") from error
     near = difflib.get_close_matches(name, table, n=3, cutoff=0.5)
     hint = f"did you mean {', '.join(near)}?" if near else f"choose from {', '.join(sorted(table))}"
     raise DataError(
         f"data.template: no template {name!r}; {hint} A path that ends in .jinja is read as a file; "
         "without data.template the tokenizer's own chat template is used"
     )
+
+
+def from_strings(spec: TemplateSpec, *, begin: bool) -> Family:
+    """The template that prefix, prompt, separator and history rule describe; `begin`: after the begin token.
+
+    This is the form of the first versions of LLaMA-Factory: a prefix (or the system message in its place) and a
+    separator; then for each turn the prompt, the answer and the end token, with a separator between turns.
+    Such a template has no role but system, user and assistant, and an answer follows a question.
+    """
+    head, tail = spec.prompt.split("{query}")
+    lines = [
+        f"{{{{- bos_token -}}}}{CUT}" if begin else "",
+        f"{{%- set ns = namespace(prefix={_quoted(spec.prefix)}, asked=false) -%}}",
+        "{%- if messages and messages[0]['role'] == 'system' -%}",
+        "{%- set ns.prefix = messages[0]['content'] -%}",
+        "{%- endif -%}",
+        "" if spec.use_history else _ONE_TURN,
+        f"{{%- if ns.prefix -%}}{{{{- ns.prefix + {_quoted(spec.separator)} -}}}}{{%- endif -%}}",
+        "{%- for message in messages -%}",
+        "{%- if message['role'] == 'user' and not ns.asked -%}",
+        f"{{{{- {_quoted(head)} + message['content'] + {_quoted(tail)} -}}}}",
+        "{%- set ns.asked = true -%}",
+        "{%- elif message['role'] == 'assistant' and ns.asked -%}",
+        f"{{{{- message['content'] -}}}}{CUT}{{{{- eos_token -}}}}{CUT}",
+        f"{{%- if not loop.last -%}}{{{{- {_quoted(spec.separator)} -}}}}{{%- endif -%}}",
+        "{%- set ns.asked = false -%}",
+        "{%- elif message['role'] != 'system' or not loop.first -%}",
+        "{{- raise_exception('this template has no place here for role ' + message['role']) -}}",
+        "{%- endif -%}",
+        "{%- endfor -%}",
+    ]
+    return Family(FOUR_STRINGS, "\n".join(line for line in lines if line), "prefix, prompt and separator")
+
+
+_ONE_TURN = (
+    "{%- if messages | selectattr('role', 'equalto', 'user') | list | length > 1 -%}"
+    "{{- raise_exception('this template shows one turn only: use_history is false') -}}{%- endif -%}"
+)
+
+
+def _quoted(text: str) -> str:
+    """The text as a Jinja string."""
+    return json.dumps(text, ensure_ascii=False)
 
 
 @cache

@@ -12,7 +12,8 @@ Whether a sequence of roles is legal is the template's decision, not made here. 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 from luthier.data.read import RawRow
@@ -21,13 +22,33 @@ from luthier.types import Conversation, DataError, Message, Row, RowError, ToolC
 
 RowKind = Literal["conversation", "text"]
 
+_HALF_PAIR = re.compile("[\ud800-\udfff]")
+"""What a JSON escape can write and no text can hold: one half of a surrogate pair."""
+
 
 def to_row(raw: RawRow, attr: DatasetAttr, kind: RowKind) -> Row:
     """A raw row in the format `attr.formatting`; `kind` says what the stage learns from."""
     if kind == "text":
-        return Row(attr.name, raw.index, text=_text(raw, attr))
-    read = _alpaca if attr.formatting == "alpaca" else _messages
-    return Row(attr.name, raw.index, conversation=read(raw, attr))
+        row = Row(attr.name, raw.index, text=_text(raw, attr))
+    else:
+        read = _alpaca if attr.formatting == "alpaca" else _messages
+        row = Row(attr.name, raw.index, conversation=read(raw, attr))
+    if any(_HALF_PAIR.search(text) for text in _texts(row)):
+        raise RowError("text holds half of a surrogate pair", raw.place)
+    return row
+
+
+def _texts(row: Row) -> Iterator[str]:
+    yield row.text or ""
+    if row.conversation is None:
+        return
+    if row.conversation.tools:
+        yield json.dumps(row.conversation.tools, ensure_ascii=False, default=str)
+    for message in row.conversation.messages:
+        yield message.content
+        yield message.reasoning or ""
+        for call in message.tool_calls:
+            yield call.name + json.dumps(call.arguments, ensure_ascii=False, default=str)
 
 
 def _text(raw: RawRow, attr: DatasetAttr) -> str:
@@ -58,8 +79,12 @@ def _alpaca(raw: RawRow, attr: DatasetAttr) -> Conversation:
     parts = [_cell(raw, columns.prompt, required=True), _cell(raw, columns.query)]
     messages.append(Message("user", "\n".join(part for part in parts if part)))
     reply = raw.columns.get(columns.response) if columns.response else None
+    if columns.response is None:
+        raise RowError("no column for the answer: name it in columns.response", raw.place)
+    if columns.response not in raw.columns:
+        raise RowError(f"no column {columns.response!r} with the answer", raw.place)
     if reply is None:
-        raise RowError("no answer", f"{raw.place}: column {columns.response!r} is empty or missing")
+        raise RowError("no answer", raw.place)
     if not isinstance(reply, str):
         raise RowError("answer is not text", f"{raw.place}: {columns.response!r} is {type(reply).__name__}")
     messages.append(Message("assistant", reply))
@@ -122,9 +147,10 @@ def _message(turn: Any, position: int, raw: RawRow, attr: DatasetAttr) -> Messag
         tags.observation_tag: "tool",
         tags.function_tag: "function",
         tags.system_tag: "system",
-    }.get(turn[tags.role_tag])
+    }.get(str(turn[tags.role_tag]))
     if role is None:
-        raise RowError("unknown role", f"{place}: {turn[tags.role_tag]!r}; set tags if it is meant to be one")
+        named = repr(turn[tags.role_tag])[:40]
+        raise RowError(f"unknown role {named}", f"{place}; set tags if it is meant to be one")
     content = turn.get(tags.content_tag)
     calls = _tool_calls(turn.get("tool_calls") or [], place)
     if role == "function" and not calls:

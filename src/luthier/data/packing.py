@@ -39,6 +39,24 @@ def best_fit(lengths: Sequence[int], capacity: int, *, decreasing: bool = True) 
     return [sorted(group) for group in groups]
 
 
+def by_length(lengths: Sequence[int], capacity: int) -> list[list[int]]:
+    """Indices grouped so that each group's count times its longest item is at most `capacity`.
+
+    The longest items share the first group, so that padding them to one length wastes little. An item longer than
+    `capacity` is a group of its own. Indices ascend inside a group.
+    """
+    order = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
+    groups: list[list[int]] = []
+    room = 0
+    for index in order:
+        if room == 0:
+            groups.append([])
+            room = max(1, capacity // max(1, lengths[index]))
+        groups[-1].append(index)
+        room -= 1
+    return [sorted(group) for group in groups]
+
+
 def greedy_groups(lengths: Sequence[int], capacity: int) -> list[list[int]]:
     """LLaMA-Factory's grouping for `packing: true`, index for index.
 

@@ -39,6 +39,9 @@ Progress = Callable[[str, int], None]
 DEV = "dev"
 """Name of the evaluation set that `dev_split` makes."""
 
+_WHERE = ("name", "path", "load_from", "revision", "subset", "split", "folder", "dataset_sha1")
+"""What says where a data set is and not what is in it: its bytes do."""
+
 _GATE_FIRST, _GATE_EVERY = 50, 100
 _MAP_BATCH = 1000
 
@@ -128,7 +131,7 @@ def cache_key(attr: DatasetAttr, spec: DataSpec, how: Preparation) -> str:
     """The hash of all that decides a data set's tokens: bytes, format, template, tokenizer, options, code."""
     template = how.template
     description = asdict(attr)
-    for name in ("name", "path", "dataset_sha1"):
+    for name in _WHERE:
         description.pop(name)
     description |= {
         "columns": attr.columns.model_dump(),
@@ -159,13 +162,14 @@ def _one_dataset(
     key = cache_key(attr, spec, how)
     found = cache.get(key, attr.name)
     if found is None:
-        attr.check_sha1()
         rng = np.random.RandomState(how.seed)
         raws = read_rows(
             attr, max_samples=spec.max_samples, rng=rng, cache_dir=how.hub_cache, token=how.hub_token
         )
         rows = map_ordered(_EncodeRaw(attr, how), raws, spec.workers)
         found = cache.put(key, attr.name, _reported(rows, attr.name, progress))
+    else:
+        attr.check_sha1()  # which reading the rows does otherwise
     return *found, key
 
 

@@ -1,22 +1,16 @@
-"""Data files -> raw rows, as plain Python values, in the order of the file.
-
-JSON is parsed by the standard library rather than inferred into Arrow types: a column may hold texts in one
-row and objects in the next, and a text that looks like a date stays a text. CSV cells are always texts.
-"""
+"""A data set -> raw rows, as plain Python values, in the order of its files; and the hash of its bytes."""
 
 from __future__ import annotations
 
-import csv
 import hashlib
-import json
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import islice
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from luthier.data.readers import read_file
 from luthier.data.registry import DatasetAttr
 from luthier.types import DataError
 
@@ -50,8 +44,8 @@ def read_rows(
 
     With `attr.num_samples`, that many rows are drawn by `rng`: a random order of all rows, then, if more are
     wanted than there are, further draws with repetition. `max_samples` keeps the first rows of that. Raises
-    DataError for files that cannot be parsed (naming file and row) and for columns that were named in the
-    description and are in no row.
+    DataError for files that cannot be parsed (naming file and row), for a data set without rows, and for
+    columns that were named in the description and are in no row.
     """
     attr.check_sha1()
     rows = _hub_rows(attr, cache_dir, token) if attr.load_from == "hub" else _file_rows(attr)
@@ -83,11 +77,15 @@ def _draw(rows: list[RawRow], wanted: int, rng: np.random.RandomState) -> Iterat
 def _columns_seen(rows: Iterable[RawRow], attr: DatasetAttr) -> Iterator[RawRow]:
     missing = {name: column for name, column in attr.columns if column is not None and name in attr.named}
     seen: dict[str, None] = {}
+    empty = True
     for row in rows:
+        empty = False
         if missing:
             seen |= dict.fromkeys(row.columns)
             missing = {name: column for name, column in missing.items() if column not in row.columns}
         yield row
+    if empty:
+        raise DataError(f"data set {attr.name!r}: {attr.path} has no rows")
     if missing and seen:
         name, column = next(iter(missing.items()))
         raise DataError(
@@ -99,103 +97,13 @@ def _columns_seen(rows: Iterable[RawRow], attr: DatasetAttr) -> Iterator[RawRow]
 def _file_rows(attr: DatasetAttr) -> Iterator[RawRow]:
     index = 0
     for file in attr.files():
-        try:
-            for place, columns in _READERS[file.suffix.lower()](file):
-                if not isinstance(columns, Mapping):
-                    raise DataError(
-                        f"{file}, {place}: expected an object with columns, found {type(columns).__name__}"
-                    )
-                yield RawRow(index, f"{file}, {place}", columns)
-                index += 1
-        except UnicodeDecodeError as error:
-            raise DataError(f"{file}: not UTF-8 at byte {error.start}; convert the file to UTF-8") from error
-
-
-def _read_json(file: Path) -> Iterator[tuple[str, Any]]:
-    text = file.read_text(encoding="utf-8-sig")
-    if not text.lstrip().startswith("["):
-        return _parse_lines(file, text.split("\n"))
-    try:
-        rows = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise DataError(
-            f"{file}, line {error.lineno}, column {error.colno}: not JSON: {error.msg}"
-        ) from error
-    return ((f"row {i}", row) for i, row in enumerate(rows))
-
-
-def _read_jsonl(file: Path) -> Iterator[tuple[str, Any]]:
-    with file.open(encoding="utf-8-sig", newline="\n") as stream:
-        yield from _parse_lines(file, stream)
-
-
-def _parse_lines(file: Path, lines: Iterable[str]) -> Iterator[tuple[str, Any]]:
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
-        try:
-            yield f"line {number}", json.loads(line)
-        except json.JSONDecodeError as error:
-            raise DataError(
-                f"{file}, line {number}: not JSON: {error.msg} at column {error.colno}"
-            ) from error
-
-
-def _read_csv(file: Path) -> Iterator[tuple[str, Any]]:
-    with file.open(encoding="utf-8-sig", newline="") as stream:
-        reader = csv.DictReader(stream, restkey="")
-        for row in reader:
-            if "" in row:
+        for place, columns in read_file(file):
+            if not isinstance(columns, Mapping):
                 raise DataError(
-                    f"{file}, line {reader.line_num}: more cells than the {len(row) - 1} columns of its head"
+                    f"{file}, {place}: expected an object with columns, found {type(columns).__name__}"
                 )
-            yield f"line {reader.line_num}", row
-
-
-def _read_txt(file: Path) -> Iterator[tuple[str, Any]]:
-    with file.open(encoding="utf-8") as stream:
-        for number, line in enumerate(stream, start=1):
-            yield f"line {number}", {"text": line.rstrip("\n")}
-
-
-def _read_parquet(file: Path) -> Iterator[tuple[str, Any]]:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    try:
-        batches = pq.ParquetFile(file).iter_batches(batch_size=1000)
-        yield from _number(row for batch in batches for row in batch.to_pylist())
-    except pa.ArrowInvalid as error:
-        raise DataError(f"{file}: not a Parquet file: {error}") from error
-
-
-def _read_arrow(file: Path) -> Iterator[tuple[str, Any]]:
-    import pyarrow as pa
-
-    with pa.memory_map(str(file)) as source:
-        try:
-            if source.read(6) == b"ARROW1":
-                table = pa.ipc.open_file(source).read_all()
-            else:
-                source.seek(0)
-                table = pa.ipc.open_stream(source).read_all()
-        except pa.ArrowInvalid as error:
-            raise DataError(f"{file}: not an Arrow file: {error}") from error
-        yield from _number(row for batch in table.to_batches(1000) for row in batch.to_pylist())
-
-
-def _number(rows: Iterable[Any]) -> Iterator[tuple[str, Any]]:
-    return ((f"row {i}", row) for i, row in enumerate(rows))
-
-
-_READERS = {
-    ".json": _read_json,
-    ".jsonl": _read_jsonl,
-    ".csv": _read_csv,
-    ".txt": _read_txt,
-    ".parquet": _read_parquet,
-    ".arrow": _read_arrow,
-}
+            yield RawRow(index, f"{file}, {place}", columns)
+            index += 1
 
 
 def _hub_dataset(attr: DatasetAttr, cache_dir: str | None, token: str | None) -> datasets.Dataset:
@@ -203,12 +111,17 @@ def _hub_dataset(attr: DatasetAttr, cache_dir: str | None, token: str | None) ->
     from datasets.exceptions import DatasetNotFoundError
 
     try:
-        dataset = load_dataset(
-            attr.path, attr.subset, data_dir=attr.folder, split=attr.split, cache_dir=cache_dir, token=token
+        return load_dataset(
+            attr.path,
+            attr.subset,
+            data_dir=attr.folder,
+            split=attr.split,
+            cache_dir=cache_dir,
+            revision=attr.revision,
+            token=token,
         )
-    except (DatasetNotFoundError, ValueError, RuntimeError, ConnectionError) as error:
+    except (DatasetNotFoundError, ValueError, RuntimeError, OSError) as error:
         raise DataError(f"data set {attr.name!r}: cannot load {attr.path!r} from the hub: {error}") from error
-    return dataset
 
 
 def _hub_rows(attr: DatasetAttr, cache_dir: str | None, token: str | None) -> Iterator[RawRow]:

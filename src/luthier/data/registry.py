@@ -28,7 +28,7 @@ LoadFrom = Literal["hub", "script", "file", "folder"]
 INFO_NAMES = ("dataset_info.json", "dataset_info.yaml", "dataset_info.yml")
 FILE_TYPES = {
     ".json": "json",
-    ".jsonl": "jsonl",
+    ".jsonl": "json",
     ".csv": "csv",
     ".parquet": "parquet",
     ".arrow": "arrow",
@@ -54,8 +54,19 @@ DEFAULT_TAGS: dict[Formatting, TagSpec] = {
     ),
 }
 
-_ORIGIN_KEYS = {"hf_hub_url", "ms_hub_url", "om_hub_url", "script_url", "cloud_file_name", "file_name"}
-_INFO_KEYS = _ORIGIN_KEYS | {
+_SCRIPT = "a data set script, which the library `datasets` no longer runs"
+_NOT_READ = {
+    "script_url": f"names {_SCRIPT}; save its rows as a file and name that in file_name",
+    "ms_hub_url": "names a data set on ModelScope, which is not read; download it and name the file in file_name",
+    "om_hub_url": "names a data set on Modelers, which is not read; download it and name the file in file_name",
+    "cloud_file_name": "names a file in a cloud store, which is not read; download it and name it in file_name",
+}
+"""Origins of LLaMA-Factory's dataset_info.json that are known and refused, and why."""
+_INFO_KEYS = {
+    "hf_hub_url",
+    "file_name",
+    *_NOT_READ,
+    "revision",
     "dataset_sha1",
     "file_sha1",
     "subset",
@@ -73,15 +84,17 @@ _INFO_KEYS = _ORIGIN_KEYS | {
 class DatasetAttr:
     """One data set, fully described: where its rows come from and which column means what.
 
-    `path` is the file or folder for `file` and `folder`, the hub's name for `hub`. A column that is None is
-    not read. `named` holds the columns that somebody wrote down, as against the format's own defaults: those
-    must exist.
+    `path` is the file or folder for `file`, `folder` and `script`, the hub's name for `hub`. A `script` is
+    described so that it can be refused by name. `revision`, `subset`, `split` and `folder` are the hub's. A
+    column that is None is not read. `named` holds the columns that somebody wrote down, as against the
+    format's own defaults: those must exist.
     """
 
     name: str
     load_from: LoadFrom
     path: str
     dataset_sha1: str | None = None
+    revision: str | None = None
     subset: str | None = None
     split: str = "train"
     folder: str | None = None
@@ -100,6 +113,8 @@ class DatasetAttr:
         if self.load_from == "hub":
             return []
         path = Path(self.path)
+        if self.load_from == "script":
+            raise DataError(f"data set {self.name!r}: {path} is {_SCRIPT}; save its rows as a file instead")
         if path.is_dir():
             files = sorted(f for f in path.iterdir() if f.is_file() and not f.name.startswith("."))
         elif path.is_file():
@@ -108,16 +123,16 @@ class DatasetAttr:
             raise DataError(f"data set {self.name!r}: {path} does not exist")
         if not files:
             raise DataError(f"data set {self.name!r}: folder {path} has no files")
-        kinds = {f.suffix.lower() for f in files}
-        unknown = sorted(kinds - FILE_TYPES.keys())
+        endings = {f.suffix.lower() for f in files}
+        unknown = sorted(endings - FILE_TYPES.keys())
         if unknown:
             raise DataError(
                 f"data set {self.name!r}: cannot read {unknown[0] or 'a file without extension'!r} "
                 f"({path}); readable are {', '.join(sorted(FILE_TYPES))}"
             )
-        if len(kinds) > 1:
+        if len({FILE_TYPES[ending] for ending in endings}) > 1:
             raise DataError(
-                f"data set {self.name!r}: folder {path} mixes {', '.join(sorted(kinds))}; one type, please"
+                f"data set {self.name!r}: folder {path} mixes {', '.join(sorted(endings))}; one type, please"
             )
         return files
 
@@ -130,12 +145,17 @@ class DatasetAttr:
             raise DataError(
                 f"data set {self.name!r}: dataset_sha1 is for one file, and {self.path} is a folder"
             )
-        found = hashlib.sha1(files[0].read_bytes(), usedforsecurity=False).hexdigest()
+        with files[0].open("rb") as stream:
+            found = hashlib.file_digest(stream, _sha1).hexdigest()
         if found != self.dataset_sha1.lower():
             raise DataError(
                 f"data set {self.name!r}: {files[0]} has SHA-1 {found}, but {self.dataset_sha1} was "
                 "promised: the file is not the one that was described"
             )
+
+
+def _sha1() -> Any:
+    return hashlib.sha1(usedforsecurity=False)
 
 
 def resolve_datasets(refs: Sequence[str | DatasetSpec], spec: DataSpec) -> list[DatasetAttr]:
@@ -159,11 +179,16 @@ def _load_info(directory: Path) -> tuple[Path | None, dict[str, Any]]:
         file = directory / name
         if not file.is_file():
             continue
-        text = file.read_text(encoding="utf-8")
         try:
+            text = file.read_text(encoding="utf-8")
             info = json.loads(text) if file.suffix == ".json" else yaml.safe_load(text)
-        except (json.JSONDecodeError, yaml.YAMLError) as error:
-            raise DataError(f"{file}: {error}") from error
+        except UnicodeDecodeError as error:
+            raise DataError(f"{file}: not UTF-8 at byte {error.start}; convert it to UTF-8") from error
+        except json.JSONDecodeError as error:
+            place = f"line {error.lineno}, column {error.colno}"
+            raise DataError(f"{file}, {place}: not JSON: {error.msg}") from error
+        except yaml.YAMLError as error:
+            raise DataError(f"{file}: not YAML: {error}") from error
         if not isinstance(info, dict):
             raise DataError(f"{file}: expected an object of data set names, found {type(info).__name__}")
         return file, info
@@ -195,21 +220,18 @@ def _from_info(name: str, entry: Any, place: str, directory: Path) -> DatasetAtt
     _no_unknown_keys(entry, _INFO_KEYS, place)
     _no_unknown_keys(entry.get("columns") or {}, set(ColumnSpec.model_fields), f"{place}.columns")
     _no_unknown_keys(entry.get("tags") or {}, set(TagSpec.model_fields), f"{place}.tags")
-    origins = sorted(_ORIGIN_KEYS & entry.keys())
-    if "script_url" in origins and "hf_hub_url" not in origins:
-        raise DataError(
-            f"{place}: script_url would run code that comes with the data; save the data as a file instead"
-        )
-    if not {"file_name", "hf_hub_url"} & set(origins):
-        raise DataError(f"{place}: {', '.join(origins) or 'nothing'} given; expected file_name or hf_hub_url")
+    # where an entry names several origins, LLaMA-Factory prefers the hub, too
+    origin = next((key for key in ("hf_hub_url", "file_name") if entry.get(key) is not None), None)
+    if origin is None:
+        for key, why in _NOT_READ.items():
+            if entry.get(key) is not None:
+                raise DataError(f"{place}: {key} {why}")
+        raise DataError(f"{place}: says nowhere where the data is; give file_name or hf_hub_url")
     fields = {
         key: entry[key]
-        for key in ("subset", "folder", "num_samples", "columns", "tags")
+        for key in (origin, "revision", "subset", "folder", "num_samples", "columns", "tags")
         if entry.get(key) is not None
     }
-    # LLaMA-Factory prefers the hub where an entry names both
-    origin = "hf_hub_url" if "hf_hub_url" in origins else "file_name"
-    fields[origin] = entry[origin]
     fields |= {key: entry[key] for key in ("split", "formatting", "ranking") if key in entry}
     fields["dataset_sha1"] = entry.get("dataset_sha1") or entry.get("file_sha1")
     try:
@@ -242,12 +264,12 @@ def _with_defaults(spec: DatasetSpec, name: str, path: Path | None) -> DatasetAt
     tags = DEFAULT_TAGS[spec.formatting]
     if spec.tags is not None:
         tags = tags.model_copy(update=spec.tags.model_dump(include=spec.tags.model_fields_set))
-    load_from: LoadFrom = "hub" if path is None else "folder" if path.is_dir() else "file"
     attr = DatasetAttr(
         name=name,
-        load_from=load_from,
+        load_from=_load_from(path),
         path=str(spec.hf_hub_url if path is None else path),
         dataset_sha1=spec.dataset_sha1,
+        revision=spec.revision,
         subset=spec.subset,
         split=spec.split,
         folder=spec.folder,
@@ -258,8 +280,30 @@ def _with_defaults(spec: DatasetSpec, name: str, path: Path | None) -> DatasetAt
         tags=tags,
         named=frozenset(named),
     )
+    _only_for_the_hub(attr)
     attr.files()
     return attr
+
+
+def _load_from(path: Path | None) -> LoadFrom:
+    if path is None:
+        return "hub"
+    return "script" if path.suffix == ".py" else "folder" if path.is_dir() else "file"
+
+
+def _only_for_the_hub(attr: DatasetAttr) -> None:
+    """Raise DataError where a file is described in words that only a data set on the hub has."""
+    if attr.load_from == "hub":
+        return
+    given = {"subset": attr.subset, "folder": attr.folder, "revision": attr.revision}
+    wrong = [key for key, value in given.items() if value is not None]
+    if attr.split != "train":
+        wrong.append("split")
+    if wrong:
+        raise DataError(
+            f"data set {attr.name!r}: {wrong[0]} is for data sets on the hub, and {attr.path} is a "
+            f"{attr.load_from}; leave it out, or name the file that holds those rows"
+        )
 
 
 def _no_unknown_keys(tree: Any, known: Iterable[str], place: str) -> None:

@@ -21,6 +21,9 @@ from luthier.types import Conversation, DataError, Message, RowError
 
 _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
+_REASON = 100
+"""Most characters of a template's own words in the reason why a row is dropped."""
+
 ChatMessage = dict[str, Any]
 
 
@@ -173,7 +176,8 @@ class Renderer:
                 f"the chat template is not valid Jinja: line {error.lineno}: {error.message}"
             ) from error
         except (jinja2.TemplateError, TypeError) as error:
-            raise RowError("the chat template refuses it", str(error)) from error
+            why = str(error).strip().partition("\n")[0][:_REASON]
+            raise RowError(f"the chat template refuses it ({why})") from error
         return texts[0], spans[0] if track else []
 
 

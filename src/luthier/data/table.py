@@ -131,6 +131,11 @@ class SampleTable(Sequence[Sample]):
     def lengths(self) -> Int64:
         return self._gather([np.diff(chunk.offsets) for chunk in self._chunks])
 
+    def lengths_of(self, source: str) -> Int64:
+        """Tokens of each sample that comes from this data set."""
+        chosen = self._gather([np.full(len(chunk.index), chunk.source == source) for chunk in self._chunks])
+        return self.lengths[chosen.astype(bool)]
+
     @cached_property
     def rows(self) -> Int64:
         return self._gather([chunk.row for chunk in self._chunks]) if self._rows is None else self._rows

@@ -34,7 +34,7 @@ from transformers import PreTrainedTokenizerBase
 from luthier.data import families
 from luthier.data.rendering import ChatMessage, Layout, Renderer, chat_messages, with_default_system
 from luthier.data.specials import SpecialText
-from luthier.recipe.schema import DataSpec
+from luthier.recipe.schema import DataSpec, TemplateSpec
 from luthier.types import Conversation, DataError, EncodedConversation, RowError, Span
 
 _FIELDS = {"tool_calls": "tool calls", "reasoning_content": "reasoning"}
@@ -45,17 +45,17 @@ def load_template(
 ) -> ChatTemplate:
     """The template that a recipe asks for, installed on the tokenizer so that it is saved with the model.
 
-    A named template (or a .jinja file) replaces `tokenizer.chat_template` and, where the family has its own
-    end token, `tokenizer.eos_token`; `spec.default_system` becomes part of the template. A tokenizer without
-    a pad token gets its end token. `pieces`: see the module. Raises DataError for an unknown name, a
-    tokenizer without chat template, an end token that the vocabulary lacks, and tokenizers without a fast
-    backend.
+    A named template (or a .jinja file, or four strings) replaces `tokenizer.chat_template` and, where the
+    family has its own end token, `tokenizer.eos_token`; `spec.default_system` becomes part of the template.
+    A tokenizer without a pad token gets its end token. `pieces`: see the module. Raises DataError for an
+    unknown name, a tokenizer without chat template, an end token that the vocabulary lacks, and tokenizers
+    without a fast backend.
     """
     if not getattr(tokenizer, "is_fast", False):
         raise DataError(
             f"{type(tokenizer).__name__} has no fast (Rust) backend; convert it to a tokenizer.json first"
         )
-    family = families.find(spec.template) if isinstance(spec.template, str) else None
+    family = _family(tokenizer, spec.template)
     marked: str | dict[str, str] | None
     if family is not None:
         marked = family.marked_source
@@ -79,6 +79,20 @@ def load_template(
         family=family,
         parse_special_tokens=spec.parse_special_tokens,
         marked=marked if pieces else None,
+    )
+
+
+def _family(tokenizer: PreTrainedTokenizerBase, wanted: str | TemplateSpec | None) -> families.Family | None:
+    if isinstance(wanted, TemplateSpec):
+        return families.from_strings(wanted, begin=_begins_texts(tokenizer))
+    return None if wanted is None else families.find(wanted)
+
+
+def _begins_texts(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether the tokenizer itself writes its begin token before every text."""
+    bos = tokenizer.bos_token_id
+    return bos is not None and (
+        tokenizer("a")["input_ids"][0] == bos or bool(getattr(tokenizer, "add_bos_token", False))
     )
 
 
@@ -132,9 +146,7 @@ class ChatTemplate:
         self._end_texts, self.end_token_ids = self._find_ends()
         stops = (tokenizer.eos_token_id, *self.end_token_ids, *self._ids_of(family.stop if family else ()))
         self._stop_ids = tuple(dict.fromkeys(stops))
-        self._document_end = (
-            self._ids_of((family.document_end,))[0] if family and family.document_end else None
-        )
+        self._document_end = family.document_end if family else None
 
     @property
     def stop_ids(self) -> tuple[int, ...]:
@@ -182,9 +194,19 @@ class ChatTemplate:
         adds = self.tokenizer("a")["input_ids"][0] == bos
         return [bos] if (adds and not self.pieces) or getattr(self.tokenizer, "add_bos_token", False) else []
 
+    @cached_property
+    def _document_end_id(self) -> int:
+        if self._document_end is None:
+            return int(self.tokenizer.eos_token_id)
+        if not (found := self._ids_of((self._document_end,))):
+            raise DataError(
+                f"template {self.name!r} ends documents with {self._document_end!r}, which the tokenizer's "
+                "vocabulary lacks; choose another template"
+            )
+        return found[0]
+
     def document(self, text: str, *, begin: bool = True) -> list[int]:
-        end = self.tokenizer.eos_token_id if self._document_end is None else self._document_end
-        return [*(self.begin_ids if begin else ()), *self.text(text), end]
+        return [*(self.begin_ids if begin else ()), *self.text(text), self._document_end_id]
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of some tokens, special tokens included."""

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from luthier.methods.groups import checkpoints_activations, decay_groups
+from luthier.model.vocabulary import VocabularyChange, token_modules
 from luthier.recipe.schema import FreezeSpec, FullSpec
 from luthier.types import CheckpointError, ModelError
 
@@ -18,8 +19,9 @@ from luthier.types import CheckpointError, ModelError
 class Full:
     """Every parameter trains; what is saved is a whole model."""
 
-    def __init__(self, spec: FullSpec | FreezeSpec) -> None:
+    def __init__(self, spec: FullSpec | FreezeSpec, vocabulary: VocabularyChange) -> None:
         self.spec = spec
+        self.vocabulary = vocabulary
 
     def apply(self, model: PreTrainedModel) -> PreTrainedModel:
         model.requires_grad_(True)
@@ -37,6 +39,13 @@ class Full:
         if not files:
             raise CheckpointError(f"{folder} holds no model weights (*.safetensors)")
         state = {name: tensor for file in files for name, tensor in load_file(file).items()}
+        own = model.state_dict()
+        wrong = [name for name in state.keys() & own.keys() if state[name].shape != own[name].shape]
+        if wrong:
+            raise CheckpointError(
+                f"{folder} does not fit the model: {min(wrong)} has the shape {tuple(state[min(wrong)].shape)} "
+                f"there and {tuple(own[min(wrong)].shape)} here"
+            )
         result = model.load_state_dict(state, strict=False)
         tied = set(model.all_tied_weights_keys)
         missing = [name for name in result.missing_keys if name not in tied]
@@ -48,7 +57,11 @@ class Full:
 
 
 class Freeze(Full):
-    """A few decoder layers, or named modules in them, train; everything else is frozen."""
+    """A few decoder layers, or named modules in them, train; everything else is frozen.
+
+    Where the vocabulary was extended, the embeddings and the output head train too: new rows are noise until
+    they do.
+    """
 
     spec: FreezeSpec
 
@@ -59,6 +72,9 @@ class Freeze(Full):
             self._train_layer(f"{prefix}.{index}", layers[index])
         for name in self.spec.extra_modules:
             self._train_extra(model, name, prefix)
+        if self.vocabulary.new_ids:
+            for module in token_modules(model):
+                module.requires_grad_(True)
         if not any(parameter.requires_grad for parameter in model.parameters()):
             raise ModelError("method.freeze trains nothing: layers is 0 and extra_modules is empty")
         if any(parameter.requires_grad for parameter in model.get_input_embeddings().parameters()):

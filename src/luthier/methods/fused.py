@@ -90,9 +90,13 @@ class _FusedForward(PeftLinear):
         return name if plain and still and trains and same else None
 
 
+# One class for all layers: torch.compile would compile anew for every class.
+_FusedLinear = type("Linear", (_FusedForward,), {"__module__": PeftLinear.__module__})
+
+
 def fuse_lora(model: nn.Module) -> int:
     """Specialise every plain LoRA layer of a PEFT model; returns how many there are."""
     layers = [module for module in model.modules() if type(module) is PeftLinear]
     for module in layers:
-        module.__class__ = type("Linear", (_FusedForward,), {"__module__": PeftLinear.__module__})
+        module.__class__ = _FusedLinear
     return len(layers)

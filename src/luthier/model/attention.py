@@ -30,6 +30,10 @@ SDPA = "luthier_segments"  # a name with "sdpa" in it would make transformers ap
 VARLEN = "luthier_varlen"
 
 
+class NotIsolatedError(ModelError):
+    """A model whose segments of one flat row cannot be kept apart, or not proven to be."""
+
+
 class SegmentAttention:
     """An attention function for transformers, isolating segments where bounds are given.
 
@@ -58,7 +62,7 @@ class SegmentAttention:
     ) -> tuple[Tensor, None]:
         """query (B, H, T, E), key and value (B, K, T, E) -> output (B, T, H, E)."""
         if kwargs.get("s_aux") is not None:
-            raise ModelError("attention sinks (gpt-oss) are not supported by the isolated attention")
+            raise NotIsolatedError("attention sinks (gpt-oss) are not supported by the isolated attention")
         if cu_seq_lens_q is None:
             return self._dense(module, query, key, value, attention_mask, scaling, dropout, softcap, kwargs)
         self.calls += 1
@@ -82,7 +86,7 @@ class SegmentAttention:
     ) -> tuple[Tensor, None]:
         if mask is None and query.shape[2] > 1:
             # Plain causal attention would silently drop a sliding window or a padding mask.
-            raise ModelError("a forward pass with neither an attention mask nor segment bounds")
+            raise NotIsolatedError("a forward pass with neither an attention mask nor segment bounds")
         if softcap is not None:
             groups = query.shape[1] // key.shape[1]
             key, value = repeat_kv(key, groups), repeat_kv(value, groups)

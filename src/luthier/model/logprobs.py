@@ -12,12 +12,14 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from luthier.model.rows import FLAT, Rows, padded_rows
 from luthier.types import IGNORE_INDEX, Batch, ModelError, TokenLogprobs
 
 Logits = Callable[[Tensor], Tensor]
@@ -42,45 +44,52 @@ def token_logprobs(
     entropy: bool,
     mean_logprobs: bool,
     head_trains: bool,
+    predictions: bool = False,
 ) -> dict[str, Tensor]:
     """Log-probabilities of `targets_N` under `logits_of(hidden)`, each (N,) float32; differentiable.
 
-    `entropy` is -sum p log p of each position; `mean_logprobs` is the mean log-probability of the vocabulary.
+    `entropy` is -sum p log p of each position; `mean_logprobs` is the mean log-probability of the vocabulary;
+    `predictions` is the most likely token, (N,) int64.
     Where the head does not train, each row's gradient with respect to its own hidden state is computed
     together with its value, because a log-probability depends on no other row: the logits are then computed
     once. Where the head trains, every chunk is checkpointed and its logits are computed again in backward.
     """
     rows = chunk_rows(len(targets_N), vocab_size, hidden_ND.device)
-    if torch.is_grad_enabled() and hidden_ND.requires_grad and not head_trains:
+    if torch.is_grad_enabled() and hidden_ND.requires_grad and not head_trains and not predictions:
         arguments = (hidden_ND, targets_N, logits_of, rows, entropy, mean_logprobs)
         outputs = _RowwiseLogprobs.apply(*arguments)  # type: ignore[no-untyped-call]
         assert isinstance(outputs, tuple)
     else:
         chunks = [
-            _chunk(hidden, targets, logits_of, entropy, mean_logprobs)
+            _chunk(hidden, targets, logits_of, entropy, mean_logprobs, predictions)
             for hidden, targets in zip(
                 torch.split(hidden_ND, rows), torch.split(targets_N, rows), strict=True
             )
         ]
         outputs = tuple(torch.cat(column) for column in zip(*chunks, strict=True))
     names = ["logprobs"] + ["entropy"] * entropy + ["mean_logprobs"] * mean_logprobs
+    names += ["predictions"] * predictions
     return dict(zip(names, outputs, strict=True))
 
 
 def _chunk(
-    hidden: Tensor, targets: Tensor, logits_of: Logits, entropy: bool, mean_logprobs: bool
+    hidden: Tensor,
+    targets: Tensor,
+    logits_of: Logits,
+    entropy: bool,
+    mean_logprobs: bool,
+    predictions: bool,
 ) -> tuple[Tensor, ...]:
-    if not torch.is_grad_enabled():
-        return _statistics(logits_of(hidden).float(), targets, entropy, mean_logprobs)
-
     def run(hidden: Tensor, targets: Tensor) -> tuple[Tensor, ...]:
-        return _statistics(logits_of(hidden).float(), targets, entropy, mean_logprobs)
+        return _statistics(logits_of(hidden).float(), targets, entropy, mean_logprobs, predictions)
 
+    if not torch.is_grad_enabled():
+        return run(hidden, targets)
     return tuple(checkpoint(run, hidden, targets, use_reentrant=False))
 
 
 def _statistics(
-    logits_CV: Tensor, targets_C: Tensor, entropy: bool, mean_logprobs: bool
+    logits_CV: Tensor, targets_C: Tensor, entropy: bool, mean_logprobs: bool, predictions: bool = False
 ) -> tuple[Tensor, ...]:
     normaliser_C = logits_CV.logsumexp(dim=-1)
     outputs = [logits_CV.gather(-1, targets_C[:, None])[:, 0] - normaliser_C]
@@ -89,6 +98,8 @@ def _statistics(
         outputs.append(normaliser_C - (probabilities * logits_CV).sum(-1))
     if mean_logprobs:
         outputs.append(logits_CV.mean(dim=-1) - normaliser_C)
+    if predictions:
+        outputs.append(logits_CV.argmax(dim=-1))
     return tuple(outputs)
 
 
@@ -160,8 +171,8 @@ def _slopes(
 def logits_transform(config: Any) -> Logits:
     """The scaling and soft-capping that the model's own forward applies after its head, from its config.
 
-    Covers `logit_scale` (Cohere), `logits_scaling` (Granite), `lm_head_multiplier` (Falcon-H1) and
-    `final_logit_softcapping` (Gemma). The self-test at start compares with the model's own logits, so that a
+    Covers `logit_scale` (Cohere), `logits_scaling` (Granite), `lm_head_multiplier` (Falcon-H1) and the soft caps of
+    Gemma, RecurrentGemma and xLSTM. The self-test at start compares with the model's own logits, so that a
     family with another rule is found, not trained wrongly.
     """
     text = config.get_text_config() if hasattr(config, "get_text_config") else config
@@ -170,7 +181,8 @@ def logits_transform(config: Any) -> Logits:
         value = getattr(text, name, None)
         if isinstance(value, (int, float)):
             scale *= 1.0 / value if invert else value
-    cap = getattr(text, "final_logit_softcapping", None)
+    caps = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
+    cap = next((value for value in (getattr(text, name, None) for name in caps) if value), None)
 
     def transform(logits: Tensor) -> Tensor:
         if scale != 1.0:
@@ -204,14 +216,31 @@ class _TargetHead(nn.Module):
 
 
 class _TargetForward(nn.Module):
-    """Mixed into the class of the model: `forward(targets=...)` runs the backbone, then the head once."""
+    """Mixed into the class of the model: `forward(targets=...)` runs the backbone, then the head once.
 
-    def forward(self, *args: Any, targets: Tensor | None = None, **kwargs: Any) -> Any:
+    `arithmetic` is the type of an autocast around both, float32 for none at all; without it the caller's holds.
+    """
+
+    luthier_rows: Rows = FLAT
+
+    def forward(
+        self,
+        *args: Any,
+        targets: Tensor | None = None,
+        arithmetic: torch.dtype | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        if arithmetic is not None:
+            # The innermost autocast wins: this holds under the one that accelerate wraps around the model.
+            mixed, kind = arithmetic != torch.float32, next(self.parameters()).device.type
+            with torch.autocast(kind, dtype=arithmetic if mixed else None, enabled=mixed):
+                return _TargetForward.forward(self, *args, targets=targets, **kwargs)
         if targets is None:
             return super().forward(*args, **_with_explicit_mask(args, kwargs))
         request = {
             "entropy": kwargs.pop("entropy", False),
             "mean_logprobs": kwargs.pop("mean_logprobs", False),
+            "predictions": kwargs.pop("predictions", False),
             "vocab_size": self.config.get_text_config().vocab_size,  # type: ignore[union-attr, operator]
             "transform": logits_transform(self.config),
         }
@@ -227,14 +256,52 @@ class _TargetForward(nn.Module):
             if kwargs.pop(unused, None) is not None:
                 raise ModelError(f"a forward pass with targets takes no {unused}")
         backbone, head = self.base_model, self.get_output_embeddings()  # type: ignore[operator]
-        outputs = backbone(*args, attention_mask=None, use_cache=False, **kwargs)  # type: ignore[operator]
-        hidden_TD = outputs.last_hidden_state.reshape(-1, outputs.last_hidden_state.shape[-1])
+        inputs, targets = _backbone_inputs(self.luthier_rows, backbone, args, kwargs, targets)
+        hidden = backbone(**inputs).last_hidden_state  # type: ignore[operator]
+        hidden_TD = hidden.reshape(-1, hidden.shape[-1])
         supervised = (targets != IGNORE_INDEX).nonzero()[:, 0]
         if len(supervised):
             return head(hidden_TD[supervised], luthier_request={"targets": targets[supervised], **request})
-        # The head must run on every rank; one position is computed and none of it is kept.
-        answers = head(hidden_TD[:1], luthier_request={"targets": torch.zeros_like(targets[:1]), **request})
+        # The head must run on every rank; one position (a real token) is computed and none of it is kept.
+        one_D = hidden_TD[-1:] if self.luthier_rows.side == "left" else hidden_TD[:1]
+        answers = head(one_D, luthier_request={"targets": torch.zeros_like(targets[:1]), **request})
         return {name: values[:0] for name, values in answers.items()}
+
+
+def _backbone_inputs(
+    rows: Rows, backbone: Any, args: tuple[Any, ...], kwargs: dict[str, Any], targets: Tensor
+) -> tuple[dict[str, Any], Tensor]:
+    """What the backbone is called with for a flat batch, and the targets (positions,) in the order of its output.
+
+    Models without positions of their own (Mamba, Bloom) take none; the self-test shows whether that is right.
+    """
+    inputs = dict(zip(("input_ids",), args, strict=False)) | kwargs
+    if rows.padded:
+        spread = padded_rows(
+            inputs["input_ids"], inputs["position_ids"], inputs["cu_seq_lens_q"], targets, rows.side
+        )
+        inputs = {
+            "input_ids": spread.input_ids,
+            "attention_mask": spread.attention_mask,
+            "position_ids": spread.position_ids,
+        }
+        targets = spread.targets.flatten()
+    else:
+        inputs["attention_mask"] = None
+    inputs["use_cache"] = False
+    names, takes_others = _accepted(type(backbone).forward)
+    if not takes_others:
+        inputs = {name: value for name, value in inputs.items() if name in names}
+    elif rows.padded and "position_ids" not in names:
+        del inputs["position_ids"]
+    return inputs, targets
+
+
+@cache
+def _accepted(forward: Callable[..., Any]) -> tuple[frozenset[str], bool]:
+    """The named arguments of a backbone's forward, and whether it takes others too."""
+    parameters = inspect.signature(forward).parameters
+    return frozenset(parameters), any(one.kind is one.VAR_KEYWORD for one in parameters.values())
 
 
 def _with_explicit_mask(args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
@@ -264,26 +331,45 @@ def _specialise(module: nn.Module, mixin: type[nn.Module]) -> None:
     module.__class__ = type(cls.__name__, (mixin, cls), {"__module__": cls.__module__, "forward": forward})
 
 
-def install_target_forward(model: nn.Module) -> None:
+def install_target_forward(model: nn.Module, rows: Rows = FLAT) -> None:
     """Teach a loaded causal language model (not its PEFT wrapper) to answer `forward(targets=...)`.
 
-    Call it after adapters are attached and before the model is wrapped by accelerate.
+    Batches stay flat; with `rows.padded` the model lays their segments out as padded rows by itself.
+    Call it after adapters are attached and before the model is wrapped by accelerate; once more to change `rows`.
     Raises ModelError where the model has no output head.
     """
     head = model.get_output_embeddings()  # type: ignore[operator]
     if head is None:
         raise ModelError(f"{type(model).__name__} has no output head; a causal language model is needed")
+    if model.base_model is model:
+        raise ModelError(
+            f"{type(model).__name__} has no backbone apart from its head, so it cannot be trained"
+        )
     _specialise(head, _TargetHead)
     _specialise(model, _TargetForward)
+    model.luthier_rows = rows  # type: ignore[assignment]
+
+
+def chosen_rows(model: nn.Module) -> Rows:
+    """The layout that was installed in a model, or in the one inside its PEFT wrapper."""
+    inner = model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
+    rows = inner.luthier_rows
+    assert isinstance(rows, Rows)
+    return rows
 
 
 class ModelPolicy:
     """`types.Policy` over a model with the target forward, wrapped by DDP or FSDP or bare."""
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, arithmetic: torch.dtype | None = None) -> None:
+        """`arithmetic` is the type that the model computes in by autocast, float32 for none at all; without it
+        the model's wrapper decides."""
         self._model = model
+        self._arithmetic = arithmetic
 
-    def logprobs(self, batch: Batch, *, entropy: bool = False, mean_logprobs: bool = False) -> TokenLogprobs:
+    def logprobs(
+        self, batch: Batch, *, entropy: bool = False, mean_logprobs: bool = False, predictions: bool = False
+    ) -> TokenLogprobs:
         """Statistics of the supervised targets of `batch`, in the order of their positions."""
         answers = self._model(
             input_ids=batch.input_ids,
@@ -293,7 +379,9 @@ class ModelPolicy:
             max_length_q=batch.max_length,
             max_length_k=batch.max_length,
             targets=batch.targets,
+            arithmetic=self._arithmetic,
             entropy=entropy,
             mean_logprobs=mean_logprobs,
+            predictions=predictions,
         )
         return TokenLogprobs(**answers)

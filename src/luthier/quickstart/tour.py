@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from peft import PeftModel
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
@@ -16,6 +15,7 @@ from rich.table import Table
 from luthier.data.template import load_template
 from luthier.engine.hf import HfEngine
 from luthier.environment import detect_hardware
+from luthier.methods.lora import load_adapter
 from luthier.model.load import load_model, load_tokenizer, locate
 from luthier.recipe.load import load_recipe
 from luthier.recipe.resolve import resolve
@@ -72,7 +72,7 @@ def answers(settings: Recipe, questions: Sequence[Question], adapter: Path | Non
     tokenizer = load_tokenizer(settings.model, source)
     template = load_template(tokenizer, settings.data)
     base = load_model(settings.model, source, torch.device(detect_hardware().device))
-    model = base if adapter is None else PeftModel.from_pretrained(base, str(adapter))
+    model = base if adapter is None else load_adapter(base, adapter)
     prompts = [template.prompt(Conversation((Message("user", question.question),))) for question in questions]
     limits = GenerationSettings(max_new_tokens=MAX_NEW_TOKENS, stop_ids=template.stop_ids)
     return [template.decode(ids).strip() for ids in HfEngine(model).generate(prompts, limits)]  # type: ignore[arg-type]

@@ -84,8 +84,8 @@ class TemplateSpec(Spec):
     @field_validator("prompt")
     @classmethod
     def _has_query(cls, value: str) -> str:
-        if value.count("{query}") != 1:
-            raise ValueError("should contain {query} exactly once")
+        if value.count("{query}") != 1 or "{{query}}" in value:
+            raise ValueError("should contain {query} exactly once, in single braces")
         return value
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from luthier.recipe import llamafactory
+from luthier.recipe.foreign import refuse_foreign
 from luthier.recipe.problems import annotation_at, members, specs, tag, validate
 from luthier.recipe.schema import Recipe, Spec
 from luthier.recipe.source import (
@@ -53,6 +54,7 @@ def load_recipe(source: str | Path | Mapping[str, Any], overrides: Sequence[str]
     Raises RecipeError: one line for each problem, naming file, line and key, or the override.
     """
     document = from_mapping(source) if isinstance(source, Mapping) else read_file(Path(source))
+    refuse_foreign(document.tree, document.label)
     flat = llamafactory.recognises(document.tree)
     nested = [_split(word) for word in overrides]
     if flat:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from collections import Counter
+from typing import Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from luthier.recipe.base import Spec
 
@@ -36,6 +37,25 @@ class VocabularySpec(Spec):
     resize: bool = False
     """Grow the embeddings to the tokenizer's size even where no token is added."""
 
+    @model_validator(mode="after")
+    def _tokens_are_sound(self) -> Self:
+        tokens = [*self.add, *self.add_special]
+        if not all([*tokens, self.pad_token is None or self.pad_token]):
+            raise ValueError("a token cannot be empty")
+        if twice := sorted(token for token, count in Counter(tokens).items() if count > 1):
+            raise ValueError(f"the token {twice[0]!r} is named twice")
+        if self.pad_token is not None and self.pad_token in self.add:
+            raise ValueError(
+                f"the padding token {self.pad_token!r} is special; name it in add_special, not in add"
+            )
+        if strangers := sorted(self.descriptions.keys() - {*tokens, self.pad_token}):
+            raise ValueError(
+                f"descriptions: {strangers[0]!r} is not a new token; name it in add or add_special too"
+            )
+        if silent := sorted(token for token, text in self.descriptions.items() if not text.strip()):
+            raise ValueError(f"descriptions: that of {silent[0]!r} is empty")
+        return self
+
 
 class ModelSpec(Spec):
     path: str
@@ -45,7 +65,8 @@ class ModelSpec(Spec):
     tokenizer: str | None = None
     """Folder or hub name of the tokenizer, where it is not the model's own."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """Type of the weights in memory; `auto` is the checkpoint's own on a GPU and float32 on a CPU."""
+    """Type of the weights in memory; `auto` is float32 where they train (full, freeze) and on a CPU, else that of
+    `train.precision`: the frozen base of an adapter on a GPU that computes in bfloat16 is bfloat16."""
     revision: str = "main"
     """Branch, tag or commit on the hub."""
     cache_dir: str | None = None

@@ -10,26 +10,33 @@ import difflib
 import json
 import types
 from collections.abc import Iterator
-from typing import Annotated, Any, Literal, Union, get_args, get_origin
+from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
 
 from pydantic import ValidationError
 
-from luthier.recipe.llamafactory_keys import TOOL_KEYS
-from luthier.recipe.schema import Recipe, Spec
+from luthier.recipe.key_rules import Rule
+from luthier.recipe.known_keys import known_key
+from luthier.recipe.schema import ModelSpec, Recipe, Spec
 from luthier.recipe.source import Document, KeyPath, dotted
-from luthier.recipe.training_keys import TRAINING_KEYS
 from luthier.types import RecipeError
+
+Root = TypeVar("Root", bound=Spec)
 
 _TYPE_ERRORS = ("_type", "_parsing", "int_from_float", "literal_error", "none_required")
 
 
 def validate(document: Document) -> Recipe:
     """The typed recipe. Raises RecipeError with one line for every problem in the document."""
+    return validate_as(Recipe, document)
+
+
+def validate_as(root: type[Root], document: Document) -> Root:
+    """The document as a value of `root`, a recipe or another file of ours; raises like `validate`."""
     try:
         # Strict JSON is exactly the strictness wanted: a list may become a tuple, "8" does not become 8.
-        return Recipe.model_validate_json(json.dumps(document.tree), strict=True)
+        return root.model_validate_json(json.dumps(document.tree), strict=True)
     except ValidationError as error:
-        raise RecipeError("\n".join(_sentences(error, document))) from None
+        raise RecipeError("\n".join(_sentences(error, document, root))) from None
 
 
 # --------------------------------------------------------------------------------------------------
@@ -57,9 +64,9 @@ def tag(spec: type[Spec]) -> str | None:
     return None if field is None else str(field.default)
 
 
-def annotation_at(path: KeyPath, tree: Any) -> Any:
+def annotation_at(path: KeyPath, tree: Any, root: type[Spec] = Recipe) -> Any:
     """What the schema says of `path` in this tree; None where it knows no such key."""
-    annotation: Any = Recipe
+    annotation: Any = root
     for part in path:
         annotation = _child(annotation, part, tree)
         tree = _value(tree, part)
@@ -128,6 +135,8 @@ def expected(annotation: Any) -> str:
     if type(None) in get_args(annotation):
         words.append("null")
     words = list(dict.fromkeys(words))
+    if "a number" in words and "a whole number" in words:
+        words.remove("a whole number")
     return words[0] if len(words) == 1 else f"{', '.join(words[:-1])} or {words[-1]}"
 
 
@@ -150,10 +159,10 @@ def nearest(key: str, choices: list[str]) -> str | None:
     return close[0] if close else None
 
 
-def _unknown(path: KeyPath, document: Document) -> str:
+def _unknown(path: KeyPath, document: Document, root: type[Spec]) -> str:
     """The sentence about a key that the schema does not have, with the key that was probably meant."""
     key, section = str(path[-1]), path[:-1]
-    annotation = annotation_at(section, document.tree)
+    annotation = annotation_at(section, document.tree, root)
     value = document.tree
     for part in section:
         value = _value(value, part)
@@ -167,21 +176,26 @@ def _unknown(path: KeyPath, document: Document) -> str:
             name = dotted(section)
             whole = f"; remove it, or replace the section with {name}='{{type: {tag(kind)}}}'"
         return f"does not go with type: {tag(kind)}; it belongs to {_kinds(owners)}{whole}"
-    foreign = (TOOL_KEYS | TRAINING_KEYS).get(key)
+    foreign = known_key(key) if root is Recipe else None
     if foreign is not None and foreign.target and key != foreign.target.rpartition(".")[2]:
         return f"unknown key; LLaMA-Factory's {key} is {foreign.target} in a native recipe"
     names = list(kind.model_fields) if kind is not None else []
-    keys = [known for known in all_keys() if "type" not in known]
+    keys = [known for known in all_keys(root) if "type" not in known]
     elsewhere = [known for known in keys if known[-1] == key]
     if elsewhere:
         return f"unknown key; did you mean {dotted(elsewhere[0])}?"
+    if foreign is not None and foreign.rule is Rule.REFUSED:
+        return f"unknown key; {foreign.text}"
+    if foreign is not None and foreign.rule is Rule.EXTRA:
+        return f"unknown key; transformers' {key} goes into train.extra"
     near = nearest(key, names)
     if near is not None:
         return f"unknown key; did you mean {dotted((*section, near))}?"
     near = nearest(key, [str(known[-1]) for known in keys])
     if near is not None:
         return f"unknown key; did you mean {next(dotted(known) for known in keys if known[-1] == near)}?"
-    where = f"{dotted(section)} has" if section else "a recipe has"
+    whole_file = f"a {root.__name__.removesuffix('Spec').lower()} has"
+    where = f"{dotted(section)} has" if section else whole_file
     return f"unknown key; {where} {', '.join(names)}"
 
 
@@ -193,9 +207,9 @@ def _kinds(owners: list[type[Spec]]) -> str:
 # pydantic's errors
 
 
-def _locate(location: tuple[int | str, ...], tree: Any) -> tuple[KeyPath, Any, Any]:
+def _locate(location: tuple[int | str, ...], tree: Any, root: type[Spec]) -> tuple[KeyPath, Any, Any]:
     """(path, annotation, value) of an error, whose location also names the branches of unions."""
-    annotation: Any = Recipe
+    annotation: Any = root
     path: KeyPath = ()
     in_branch = False
     for part in location:
@@ -208,14 +222,17 @@ def _locate(location: tuple[int | str, ...], tree: Any) -> tuple[KeyPath, Any, A
     return path, annotation, tree
 
 
-def _sentences(error: ValidationError, document: Document) -> list[str]:
+def _sentences(error: ValidationError, document: Document, root: type[Spec]) -> list[str]:
     """One line for each problem, in the order of the file."""
     lines: dict[tuple[int, str], None] = {}
     for problem in error.errors(include_url=False):
-        path, annotation, value = _locate(problem["loc"], document.tree)
+        path, annotation, value = _locate(problem["loc"], document.tree, root)
         if problem["type"].endswith("_type") and _suits(annotation, value):
             continue  # another branch of the union takes such values, and says what is wrong with this one
-        text = _sentence(problem, path, annotation, value, document)
+        if problem["type"] == "extra_forbidden":
+            text = _unknown(path, document, root)
+        else:
+            text = _sentence(problem, annotation, value)
         lines[document.place(path).line or 0, document.problem(path, text)] = None
     return [line for _, line in sorted(lines, key=lambda item: item[0])]
 
@@ -226,10 +243,10 @@ def _suits(annotation: Any, value: Any) -> bool:
     return isinstance(value, list) and any(get_origin(kind) is tuple for kind in members(annotation))
 
 
-def _sentence(problem: Any, path: KeyPath, annotation: Any, value: Any, document: Document) -> str:
+def _sentence(problem: Any, annotation: Any, value: Any) -> str:
     kind = problem["type"]
-    if kind == "extra_forbidden":
-        return _unknown(path, document)
+    if kind == "json_invalid":
+        return "a text in it holds half a character (a lone surrogate); write the whole one"
     if kind == "missing":
         return f"is missing; give {expected(annotation)}"
     if kind in ("union_tag_invalid", "union_tag_not_found"):
@@ -264,6 +281,8 @@ def _advice(annotation: Any, value: Any) -> str:
         return "; put it in quotes"
     if isinstance(value, str) and any(get_origin(kind) is tuple for kind in kinds):
         return f"; write [{value}]"
+    if isinstance(value, str) and ModelSpec in kinds:
+        return f"; write {{path: {value}}}"
     if isinstance(value, str) and "$" in value:
         return "; variables are not replaced here"
     return ""

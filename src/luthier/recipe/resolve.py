@@ -49,6 +49,7 @@ def resolve(loaded: LoadedRecipe, hardware: Hardware) -> LoadedRecipe:
     """
     recipe = loaded.recipe
     precision = _precision(recipe, hardware)
+    _check_options(recipe, hardware)
     machine: dict[str, Any] = {
         "train.precision": precision,
         "train.eval_precision": _eval_precision(recipe, hardware, precision),
@@ -98,9 +99,23 @@ def _eval_precision(recipe: Recipe, hardware: Hardware, precision: str) -> str:
 def _check_precision(key: str, wanted: str, hardware: Hardware) -> None:
     if wanted == "bf16" and hardware.device != "cpu" and not hardware.bf16:
         raise RecipeError(f"{key}=bf16: {hardware.name} does not compute bfloat16; use auto, fp32 or fp16")
-    if wanted == "fp16" and hardware.device != "cuda":
+    if wanted == "fp16" and hardware.device == "mps":
         raise RecipeError(
-            f"{key}=fp16: its loss scaling needs a CUDA GPU and this is {hardware.name}; use auto"
+            f"{key}=fp16: loss scaling is for CUDA GPUs and CPUs, and this is {hardware.name}; use auto"
+        )
+
+
+def _check_options(recipe: Recipe, hardware: Hardware) -> None:
+    # NVIDIA's first generation with TensorFloat-32 (sm80) is the first with bfloat16.
+    if recipe.train.tf32 and not (hardware.device == "cuda" and hardware.bf16):
+        raise RecipeError(
+            f"train.tf32=true: TensorFloat-32 is arithmetic of NVIDIA GPUs from Ampere (2020) on, and this is "
+            f"{hardware.name}; remove it"
+        )
+    if recipe.train.fit_memory and hardware.world_size > 1:
+        raise RecipeError(
+            f"train.fit_memory works in one process, and these are {hardware.world_size}; remove it and give "
+            "train.tokens_per_pass"
         )
 
 
@@ -128,4 +143,9 @@ def _checkpointing(recipe: Recipe, hardware: Hardware) -> bool:
 def _greater_is_better(recipe: Recipe) -> bool:
     if recipe.train.greater_is_better is not None:
         return recipe.train.greater_is_better
-    return not recipe.train.best_metric.endswith(("loss", "perplexity"))
+    return not lower_is_better(recipe.train.best_metric)
+
+
+def lower_is_better(metric: str) -> bool:
+    """What the name of a metric says of its direction."""
+    return metric.endswith(("loss", "perplexity", "nll"))

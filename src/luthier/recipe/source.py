@@ -16,6 +16,7 @@ from typing import Any
 
 import yaml
 
+from luthier.recipe.json_lines import key_lines
 from luthier.types import RecipeError
 
 KeyPath = tuple[str | int, ...]
@@ -187,12 +188,23 @@ class _Builder:
                 return self._mapping(node, path)
             if isinstance(node, yaml.SequenceNode):
                 return [self._item(child, (*path, index)) for index, child in enumerate(node.value)]
-            return _scalar(self.loader, node)  # type: ignore[arg-type]
+            return self._plain(node, path)  # type: ignore[arg-type]
         except yaml.constructor.ConstructorError as error:
             message = f"YAML tag {node.tag} is not allowed here"
             raise RecipeError(self._at(node, dotted(path), message)) from error
         finally:
             self.open.pop()
+
+    def _plain(self, node: yaml.ScalarNode, path: KeyPath) -> Any:
+        try:
+            value = _scalar(self.loader, node)
+        except (ValueError, KeyError) as error:  # `!!int x`, and numbers of thousands of digits
+            kind = node.tag.rpartition(":")[2]
+            message = f"{node.value[:20]!r} cannot be read as {kind}"
+            raise RecipeError(self._at(node, dotted(path), message)) from error
+        if value is None or isinstance(value, (str, bool, int, float)):
+            return value
+        raise RecipeError(self._at(node, dotted(path), f"YAML tag {node.tag} is not allowed here"))
 
     def _item(self, node: yaml.Node, path: KeyPath) -> Any:
         self.places[path] = Place(dotted(path), self.label, node.start_mark.line + 1)
@@ -213,7 +225,11 @@ class _Builder:
             else:
                 first_lines[key_node.value] = line
         if any(key_node.tag.endswith(":merge") for key_node, _ in node.value):
-            self.loader.flatten_mapping(node)
+            try:
+                self.loader.flatten_mapping(node)
+            except yaml.constructor.ConstructorError as error:
+                message = "<< takes a mapping or a list of mappings"
+                raise RecipeError(self._at(node, dotted(path), message)) from error
         values: dict[str, Any] = {}
         for key_node, value_node in node.value:
             if isinstance(key_node, yaml.ScalarNode):
@@ -278,43 +294,14 @@ def dump_value(value: Any) -> str:
 
 def _json_places(text: str, label: str | None) -> tuple[dict[KeyPath, Place], list[str]]:
     """Places of all keys of a JSON text that is known to be valid, and its duplicate keys."""
-    decoder = json.JSONDecoder()
-    blank = re.compile(r"[ \t\r\n]*")
     places: dict[KeyPath, Place] = {}
     twice: dict[KeyPath, str] = {}
-
-    def skip(position: int) -> int:
-        found = blank.match(text, position)
-        return position if found is None else found.end()
-
-    def note(path: KeyPath, position: int) -> None:
-        place = Place(dotted(path), label, text.count("\n", 0, position) + 1)
+    for path, line in key_lines(text):
+        place = Place(dotted(path), label, line)
         if path in places:
             twice[path] = place.problem(f"given twice, first in line {places[path].line}; keep one")
         else:
             places[path] = place
-
-    def walk(position: int, path: KeyPath) -> int:
-        opening = text[position]
-        if opening not in "{[":
-            return decoder.raw_decode(text, position)[1]
-        position = skip(position + 1)
-        index = 0
-        while text[position] not in "}]":
-            if opening == "{":
-                key, end = decoder.raw_decode(text, position)
-                note((*path, key), position)
-                position = walk(skip(skip(end) + 1), (*path, key))
-            else:
-                note((*path, index), position)
-                position = walk(position, (*path, index))
-                index += 1
-            position = skip(position)
-            if text[position] == ",":
-                position = skip(position + 1)
-        return position + 1
-
-    walk(skip(0), ())
     # What is inside a key that is given twice is no problem of its own.
     outer = [path for path in twice if not any(path[:length] in twice for length in range(1, len(path)))]
     return places, [twice[path] for path in outer]
@@ -324,7 +311,14 @@ def _json_places(text: str, label: str | None) -> tuple[dict[KeyPath, Place], li
 # Documents
 
 
-def read_file(path: Path, label: str | None = None) -> Document:
+RECIPE = (
+    "a recipe names at least model.path and data.train",
+    "a recipe is a mapping of keys (`model:`, `data:`, ...)",
+)
+"""What is said of an empty file, and of one that holds no mapping."""
+
+
+def read_file(path: Path, label: str | None = None, shape: tuple[str, str] = RECIPE) -> Document:
     """Read a .yaml, .yml or .json file. Raises RecipeError naming file and line."""
     label = str(path) if label is None else label
     try:
@@ -337,12 +331,17 @@ def read_file(path: Path, label: str | None = None) -> Document:
         raise RecipeError(f"{label}: cannot be read: {error.strerror}") from error
     except UnicodeDecodeError as error:
         raise RecipeError(f"{label}: not UTF-8 text (byte {error.start})") from error
-    document = read_text(text, label, as_json=path.suffix.lower() == ".json")
+    try:
+        document = read_text(text, label, as_json=path.suffix.lower() == ".json", shape=shape)
+    except RecursionError:
+        raise RecipeError(f"{label}: brackets nested too deeply; {shape[1]}") from None
     document.path = path
     return document
 
 
-def read_text(text: str, label: str | None, *, as_json: bool = False) -> Document:
+def read_text(
+    text: str, label: str | None, *, as_json: bool = False, shape: tuple[str, str] = RECIPE
+) -> Document:
     """Parse a recipe's text. Raises RecipeError that lists every structural problem with its line."""
     problems: list[str]
     if as_json:
@@ -364,9 +363,9 @@ def read_text(text: str, label: str | None, *, as_json: bool = False) -> Documen
     if problems:
         raise RecipeError("\n".join(problems))
     if tree is None:
-        raise RecipeError(f"{label}: the file is empty; a recipe names at least model.path and data.train")
+        raise RecipeError(f"{label}: the file is empty; {shape[0]}")
     if not isinstance(tree, dict):
-        raise RecipeError(f"{label}: a recipe is a mapping of keys (`model:`, `data:`, ...)")
+        raise RecipeError(f"{label}: {shape[1]}")
     return Document(tree, places, label)
 
 

@@ -106,7 +106,7 @@ class TrainSpec(Spec):
     """Finish with the best checkpoint by `best_metric` instead of the last weights."""
     best_metric: str = "eval_loss"
     greater_is_better: bool | None = None
-    """Absent: false for metrics that end in `loss` or `perplexity`, true for others."""
+    """Absent: false for metrics that end in `loss`, `perplexity` or `nll`, true for others."""
     early_stopping: EarlyStoppingSpec | None = None
     """Stop early; needs `load_best`."""
     metrics: tuple[str, ...] = ()

@@ -1,55 +1,74 @@
-"""transformers' `TrainingArguments` as LLaMA-Factory 0.9.5 takes them, and the older names still in files."""
+"""transformers' `TrainingArguments` as LLaMA-Factory 0.9.5 takes them, and what later versions added."""
 
 from __future__ import annotations
 
-from luthier.recipe.llamafactory_keys import Key, Rule, direct, keys, read
+from luthier.recipe.key_rules import Key, Rule, direct, keys, read
 
-_TRANSLATED = direct(
-    output_dir=("train.output", None),
-    per_device_train_batch_size=("train.rows_per_device", 8),
-    gradient_accumulation_steps=("train.accumulation", 1),
-    num_train_epochs=("train.epochs", 3.0),
-    learning_rate=("optim.lr", 5e-5),
-    lr_scheduler_type=("optim.schedule", "linear"),
-    weight_decay=("optim.weight_decay", 0.0),
-    max_grad_norm=("optim.max_grad_norm", 1.0),
-    label_smoothing_factor=("stage.label_smoothing", 0.0),
-    save_total_limit=("train.save_total_limit", None),
-    save_only_model=("train.save_only_model", False),
-    load_best_model_at_end=("train.load_best", False),
-    greater_is_better=("train.greater_is_better", None),
-    seed=("train.seed", 42),
-    data_seed=("train.data_seed", None),
-) | read(
-    max_steps=("train.max_steps", -1),
-    lr_scheduler_kwargs=("optim.schedule_options", None),
-    warmup_steps=("optim.warmup", 0),
-    warmup_ratio=("optim.warmup", None),
-    optim=("optim.type", "adamw_torch_fused"),
-    adam_beta1=("optim.betas", 0.9),
-    adam_beta2=("optim.betas", 0.999),
-    adam_epsilon=("optim.eps", 1e-8),
-    bf16=("train.precision", False),
-    fp16=("train.precision", False),
-    gradient_checkpointing=("model.gradient_checkpointing", False),
-    logging_strategy=("train.log_every", "steps"),
-    logging_steps=("train.log_every", 500),
-    report_to=("train.report_to", "none"),
-    eval_strategy=("train.eval_every", "no"),
-    eval_steps=("train.eval_every", None),
-    save_strategy=("train.save_every", "steps"),
-    save_steps=("train.save_every", 500),
-    metric_for_best_model=("train.best_metric", None),
-    train_sampling_strategy=("data.shuffle", "random"),
-    do_train=("train.eval_only", False),
-    do_eval=("train.eval_at_end", False),
-    resume_from_checkpoint=("train.resume", None),
-    overwrite_output_dir=("train.overwrite", False),
+_TRANSLATED = (
+    direct(
+        output_dir=("train.output", None),
+        per_device_train_batch_size=("train.rows_per_device", 8),
+        gradient_accumulation_steps=("train.accumulation", 1),
+        num_train_epochs=("train.epochs", 3.0),
+        learning_rate=("optim.lr", 5e-5),
+        weight_decay=("optim.weight_decay", 0.0),
+        max_grad_norm=("optim.max_grad_norm", 1.0),
+        label_smoothing_factor=("stage.label_smoothing", 0.0),
+        save_total_limit=("train.save_total_limit", None),
+        save_only_model=("train.save_only_model", False),
+        load_best_model_at_end=("train.load_best", False),
+        greater_is_better=("train.greater_is_better", None),
+        seed=("train.seed", 42),
+        data_seed=("train.data_seed", None),
+        tf32=("train.tf32", None),
+        full_determinism=("train.deterministic", False),
+    )
+    | read(
+        max_steps=("train.max_steps", -1),
+        lr_scheduler_kwargs=("optim.schedule_options", None),
+        warmup_steps=("optim.warmup", 0),
+        warmup_ratio=("optim.warmup", None),
+        adam_beta1=("optim.betas", 0.9),
+        adam_beta2=("optim.betas", 0.999),
+        adam_epsilon=("optim.eps", 1e-8),
+        bf16=("train.precision", False),
+        fp16=("train.precision", False),
+        bf16_full_eval=("train.eval_precision", False),
+        fp16_full_eval=("train.eval_precision", False),
+        gradient_checkpointing=("model.gradient_checkpointing", False),
+        neftune_noise_alpha=("train.neftune_alpha", None),
+        torch_compile=("train.compile", False),
+        torch_compile_backend=("train.compile.backend", None),
+        torch_compile_mode=("train.compile.mode", None),
+        auto_find_batch_size=("train.fit_memory", False),
+        logging_strategy=("train.log_every", "steps"),
+        report_to=("train.report_to", "none"),
+        eval_strategy=("train.eval_every", "no"),
+        metric_for_best_model=("train.best_metric", None),
+        do_train=("train.eval_only", False),
+        do_eval=("train.eval_at_end", False),
+        resume_from_checkpoint=("train.resume", None),
+        overwrite_output_dir=("train.overwrite", False),
+        hub_private_repo=("train.push_to_hub.private", None),
+        hub_revision=("train.push_to_hub.revision", None),
+        hub_token=("model.token", None),
+    )
+    | read("warmup_stable_decay needs its steps or max_steps", lr_scheduler_type=("optim.schedule", "linear"))
+    | read("adamw_torch, adamw_torch_fused, adamw_hf and sgd", optim=("optim.type", "adamw_torch_fused"))
+    | read("a share of all steps needs max_steps", logging_steps=("train.log_every", 500))
+    | read("a share of all steps needs max_steps", eval_steps=("train.eval_every", None))
+    | read("a share of all steps needs max_steps", save_steps=("train.save_every", 500))
+    | read(
+        "best is refused: write steps and load_best_model_at_end", save_strategy=("train.save_every", "steps")
+    )
+    | read("group_by_length is refused", train_sampling_strategy=("data.shuffle", "random"))
+    | read("needs hub_model_id", push_to_hub=("train.push_to_hub", False))
+    | read("as OWNER/NAME", hub_model_id=("train.push_to_hub.repo", None))
+    | read("the finished model alone is uploaded", hub_strategy=("train.push_to_hub", "every_save"))
 )
 
 _EXTRA = keys(
     Rule.EXTRA,
-    tf32=None,
     torch_empty_cache_steps=None,
     logging_first_step=False,
     log_on_each_node=True,
@@ -62,7 +81,6 @@ _EXTRA = keys(
     trackio_static_space_id=None,
     eval_delay=0,
     eval_on_start=False,
-    full_determinism=False,
     debug="",
     skip_memory_metrics=True,
     ddp_find_unused_parameters=None,
@@ -91,17 +109,14 @@ _ACCEPTED = (
         dataloader_pin_memory=True,
         dataloader_persistent_workers=False,
         dataloader_prefetch_factor=None,
+        dataloader_multiprocessing_context=None,
+        dataloader_in_order=True,
         remove_unused_columns=True,
         label_names=None,
         length_column_name="length",
         local_rank=-1,
         ignore_data_skip=False,
-        hub_token=None,
-        hub_private_repo=None,
-        hub_model_id=None,
-        hub_strategy="every_save",
         hub_always_push=False,
-        hub_revision=None,
         fp8_backend="auto",
         profiler_output_dir=None,
         profiler_wait_steps=1,
@@ -114,13 +129,14 @@ _ACCEPTED = (
     )
     | keys(
         Rule.NOTED,
-        "a loss is always the mean over the tokens of all devices here",
-        average_tokens_across_devices=True,
+        "changes speed and memory only; Luthier's own kernels are used",
+        use_liger_kernel=False,
+        liger_kernel_config=None,
     )
     | keys(
         Rule.NOTED,
-        "train.tokens_per_pass bounds the memory here, without changing the batch",
-        auto_find_batch_size=False,
+        "a loss is always the mean over the tokens of all devices here",
+        average_tokens_across_devices=True,
     )
     | keys(Rule.NOTED, "to keep away from a GPU, set CUDA_VISIBLE_DEVICES to nothing", use_cpu=False)
     | keys(Rule.NOTED, "logs are written into the run directory", logging_dir=None)
@@ -134,6 +150,10 @@ _REFUSED = (
         do_predict=False,
         predict_with_generate=False,
         sortish_sampler=False,
+    )
+    | keys(
+        Rule.REFUSED,
+        "metrics here see sums over tokens, not whole batches; name functions in train.metrics of a native recipe",
         include_for_metrics=[],
     )
     | keys(
@@ -141,20 +161,6 @@ _REFUSED = (
         "parameters are not named for the optimizer in this version; remove it",
         optim_target_modules=None,
         optim_args=None,
-    )
-    | keys(Rule.REFUSED, "NEFTune comes in a later version; remove it", neftune_noise_alpha=None)
-    | keys(
-        Rule.REFUSED,
-        "torch.compile comes in a later version; remove it",
-        torch_compile=False,
-        torch_compile_backend=None,
-        torch_compile_mode=None,
-    )
-    | keys(
-        Rule.REFUSED,
-        "evaluation runs in the precision of training; remove it",
-        bf16_full_eval=False,
-        fp16_full_eval=False,
     )
     | keys(
         Rule.REFUSED,
@@ -183,7 +189,6 @@ _REFUSED = (
         enable_torch_profiler=False,
         profile_modules=None,
     )
-    | keys(Rule.REFUSED, "upload the finished folder with `hf upload`; remove it", push_to_hub=False)
     | keys(
         Rule.REFUSED,
         "checkpoints are written by Luthier, once and whole; remove it",
@@ -194,38 +199,4 @@ _REFUSED = (
     | keys(Rule.REFUSED, "the last rows of an epoch are trained too; remove it", dataloader_drop_last=False)
 )
 
-OLDER_NAMES = {
-    "evaluation_strategy": "eval_strategy",
-    "no_cuda": "use_cpu",
-    "per_gpu_train_batch_size": "per_device_train_batch_size",
-    "per_gpu_eval_batch_size": "per_device_eval_batch_size",
-    "num_layer_trainable": "freeze_trainable_layers",
-    "name_module_trainable": "freeze_trainable_modules",
-}
-"""Names of earlier versions that mean the same."""
-
-_GONE = keys(
-    Rule.NOTED,
-    "is gone from LLaMA-Factory 0.9.5 too; it has no effect",
-    save_safetensors=True,
-    include_tokens_per_second=False,
-    half_precision_backend="auto",
-    fp16_backend="auto",
-    fp16_opt_level="O1",
-    use_legacy_prediction_loop=False,
-    past_index=-1,
-    mp_parameters="",
-    jit_mode_eval=False,
-    use_ipex=False,
-    use_mps_device=False,
-    tpu_num_cores=None,
-    tpu_metrics_debug=False,
-    dispatch_batches=None,
-    split_batches=None,
-) | keys(
-    Rule.REFUSED,
-    "batches of rows with equal length come in a later version; rows are not padded here, so nothing is lost",
-    group_by_length=False,
-)
-
-TRAINING_KEYS: dict[str, Key] = _TRANSLATED | _EXTRA | _ACCEPTED | _REFUSED | _GONE
+TRAINING_KEYS: dict[str, Key] = _TRANSLATED | _EXTRA | _ACCEPTED | _REFUSED

@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from luthier.assemble import training_steps
-from luthier.model.logprobs import ModelPolicy, chunk_rows, logits_transform
+from luthier.model.logprobs import ModelPolicy, chosen_rows, chunk_rows, logits_transform
 from luthier.selfcheck.bench import Bench, largest, relative_difference
 from luthier.selfcheck.outcome import Outcome
 from luthier.trainer.arguments import training_arguments
@@ -143,7 +143,7 @@ def _trainer(bench: Bench) -> PeftTrainer:
         stage=bench.material.stage,
         method=bench.method,
         optim=recipe.optim,
-        steps=training_steps(recipe, bench.material, 1, 0),
+        steps=training_steps(recipe, bench.material, 1, 0, padded=chosen_rows(bench.model).padded),
         eval_sets={},
         tokenizer=bench.material.template.tokenizer,
         callbacks=[],

@@ -8,8 +8,28 @@ from typing import Any
 
 from transformers import Seq2SeqTrainingArguments
 
+from luthier.recipe.resolve import lower_is_better
 from luthier.recipe.schema import Recipe
 from luthier.types import RecipeError
+
+_ELSEWHERE = {
+    "tf32": "give train.tf32",
+    "full_determinism": "give train.deterministic",
+    "neftune_noise_alpha": "give train.neftune_alpha",
+    "auto_find_batch_size": "give train.fit_memory",
+    **dict.fromkeys(
+        ("torch_compile", "torch_compile_backend", "torch_compile_mode"),
+        "give train.compile: {backend: ..., mode: ...}",
+    ),
+    **dict.fromkeys(("bf16_full_eval", "fp16_full_eval"), "give train.eval_precision"),
+    "logging_dir": "trackers write below the run directory; TENSORBOARD_LOGGING_DIR names another folder",
+    "restore_callback_states_from_checkpoint": "a resumed run always restores them; remove it",
+    **dict.fromkeys(
+        ("push_to_hub", "hub_model_id", "hub_token", "hub_private_repo", "hub_revision", "hub_strategy"),
+        "the finished model is uploaded with train.push_to_hub: {repo: owner/name}",
+    ),
+}
+"""Keys that transformers has, or had, and that are another part of a recipe."""
 
 
 def training_arguments(recipe: Recipe, *, use_cpu: bool) -> Seq2SeqTrainingArguments:
@@ -41,7 +61,7 @@ def training_arguments(recipe: Recipe, *, use_cpu: bool) -> Seq2SeqTrainingArgum
         "bf16": train.precision == "bf16",
         "fp16": train.precision == "fp16",
         "use_cpu": use_cpu,
-        "report_to": list(train.report_to) or "none",
+        "report_to": "none",  # trackers are made by `trainer.trackers`, which knows where they write
         "remove_unused_columns": False,
         "disable_tqdm": True,
         # A NaN must be seen, not replaced by the average of earlier losses.
@@ -59,6 +79,8 @@ def training_arguments(recipe: Recipe, *, use_cpu: bool) -> Seq2SeqTrainingArgum
             raise RecipeError(
                 f"train.extra.{key}: this has a place of its own in the recipe; see `luthier schema`"
             )
+        if key in _ELSEWHERE:
+            raise RecipeError(f"train.extra.{key}: {_ELSEWHERE[key]}")
         if key not in known:
             near = difflib.get_close_matches(key, sorted(known), n=1)
             hint = f"; did you mean {near[0]}?" if near else ""
@@ -77,4 +99,4 @@ def _strategy(every: int | str | None) -> str:
 
 def _greater(recipe: Recipe) -> bool:
     chosen = recipe.train.greater_is_better
-    return chosen if chosen is not None else not recipe.train.best_metric.endswith(("loss", "perplexity"))
+    return chosen if chosen is not None else not lower_is_better(recipe.train.best_metric)

@@ -175,8 +175,8 @@ def draw_runs(logs: Sequence[RunLog], metrics: Sequence[str], axis: Axis) -> Fig
             _draw(axes, metric, log.name, ([place / scale for place in places], values), color, line)
         if not axes.lines:
             raise CheckpointError(f"--x {axis}: no line with {metric} says where it stands; use --x steps")
-        axes.xaxis.set_major_locator(MaxNLocator(integer=axis == "steps"))
-        axes.autoscale_view()
+        if axis == "steps":
+            axes.xaxis.set_major_locator(MaxNLocator("auto", integer=True, steps=[1, 2, 2.5, 5, 10]))
     handles = [
         Line2D([], [], color=color, linestyle=line, linewidth=2.0, label=plain_text(log.name))
         for log, (color, line) in zip(logs, cycle(styles), strict=False)

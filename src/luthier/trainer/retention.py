@@ -76,12 +76,12 @@ def require_space(run_dir: Path, name: str, num_bytes: int) -> None:
         )
 
 
-def what_is_left(run_dir: Path) -> str:
-    """What a run that could not save can go on from, in one sentence."""
+def what_is_left(run_dir: Path, then: str = "make room and ") -> str:
+    """What a run that stopped can go on from, in one sentence; `then` is what must be done first."""
     newest, _ = newest_valid(run_dir, resumable=True)
     if newest is None:
         return "This run has no checkpoint yet"
-    return f"{newest.name} is whole; make room and go on from it with train.resume=auto"
+    return f"{newest.name} is whole; {then}go on from it with train.resume=auto"
 
 
 def _size(num_bytes: int) -> str:

@@ -12,6 +12,9 @@ from pathlib import Path
 from luthier.trainer.checkpoint import MANIFEST_NAME, discard, is_temporary, sweep_temporary
 from luthier.types import CheckpointError
 
+TRACKERS = "trackers"
+"""The folder of what trackers write."""
+
 RUN_MARKERS = ("recipe.yaml", "trainer_log.jsonl", "checkpoint-*")
 """Names that make a folder a run."""
 
@@ -28,16 +31,23 @@ RUN_FILES = (
     "quickstart.json",
     *("all_results.json", "train_results.json", "eval_results.json", "predict_results.json"),
     *("generated_predictions.jsonl", "README.md", "config.json", "generation_config.json"),
+    *("vocabulary.json", "positions.json"),
     *("adapter_config.json", "adapter_model.safetensors", "model.safetensors", "model-*-of-*.safetensors"),
     *("model.safetensors.index.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"),
     *("tokenizer.model", "spiece.model", "sentencepiece.bpe.model", "added_tokens.json"),
     *("vocab.json", "vocab.txt", "merges.txt", "chat_template.jinja"),
+    TRACKERS,
 )
 """Everything that a run writes into its own folder, and so everything that overwriting it may remove."""
 
+RUN_FOLDERS = (TRACKERS,)
+"""The folders of it, checkpoints aside."""
 
-def run_guard(output: Path, *, overwrite: bool, resume: str) -> None:
+
+def run_guard(output: Path, *, overwrite: bool, resume: str, remove: bool = True) -> None:
     """Make sure that a run may write into `output`; with `overwrite`, remove the run that is there.
+
+    Without `remove` it is only asked whether that could be done.
 
     Only names that a run writes (`RUN_FILES`) are removed; other files in a run's folder stay.
     Raises CheckpointError where `output` holds a run and neither or both of `overwrite` and `resume` are
@@ -62,7 +72,9 @@ def run_guard(output: Path, *, overwrite: bool, resume: str) -> None:
             f"train.resume=auto goes on from its newest checkpoint"
         )
     else:
-        _remove_run(output, names)
+        _refuse_precious(output)
+        if remove:
+            _remove_run(output, names)
 
 
 def _check_same_run(output: Path, overwrite: bool, resume: str) -> None:
@@ -78,11 +90,14 @@ def _check_same_run(output: Path, overwrite: bool, resume: str) -> None:
         )
 
 
-def _remove_run(output: Path, names: list[str]) -> None:
+def _refuse_precious(output: Path) -> None:
     here = output.resolve()
     for precious in (Path.home().resolve(), Path.cwd().resolve()):
         if here == precious or here in precious.parents:
             raise CheckpointError(f"train.output={output} is or contains {precious}; it is not overwritten")
+
+
+def _remove_run(output: Path, names: list[str]) -> None:
     sweep_temporary(output)
     for name in names:
         if fnmatchcase(name, "checkpoint-*"):
@@ -92,6 +107,8 @@ def _remove_run(output: Path, names: list[str]) -> None:
     for name in sorted(ours, key=lambda name: name in RUN_MARKERS):
         if not (output / name).is_dir():  # a folder of that name is not ours
             (output / name).unlink()
+        elif name in RUN_FOLDERS:
+            shutil.rmtree(output / name)
 
 
 def _named(name: str, patterns: tuple[str, ...]) -> bool:

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from luthier.recipe.schema import Recipe
+from luthier.trainer.checkpoint import read_manifest
+from luthier.types import CheckpointError
 
 FREE = {
     "model": {"path", "revision", "cache_dir", "token", "gguf_file", "trust_remote_code"},  # fingerprinted
@@ -68,3 +71,15 @@ def changes(then: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     if then["data"] != now["data"]:
         found.append("the training data, or how it becomes tokens, is another")
     return found
+
+
+def differences(checkpoint: Path, now: Mapping[str, Any], *, allowed: bool) -> list[str]:
+    """What changed since a checkpoint was written. Raises CheckpointError, naming it, unless that is `allowed`."""
+    before = read_manifest(checkpoint)["metadata"].get("identity")
+    different = changes(before, now) if before is not None else []
+    if different and not allowed:
+        raise CheckpointError(
+            f"{checkpoint} is of a run that was another: {'; '.join(different)}. To go on all the same, give "
+            "train.allow_changes=true; to start anew, another train.output"
+        )
+    return different

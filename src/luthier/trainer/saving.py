@@ -85,16 +85,15 @@ class CheckpointSaver:
         content = _Content(
             final=self.run_dir / f"checkpoint-{state.global_step}",
             metadata=self._about(state),
-            model=weights,
+            model=weights.tensors,
             training=training,
             state=json.dumps(asdict(state), indent=2, sort_keys=True) + "\n",
             loop=json.dumps(dict(loop)) + "\n",
             best=Path(best) if best is not None else None,
         )
-        written = weights
+        written: Mapping[str, Any] = weights.tensors
         if isinstance(model, PeftModel):  # the base is not written
-            trains = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
-            written = {name: tensor for name, tensor in weights.items() if name in trains}
+            written = {name: written[name] for name in weights.trained}
         require_space(self.run_dir, content.final.name, num_bytes(written, training and training.optimizer))
         self.writer.submit(lambda: self._write(model, content))
 

@@ -58,21 +58,27 @@ class HostCopies:
             torch.cuda.synchronize()
 
 
-def model_state(model: nn.Module, copies: HostCopies) -> dict[str, Tensor]:
+@dataclass(frozen=True, slots=True)
+class ModelState:
+    """A state dict in which all that can change is a copy, and the names of what trains."""
+
+    tensors: dict[str, Tensor]
+    trained: frozenset[str]
+
+
+def model_state(model: nn.Module, copies: HostCopies) -> ModelState:
     """The model's state dict: what can change is copied, frozen parameters are the model's own tensors."""
-    frozen = {
-        parameter.data_ptr() for parameter in model.parameters() if not parameter.requires_grad
-    }  # fmt: skip
     seen: dict[tuple[int, torch.Size], Tensor] = {}
-    state = {}
-    for name, tensor in model.state_dict(keep_vars=False).items():
+    tensors, trained = {}, set()
+    for name, tensor in model.state_dict(keep_vars=True).items():
         key = (tensor.data_ptr(), tensor.shape)
-        if tensor.data_ptr() in frozen:
-            seen[key] = tensor
-        elif key not in seen:
-            seen[key] = copies.copy(f"model.{name}", tensor)
-        state[name] = seen[key]
-    return state
+        if tensor.requires_grad:
+            trained.add(name)
+        if key not in seen:
+            frozen = isinstance(tensor, nn.Parameter) and not tensor.requires_grad
+            seen[key] = tensor.detach() if frozen else copies.copy(f"model.{name}", tensor)
+        tensors[name] = seen[key]
+    return ModelState(tensors, frozenset(trained))
 
 
 def random_state() -> State:

@@ -8,17 +8,17 @@ run needs no state of the loader, only its step number.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 from torch.utils.data import Dataset
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from luthier.data.batching import EpochPlan
 from luthier.types import Batch, Sample
 
 Passes = Sequence[Sequence[int]]
 """Sample indices of each pass of one process in one step."""
-Plan = Sequence[Sequence[Passes]]
-"""An epoch: steps -> processes -> passes."""
 
 
 class StepDataset(Dataset[list[Batch]]):
@@ -27,7 +27,7 @@ class StepDataset(Dataset[list[Batch]]):
     def __init__(
         self,
         samples: Sequence[Sample],
-        plan_epoch: Callable[[int], Plan],
+        plan_epoch: Callable[[int], EpochPlan],
         collate: Callable[[Sequence[Sample]], Batch],
         rank: int,
     ) -> None:
@@ -36,11 +36,33 @@ class StepDataset(Dataset[list[Batch]]):
         self._plan_epoch = plan_epoch
         self._collate = collate
         self._rank = rank
+        self._limit: int | None = None
         self.set_epoch(0)
 
     def set_epoch(self, epoch: int) -> None:
         self.epoch = epoch
         self._plan = self._plan_epoch(epoch)
+        if self._limit is not None:
+            self.limit_passes(self._limit)
+
+    @property
+    def plan(self) -> EpochPlan:
+        """The steps of the current epoch."""
+        return self._plan
+
+    @property
+    def tokens_per_pass(self) -> int | None:
+        """Most tokens of a pass; None where passes are the rows of a micro-batch."""
+        return self._plan.tokens_per_pass
+
+    def limit_passes(self, tokens: int) -> None:
+        """Cut the steps of this epoch and all later ones into passes of at most `tokens` tokens."""
+        self._limit = tokens
+        self._plan = replace(self._plan, tokens_per_pass=tokens)
+
+    def again(self, step: int) -> list[Batch]:
+        """Step `step` of the whole run (from 0), which is one of the present epoch."""
+        return self[step % len(self)]
 
     def __len__(self) -> int:
         return len(self._plan)

@@ -13,6 +13,7 @@ import math
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -31,10 +32,13 @@ from transformers.trainer_callback import ExportableState
 from luthier.model.logprobs import ModelPolicy
 from luthier.optim.build import build_optimizer, build_schedule
 from luthier.recipe.schema import AdamwSpec, SgdSpec
+from luthier.trainer.memory import FitMemory, running_out
+from luthier.trainer.metrics import Metric, RecordingPolicy, joined, measure
+from luthier.trainer.precision import loss_scaling
 from luthier.trainer.retention import reading
 from luthier.trainer.saving import CheckpointSaver, saves_asynchronously
 from luthier.trainer.steps import EpochCallback, Passes, StepDataset
-from luthier.types import Batch, LossSum, Method, Sample, Stage, Term
+from luthier.types import Batch, EvalRow, LossSum, Method, RecipeError, Sample, Stage, Term
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,7 +67,11 @@ class PeftTrainer(Seq2SeqTrainer):
         save_total_limit: int | None = None,
         checkpoint_metadata: Mapping[str, Any] | None = None,
         async_save: bool | str = False,
+        metrics: Sequence[Metric] = (),
+        eval_arithmetic: torch.dtype | None = None,
+        fit_memory: FitMemory | None = None,
     ) -> None:
+        """`eval_arithmetic` is the type of evaluations (see `ModelPolicy`), without it that of training."""
         self.stage, self.method, self._optim = stage, method, optim
         self._steps, self._eval_sets = steps, dict(eval_sets)
         self.saver = CheckpointSaver(
@@ -75,6 +83,8 @@ class PeftTrainer(Seq2SeqTrainer):
             only_model=args.save_only_model,
             metadata=checkpoint_metadata or {},
         )
+        self._metrics = tuple(metrics)
+        self._eval_arithmetic, self._fit_memory = eval_arithmetic, fit_memory
         self._window: dict[str, Term] = {}
         super().__init__(
             model=model,
@@ -82,9 +92,16 @@ class PeftTrainer(Seq2SeqTrainer):
             train_dataset=steps,
             eval_dataset=self._eval_sets or None,  # type: ignore[arg-type]
             processing_class=tokenizer,
-            callbacks=[*callbacks, *([EpochCallback(steps)] if steps is not None else [])],
+            callbacks=[
+                *callbacks,
+                *([EpochCallback(steps)] if steps is not None else []),
+                *([fit_memory] if fit_memory is not None else []),
+            ],
         )
         self.remove_callback(PrinterCallback)
+        self._scaling = loss_scaling(self.accelerator, model)
+        if self._scaling is not None:
+            self.add_callback(self._scaling)
         # Our losses are divided by the weight of the whole step; nothing may divide them again.
         self.loss_is_scaled_for_ga = True
 
@@ -109,6 +126,8 @@ class PeftTrainer(Seq2SeqTrainer):
         if self.optimizer is None:
             groups = self.method.parameter_groups(model or self._trained, self._optim.weight_decay)
             self.optimizer = build_optimizer(self._optim, groups)
+            if self._scaling is not None:
+                self._scaling.watch(self.optimizer)
         return self.optimizer
 
     def create_scheduler(
@@ -132,22 +151,37 @@ class PeftTrainer(Seq2SeqTrainer):
         model.train()
         if callable(train := getattr(self.optimizer, "train", None)):
             train()  # schedule-free optimizers train at another point than they save
-        batches = [batch.to(self.args.device) for batch in inputs]
+        if self._fit_memory is None:
+            step_loss, metrics = self._run_passes(model, inputs)
+        else:
+            attempt = partial(self._run_passes, model)
+            step_loss, metrics = self._fit_memory.run(attempt, inputs, self.state.global_step, model)
+        _accumulate(self._window, metrics)
+        self._count_tokens(inputs)
+        return step_loss
+
+    def _run_passes(self, model: nn.Module, passes: Sequence[Batch]) -> tuple[Tensor, dict[str, Term]]:
+        """Adds the gradients of a whole step; returns this process's part of its loss, and sums of its metrics."""
+        batches = [batch.to(self.args.device) for batch in passes]
         weights = self._global_weights(batches)
-        policy = ModelPolicy(model)
+        policy, metrics = ModelPolicy(model), dict[str, Term]()
         step_loss = torch.zeros((), device=self.args.device)
         for index, batch in enumerate(batches):
             last = index == len(batches) - 1
-            with contextlib.nullcontext() if last else self.accelerator.no_sync(model):
+            with running_out(batch), contextlib.nullcontext() if last else self.accelerator.no_sync(model):
                 with self.compute_loss_context_manager():
                     loss_sum = self.stage.loss(policy, batch)
                     # The gradients of all processes are averaged; the loss is a sum over them.
                     loss = _divided(loss_sum, weights) * self.args.world_size
                 self.accelerator.backward(loss)
             step_loss += loss.detach()
-            _accumulate(self._window, loss_sum.metrics)
-        self._count_tokens(batches)
-        return step_loss
+            _accumulate(metrics, loss_sum.metrics)
+        return step_loss, metrics
+
+    @property
+    def tokens_per_pass(self) -> int | None:
+        """Most tokens of a pass, as it is now: `train.fit_memory` may have lowered it."""
+        return None if self._steps is None else self._steps.tokens_per_pass
 
     def _global_weights(self, batches: Sequence[Batch]) -> dict[str, Tensor]:
         """The weight of each loss term over all passes of all processes of the step."""
@@ -181,6 +215,8 @@ class PeftTrainer(Seq2SeqTrainer):
         if "loss" in logs and self._window:
             logs |= {name: self._mean(term) for name, term in self._window.items()}
             self._window = {}
+        if "loss" in logs and self._scaling is not None:
+            self._scaling.add_to(logs)
         super().log(logs, start_time)
 
     def _mean(self, term: Term) -> float:
@@ -197,32 +233,47 @@ class PeftTrainer(Seq2SeqTrainer):
         ignore_keys: list[str] | None = None,
         metric_key_prefix: str = "eval",
     ) -> dict[str, float]:
-        """Loss and perplexity of every evaluation set by exact sums.
+        """Loss and perplexity of every evaluation set by exact sums, and the recipe's metrics of its rows.
 
-        One set gives `eval_loss`; several give `eval_<name>_loss` each, and `eval_loss` of all their tokens.
+        One set gives `eval_loss`; several give `eval_<name>_loss` each, and `eval_loss` of all their tokens; so with
+        metrics. Raises RecipeError where, in training, `best_metric` is not among the numbers.
         """
         started, pooled, metrics, num_tokens = time.time(), dict[str, Term](), dict[str, float](), 0
-        named = len(self._eval_sets) > 1
+        named, rows = len(self._eval_sets) > 1, list[EvalRow]()
         for name, eval_set in self._eval_sets.items():
-            sums, tokens = self._evaluate_set(eval_set)
+            sums, tokens, evaluated = self._evaluate_set(eval_set)
             num_tokens += tokens
+            rows += evaluated
             _accumulate(pooled, sums)
             if named:
-                metrics |= self._report(f"{metric_key_prefix}_{name}", sums)
-        metrics |= self._report(metric_key_prefix, pooled)
+                metrics = joined(metrics, self._report(f"{metric_key_prefix}_{name}", sums, evaluated))
+        metrics = joined(metrics, self._report(metric_key_prefix, pooled, rows))
         seconds = time.time() - started
-        metrics[f"{metric_key_prefix}_runtime"] = round(seconds, 4)
-        metrics[f"{metric_key_prefix}_tokens_per_second"] = round(num_tokens / seconds, 3)
+        speed = {"runtime": round(seconds, 4), "tokens_per_second": round(num_tokens / seconds, 3)}
+        metrics = joined(metrics, {f"{metric_key_prefix}_{name}": value for name, value in speed.items()})
         self.log(metrics)
+        if self.is_in_train:
+            self._check_best_metric(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 
+    def _check_best_metric(self, metrics: Mapping[str, float]) -> None:
+        wanted = str(self.args.metric_for_best_model)
+        if f"eval_{wanted.removeprefix('eval_')}" not in metrics:
+            numbers = ", ".join(name for name in metrics if name.startswith("eval_"))
+            raise RecipeError(
+                f"train.best_metric={wanted}: the evaluation does not report it; it reports {numbers}"
+            )
+
     @torch.no_grad()
-    def _evaluate_set(self, eval_set: EvalSet) -> tuple[dict[str, Term], int]:
+    def _evaluate_set(self, eval_set: EvalSet) -> tuple[dict[str, Term], int, list[EvalRow]]:
+        """Sums, tokens, and, where a metric asks for them, the rows of this process."""
         model = self.model_wrapped
         training = model.training
         model.eval()
-        policy, sums, tokens = ModelPolicy(model), dict[str, Term](), 0
+        plain = ModelPolicy(model, self._eval_arithmetic)
+        recording = RecordingPolicy(plain) if self._metrics else None
+        policy, sums, tokens = recording or plain, dict[str, Term](), 0
         passes = eval_set.passes[self.args.process_index]
         self.callback_handler.eval_dataloader = passes
         try:
@@ -238,15 +289,15 @@ class PeftTrainer(Seq2SeqTrainer):
                 self.control = self.callback_handler.on_prediction_step(self.args, self.state, self.control)
         finally:
             model.train(training)
-        return sums, tokens
+        return sums, tokens, recording.rows if recording is not None else []
 
-    def _report(self, prefix: str, sums: Mapping[str, Term]) -> dict[str, float]:
+    def _report(self, prefix: str, sums: Mapping[str, Term], rows: Sequence[EvalRow]) -> dict[str, float]:
         means = {name: self._mean(term) for name, term in sums.items()}
         report = {f"{prefix}_{name}": value for name, value in means.items()}
         if "loss" in means:
             nll = means.get("nll", means["loss"])
             report[f"{prefix}_perplexity"] = math.exp(nll) if nll < 700 else math.inf
-        return report
+        return joined(report, measure(self._metrics, rows, prefix)) if rows else report
 
     # ---- checkpoints -------------------------------------------------------------------------------
 
@@ -272,6 +323,19 @@ class PeftTrainer(Seq2SeqTrainer):
         for exporter in (one for one in exporters if isinstance(one, ExportableState)):
             states: dict[str, Any] = self.state.stateful_callbacks  # type: ignore[assignment]
             states[type(exporter).__name__] = exporter.state()
+
+    def _load_callback_state(self) -> None:
+        """Give callbacks the attributes that their checkpoint holds; their arguments are the recipe's."""
+        stored: dict[str, Any] = self.state.stateful_callbacks  # type: ignore[assignment]
+        for callback in self.callback_handler.callbacks:
+            if isinstance(callback, ExportableState) and type(callback).__name__ in stored:
+                for name, value in stored[type(callback).__name__]["attributes"].items():
+                    setattr(callback, name, value)
+
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        # A callback may have stopped training as it began: a resumed run that early stopping had ended.
+        if not self.control.should_training_stop:
+            super()._run_epoch(*args, **kwargs)  # type: ignore[no-untyped-call]
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         folder = Path(output_dir or str(self.args.output_dir))

@@ -1,0 +1,125 @@
+"""From a recipe, its data and its model to the memory that training will take."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import psutil
+import torch
+from torch import nn
+
+from luthier.check.memory import (
+    ALLOCATOR,
+    SMALL_TENSORS,
+    Memory,
+    PassShape,
+    Sizes,
+    at_its_fullest,
+    gradient_bytes,
+    head_bytes,
+    layer_bytes,
+    measure_growth,
+    optimizer_bytes,
+    tensor_bytes,
+    trained,
+    weight_bytes,
+    without_checkpointing,
+)
+from luthier.check.schedule import Schedule
+from luthier.methods.groups import checkpoints_activations
+from luthier.model.load import ModelSource
+from luthier.recipe.resolve import Hardware
+from luthier.recipe.schema import Recipe, TrainSpec
+from luthier.types import Stage
+
+
+def memory_before(device: str) -> int:
+    """Bytes that are taken before a model is there: by this process, or on the GPU by its context and by others."""
+    if device != "cuda":
+        return int(psutil.Process().memory_info().rss) + SMALL_TENSORS[device]
+    torch.cuda.init()  # type: ignore[no-untyped-call]
+    free, total = torch.cuda.mem_get_info()
+    return total - free - torch.cuda.memory_reserved()
+
+
+def arithmetic_of(settings: Recipe) -> torch.dtype | None:
+    """The type of the autocast that training runs under; None where there is none."""
+    return {"bf16": torch.bfloat16, "fp16": torch.float16}.get(settings.train.precision)
+
+
+def estimate_memory(
+    settings: Recipe,
+    source: ModelSource,
+    hardware: Hardware,
+    model: nn.Module,
+    stage: Stage,
+    schedule: Schedule,
+    shape: PassShape,
+    process: int,
+) -> Memory:
+    """The memory of a run at its fullest. It runs three short forward passes (six with gradient checkpointing).
+
+    process: what `memory_before` said before the model was loaded.
+    """
+    arithmetic = arithmetic_of(settings)
+    growth = plain = measure_growth(model, stage, arithmetic, shape.positions)
+    checkpointed = checkpoints_activations(model)
+    if checkpointed:
+        with without_checkpointing(model):
+            plain = measure_growth(model, stage, arithmetic, shape.positions)
+    activations = growth(shape.positions, shape.squares)
+    num_layers = model.config.get_text_config().num_hidden_layers  # type: ignore[union-attr, operator]
+    layer = layer_bytes(plain, shape, num_layers, checkpointed=checkpointed)
+    smoothed = settings.stage.label_smoothing > 0
+    kept, transient = head_bytes(model, shape, arithmetic=arithmetic, smoothed=smoothed)
+    optimizer = optimizer_bytes(settings.optim, trained(model))
+    on_cpu = hardware.device != "cuda"
+    sizes = Sizes(
+        process=process,
+        weights=weight_bytes(model),
+        gradients=gradient_bytes(model),
+        optimizer=optimizer,
+        activations=activations,
+        logits=kept + transient,
+        # The head is done before the first layer's backward begins.
+        workspace=max(0, layer - transient),
+        allocator=round(ALLOCATOR[hardware.device] * (activations + layer)),
+        head_gradient=_head_gradient(model),
+        copied=_copied(settings.train, model, optimizer) if on_cpu else 0,
+        converted=_converted(source, model) if on_cpu else 0,
+    )
+    return at_its_fullest(
+        sizes,
+        hardware.memory,
+        several_passes=schedule.several_passes,
+        copies_remain=_saves_before_the_end(settings.train, schedule),
+    )
+
+
+def _head_gradient(model: nn.Module) -> int:
+    """The gradient of embeddings that train; that of a tied head waits for it."""
+    embeddings: nn.Module = model.get_input_embeddings()  # type: ignore[operator]
+    return tensor_bytes(parameter for parameter in embeddings.parameters() if parameter.requires_grad)
+
+
+def _copied(spec: TrainSpec, model: nn.Module, optimizer: int) -> int:
+    """What a checkpoint copies to host memory: what trains, and the optimizer's states."""
+    if spec.save_every is None:
+        return 0
+    return tensor_bytes(trained(model)) + (0 if spec.save_only_model else optimizer)
+
+
+def _saves_before_the_end(spec: TrainSpec, schedule: Schedule) -> bool:
+    if spec.save_every is None:
+        return False
+    every = schedule.steps_per_epoch if spec.save_every == "epoch" else int(spec.save_every)
+    return every < schedule.steps
+
+
+def _converted(source: ModelSource, model: nn.Module) -> int:
+    """Bytes of the weight files where their type is another than the model's: both are there while loading."""
+    if not source.local:
+        return 0
+    size = sum(file.stat().st_size for file in Path(source.path).glob("*.safetensors"))
+    weights = weight_bytes(model)
+    return size if not 0.8 < size / weights < 1.25 else 0

@@ -1,0 +1,95 @@
+"""Steps, tokens and passes of a run, read from the plan of its first epoch."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+
+from luthier.check.memory import PassShape
+from luthier.data.batching import EpochPlan
+from luthier.recipe.schema import TrainSpec
+from luthier.trainer.steps import StepDataset
+from luthier.types import IGNORE_INDEX
+
+EXAMINED = 1000
+"""Steps of an epoch that are cut into passes here; in a longer epoch they are spread over it evenly."""
+
+
+@dataclass(frozen=True, slots=True)
+class Schedule:
+    """How a run goes through its data; all processes together, except for passes, which are of one."""
+
+    steps_per_epoch: int
+    steps: int
+    epochs: float
+    tokens_per_epoch: int
+    tokens_per_step: float
+    least_tokens: int
+    most_tokens: int
+    passes_per_step: float
+    longest_pass: int
+    """Positions of the longest pass, padding included."""
+    padding_share: float
+    """The part of all positions that is padding; 0 for flat rows."""
+    longest_at: tuple[int, int]
+    """Step and pass of the longest one."""
+    several_passes: bool
+    """Whether some step has more than one pass."""
+
+    def to_dict(self) -> dict[str, Any]:
+        tree = asdict(self)
+        del tree["longest_at"], tree["several_passes"]
+        return tree
+
+
+def schedule_of(steps: StepDataset, spec: TrainSpec) -> Schedule:
+    """The schedule of a run that has at least one step."""
+    plan = steps.plan
+    length = len(plan)
+    tokens = [plan.tokens(step) for step in range(length)]
+    wanted = spec.max_steps if spec.max_steps is not None else math.ceil(spec.epochs * length)
+    longest, longest_at, counts = -1, (0, 0), []
+    for step in np.unique(np.linspace(0, length - 1, min(length, EXAMINED)).astype(int)).tolist():
+        passes = plan[step][0]
+        counts.append(len(passes))
+        for number, indices in enumerate(passes):
+            positions, _ = pass_size(plan, indices)
+            if positions > longest:
+                longest, longest_at = positions, (step, number)
+    return Schedule(
+        steps_per_epoch=length,
+        steps=wanted,
+        epochs=wanted / length,
+        tokens_per_epoch=sum(tokens),
+        tokens_per_step=sum(tokens) / length,
+        least_tokens=min(tokens),
+        most_tokens=max(tokens),
+        passes_per_step=sum(counts) / len(counts),
+        longest_pass=longest,
+        padding_share=plan.padding_share(),
+        longest_at=longest_at,
+        several_passes=max(counts) > 1,
+    )
+
+
+def pass_size(plan: EpochPlan, indices: Sequence[int]) -> tuple[int, int]:
+    """Positions of a pass, and the sum of the squared lengths of its rows."""
+    lengths = plan.lengths[list(indices)]
+    if not len(lengths):
+        return 1, 1
+    if plan.padded:
+        longest = int(lengths.max())
+        return len(lengths) * longest, len(lengths) * longest**2
+    return int(lengths.sum()), int((lengths**2).sum())
+
+
+def longest_shape(steps: StepDataset, schedule: Schedule) -> PassShape:
+    """The longest pass with its number of targets."""
+    step, number = schedule.longest_at
+    batch = steps[step][number]
+    positions, squares = pass_size(steps.plan, steps.plan[step][0][number])
+    return PassShape(positions, squares, int((batch.targets != IGNORE_INDEX).sum()))

@@ -1,0 +1,170 @@
+"""The findings for a terminal: rich markup that says the same where colours are lost."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from itertools import groupby
+
+from rich.markup import escape
+
+from luthier.check.findings import Findings, Setting
+from luthier.check.memory import PARTS, Memory
+from luthier.check.probe import Probe
+from luthier.check.schedule import Schedule
+from luthier.check.tokens import ShownSample, Token
+from luthier.data.report import format_reports
+from luthier.methods.groups import ParameterCount
+from luthier.recipe.source import dump_value
+from luthier.trainer.pace import clock_text
+
+MOST_TOKENS = 400
+"""Tokens of a sample that a terminal shows; of a longer one the beginning and the end."""
+
+
+def size_text(size: float) -> str:
+    """Bytes for people."""
+    for unit, width in (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
+        if size >= width:
+            return f"{size / width:.2f} {unit}" if unit == "GiB" else f"{size / width:.0f} {unit}"
+    return f"{size:.0f} B"
+
+
+def time_text(seconds: float) -> str:
+    """Seconds for people."""
+    return f"{seconds:.1f} s" if seconds < 60 else clock_text(seconds)
+
+
+def table(rows: Sequence[Sequence[str]], *, left: int = 1) -> str:
+    """Columns of plain text; the first `left` ones begin at the left, the others end at the right."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = []
+    for row in rows:
+        cells = [
+            cell.ljust(width) if place < left else cell.rjust(width)
+            for place, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ]
+        lines.append("  " + "  ".join(cells).rstrip())
+    return "\n".join(lines)
+
+
+def report(found: Findings) -> str:
+    """All findings as rich markup, the refusals last, where the eye is when the text has gone by."""
+    return "\n\n".join(f"[bold]{title}[/]\n{body}" for title, body in _sections(found))
+
+
+def _sections(found: Findings) -> Iterator[tuple[str, str]]:
+    if found.recipe:
+        yield "recipe", escape(recipe_text(found.recipe))
+    if found.datasets:
+        yield "data", escape(format_reports([dataset.report for dataset in found.datasets]))
+    if found.samples:
+        yield "samples", "\n\n".join(sample_text(sample) for sample in found.samples)
+    if found.parameters:
+        yield "parameters", escape(parameters_text(found.parameters))
+    if found.schedule is not None:
+        yield "steps", escape(schedule_text(found.schedule))
+    if found.memory is not None:
+        yield "memory, estimated", escape(memory_text(found.memory, found.probe))
+    if found.schedule is not None and found.probe is not None:
+        yield "time, measured", escape(probe_text(found.probe, found.schedule))
+    if found.notes:
+        yield "notes", escape("\n".join(f"  {note}" for note in found.notes))
+    if found.ok:
+        yield "[green]nothing that train would refuse was found[/]", ""
+    else:
+        title = f"[red]train would refuse this recipe ({len(found.problems)})[/]"
+        yield (
+            title,
+            "\n".join(f"  {problem.part}: {_indented(problem.message)}" for problem in found.problems),
+        )
+
+
+def _indented(text: str) -> str:
+    return escape(text.replace("\n", "\n    "))
+
+
+def recipe_text(settings: Sequence[Setting]) -> str:
+    return table([(one.key, dump_value(one.value), f"# {one.origin}") for one in settings], left=3)
+
+
+def sample_text(sample: ShownSample) -> str:
+    """Tokens between bars; learnt ones green between brackets, with their weight where it is not 1."""
+    head = (
+        f"  {escape(sample.dataset)}, row {sample.row}: {sample.learnt} of {len(sample.tokens)} tokens are "
+        "learnt, in ⟦ ⟧"
+    )
+    tokens: Sequence[Token] = sample.tokens
+    if len(tokens) <= MOST_TOKENS:
+        return f"{head}\n{_marked(tokens)}"
+    first, last = tokens[: MOST_TOKENS * 2 // 3], tokens[-MOST_TOKENS // 3 :]
+    hidden = len(tokens) - len(first) - len(last)
+    return f"{head}\n{_marked(first)}\n  … {hidden} more tokens …\n{_marked(last)}"
+
+
+def _marked(tokens: Sequence[Token]) -> str:
+    parts = []
+    for weight, run in groupby(tokens, key=lambda token: token.weight):
+        text = "|".join(_broken(token.text) for token in run)
+        if not weight:
+            parts.append(f"[dim]{text}[/]")
+        else:
+            note = "" if weight == 1 else f"×{weight:g}"
+            parts.append(f"[bold green]⟦{text}⟧{note}[/]")
+    return "|".join(parts).rstrip("\n")
+
+
+def _broken(text: str) -> str:
+    """A sign for a line break is followed by one."""
+    return escape(text).replace("↵", "↵\n")
+
+
+def parameters_text(parameters: dict[str, ParameterCount]) -> str:
+    rows = [("kind", "parameters", "train")]
+    rows += [(kind, f"{count.total:,}", f"{count.trainable:,}") for kind, count in parameters.items()]
+    whole = parameters["all"]
+    return f"{table(rows)}\n  {whole.trainable / whole.total:.2%} of the parameters train"
+
+
+def schedule_text(schedule: Schedule) -> str:
+    return table(
+        [
+            (
+                "steps",
+                f"{schedule.steps:,} ({schedule.steps_per_epoch:,} per epoch, {schedule.epochs:.3g} epochs)",
+            ),
+            (
+                "tokens per step",
+                f"{schedule.tokens_per_step:,.0f} ({schedule.least_tokens:,} to {schedule.most_tokens:,})",
+            ),
+            ("tokens per epoch", f"{schedule.tokens_per_epoch:,}"),
+            ("passes per step", f"{schedule.passes_per_step:.3g}"),
+            ("longest pass", f"{schedule.longest_pass:,} tokens"),
+            ("padding", f"{schedule.padding_share:.0%}"),
+        ],
+        left=2,
+    )
+
+
+def memory_text(memory: Memory, probe: Probe | None) -> str:
+    rows = [(PARTS[name], size_text(size)) for name, size in memory.parts.items()]
+    rows.append((f"total (when {memory.fullest})", size_text(memory.total)))
+    rows.append(("there is", size_text(memory.limit)))
+    if probe is not None and probe.peak is not None:
+        rows.append(("measured in the probe", size_text(probe.peak)))
+    verdict = "it fits" if memory.fits else "IT DOES NOT FIT: give a smaller train.tokens_per_pass or model"
+    return f"{table(rows)}\n  {verdict}"
+
+
+def probe_text(probe: Probe, schedule: Schedule) -> str:
+    return table(
+        [
+            (
+                "tokens per second",
+                f"{probe.tokens_per_second:,.0f} ({probe.passes} passes, {probe.tokens:,} tokens)",
+            ),
+            ("optimizer step", time_text(probe.optimizer_seconds)),
+            ("one epoch", time_text(probe.seconds_per_epoch)),
+            (f"all {schedule.steps:,} steps", time_text(probe.seconds)),
+        ],
+        left=2,
+    )

@@ -1,0 +1,90 @@
+"""How the segments of a flat batch go through the model: as one row, or as padded rows beside each other.
+
+A stage always sees a flat batch. Where a model cannot keep the segments of a row apart (recurrent, convolutional and
+linear-attention layers, attention that cannot be chosen), each segment becomes a row of its own, padded to the
+longest. The supervised positions keep their order, so nothing that a stage computes can tell the difference.
+
+Shapes: S segments, T tokens of the flat row, L length of the longest segment.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from luthier.types import IGNORE_INDEX
+
+Side = Literal["right", "left"]
+
+
+@dataclass(frozen=True, slots=True)
+class SelfTest:
+    """What was measured; all differences in nats."""
+
+    attention_calls: int
+    difference: float
+    leak: float
+
+
+@dataclass(frozen=True, slots=True)
+class Rows:
+    """The layout that was chosen for a model, why, and what the self-test measured of it."""
+
+    padded: bool = False
+    side: Side = "right"
+    reason: str = ""
+    """Why rows are padded; empty where they are flat."""
+    tests: Mapping[str, SelfTest] = field(default_factory=dict)
+    """`flat` and `padded`, as far as each could be measured."""
+
+    def record(self) -> dict[str, Any]:
+        """For the run's manifest."""
+        return {
+            "layout": "padded" if self.padded else "flat",
+            **({"padding_side": self.side, "reason": self.reason} if self.padded else {}),
+            "self_test": {name: asdict(test) for name, test in self.tests.items()},
+        }
+
+
+FLAT = Rows()
+
+
+@dataclass(frozen=True, slots=True)
+class PaddedRows:
+    """input_ids, attention_mask (1 where a token is real), position_ids and targets, each (S, L) int64."""
+
+    input_ids: Tensor
+    attention_mask: Tensor
+    position_ids: Tensor
+    targets: Tensor
+
+
+def padded_rows(
+    input_ids: Tensor, position_ids: Tensor, cu_seqlens: Tensor, targets: Tensor, side: Side
+) -> PaddedRows:
+    """Each segment of a flat row (1, T) as a row of its own; row-major order is the flat order.
+
+    Padding has token 0, position 0 and no target.
+    """
+    starts_S, lengths_S = cu_seqlens[:-1].long(), cu_seqlens.diff().long()
+    num_rows, width, device = len(lengths_S), int(lengths_S.max()), input_ids.device
+    rows_T = torch.repeat_interleave(torch.arange(num_rows, device=device), lengths_S)
+    columns_T = torch.arange(input_ids.shape[1], device=device) - starts_S[rows_T]
+    if side == "left":
+        columns_T = columns_T + (width - lengths_S)[rows_T]
+
+    def spread(values_T: Tensor, padding: int) -> Tensor:
+        table = torch.full((num_rows, width), padding, dtype=values_T.dtype, device=device)
+        table[rows_T, columns_T] = values_T
+        return table
+
+    return PaddedRows(
+        input_ids=spread(input_ids[0], 0),
+        attention_mask=spread(torch.ones_like(input_ids[0]), 0),
+        position_ids=spread(position_ids[0], 0),
+        targets=spread(targets, IGNORE_INDEX),
+    )

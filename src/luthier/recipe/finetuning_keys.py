@@ -1,0 +1,150 @@
+"""The fine-tuning keys of a LLaMA-Factory 0.9.5 file: methods, losses, optimizers and trackers of that tool's own."""
+
+from __future__ import annotations
+
+from luthier.recipe.key_rules import Key, Rule, direct, keys, read
+
+_METHODS = (
+    read(
+        freeze_trainable_layers=("method.layers", 2),
+        freeze_trainable_modules=("method.modules", "all"),
+        freeze_extra_modules=("method.extra_modules", None),
+        additional_target=("method.modules_to_save", None),
+        create_new_adapter=("method.create_new_adapter", False),
+        lora_alpha=("method.alpha", None),
+        lora_dropout=("method.dropout", 0.0),
+        lora_rank=("method.rank", 8),
+        lora_target=("method.targets", "all"),
+        pure_bf16=("model.dtype", False),
+    )
+    | read("pt and sft; rm, ppo, dpo and kto come later", stage=("stage.type", "sft"))
+    | read("lora, freeze and full; oft comes later", finetuning_type=("method.type", "lora"))
+    | keys(
+        Rule.REFUSED,
+        "this kind of adapter comes in a later version; remove it for plain LoRA",
+        loraplus_lr_ratio=None,
+        use_rslora=False,
+        use_dora=False,
+        pissa_init=False,
+    )
+    | keys(Rule.SILENT, loraplus_lr_embedding=1e-6, pissa_iter=16, pissa_convert=False)
+    | keys(
+        Rule.REFUSED,
+        "OFT comes in a later version; remove it",
+        module_dropout=0.0,
+        oft_rank=0,
+        oft_block_size=32,
+        oft_target="all",
+    )
+    | keys(
+        Rule.REFUSED,
+        "LLaMA-Pro's block expansion comes in a later version; remove it to train the last layers",
+        use_llama_pro=False,
+    )
+    | keys(
+        Rule.REFUSED,
+        "images, videos and audio come in a later version; remove it for a text-only run",
+        freeze_vision_tower=True,
+        freeze_multi_modal_projector=True,
+        freeze_language_model=False,
+    )
+    | keys(
+        Rule.REFUSED,
+        "this training backend is not part of Luthier; remove it",
+        use_mca=False,
+        use_hyper_parallel=False,
+        hyper_parallel_args=None,
+    )
+)
+
+_LOSSES = (
+    keys(
+        Rule.REFUSED,
+        "this loss comes in a later version; remove it for cross-entropy",
+        use_dft_loss=False,
+        use_asft_loss=False,
+        use_eaft_loss=False,
+    )
+    | keys(Rule.SILENT, asft_alpha=0.1, eaft_alpha=1.0, include_effective_tokens_per_second=False)
+    | keys(
+        Rule.NOTED,
+        "belongs to preference or reinforcement learning and has no effect on this stage",
+        pref_beta=0.1,
+        pref_ftx=0.0,
+        pref_bco_weight=0.0,
+        pref_loss="sigmoid",
+        dpo_label_smoothing=0.0,
+        kto_chosen_weight=1.0,
+        kto_rejected_weight=1.0,
+        simpo_gamma=0.5,
+        ppo_buffer_size=1,
+        ppo_epochs=4,
+        ppo_score_norm=False,
+        ppo_target=6.0,
+        ppo_whiten_rewards=False,
+        ref_model=None,
+        ref_model_adapters=None,
+        ref_model_quantization_bit=None,
+        reward_model=None,
+        reward_model_adapters=None,
+        reward_model_quantization_bit=None,
+        reward_model_type="lora",
+        ld_alpha=None,
+    )
+)
+
+_OPTIMIZERS = keys(
+    Rule.REFUSED,
+    "this optimizer comes in a later version; remove it for AdamW",
+    use_galore=False,
+    use_apollo=False,
+    use_badam=False,
+    use_adam_mini=False,
+    use_muon=False,
+) | keys(
+    Rule.SILENT,
+    galore_target="all",
+    galore_rank=16,
+    galore_update_interval=200,
+    galore_scale=2.0,
+    galore_proj_type="std",
+    galore_layerwise=False,
+    apollo_target="all",
+    apollo_rank=16,
+    apollo_update_interval=200,
+    apollo_scale=32.0,
+    apollo_proj="random",
+    apollo_proj_type="std",
+    apollo_scale_type="channel",
+    apollo_layerwise=False,
+    apollo_scale_front=False,
+    badam_mode="layer",
+    badam_start_block=None,
+    badam_switch_mode="ascending",
+    badam_switch_interval=50,
+    badam_update_ratio=0.05,
+    badam_mask_mode="adjacent",
+    badam_verbose=0,
+)
+
+
+def _swanlab(name: str, default: str | None, text: str) -> dict[str, Key]:
+    return {f"swanlab_{name}": Key(Rule.REFUSED, default, text, only_with="use_swanlab")}
+
+
+_WATCHING = (
+    direct(plot_loss=("train.plots", False))
+    | read(compute_accuracy=("train.metrics", False))
+    | read("needs load_best_model_at_end: true", early_stopping_steps=("train.early_stopping", None))
+    | read(use_swanlab=("train.report_to", False))
+    | _swanlab("project", "llamafactory", "set SWANLAB_PROJECT in the environment and remove it")
+    | _swanlab("workspace", None, "set SWANLAB_WORKSPACE in the environment and remove it")
+    | _swanlab("run_name", None, "write it as run_name")
+    | _swanlab("mode", "cloud", "set SWANLAB_MODE in the environment and remove it")
+    | _swanlab("api_key", None, "set SWANLAB_API_KEY in the environment and remove it")
+    | _swanlab("logdir", None, "set SWANLAB_LOG_DIR in the environment and remove it")
+    | _swanlab("lark_webhook_url", None, "messages to Lark are not part of Luthier; remove it")
+    | _swanlab("lark_secret", None, "messages to Lark are not part of Luthier; remove it")
+)
+
+FINETUNING_KEYS: dict[str, Key] = _METHODS | _LOSSES | _OPTIMIZERS | _WATCHING

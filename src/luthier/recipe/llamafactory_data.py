@@ -1,0 +1,106 @@
+"""The data of a LLaMA-Factory file: which sets, which columns, how long a row is, what becomes a token."""
+
+from __future__ import annotations
+
+from pathlib import PurePath
+from typing import Any
+
+from luthier.recipe.flat import Flat
+from luthier.recipe.known_keys import KEYS
+
+_COLUMNS = {f"{name}_column": name for name in ("prompt", "query", "response", "history")}
+_SUFFIXES = (".arrow", ".csv", ".json", ".jsonl", ".parquet", ".txt")
+
+
+def _sources(flat: Flat) -> None:
+    directory = flat.get("dataset_dir")
+    online = directory == "ONLINE"
+    details = _details(flat)
+    for key, target in (("dataset", "data.train"), ("eval_dataset", "data.eval")):
+        names = flat.names(key)
+        entries = [_entry(name, online, details) for name in names]
+        plain = next((name for name, entry in zip(names, entries, strict=True) if entry == name), None)
+        for early in details if plain is not None else ():
+            flat.problem(early, f"write it into dataset_info.json, where {plain} is described")
+        flat.put(target, entries, key)
+    if isinstance(directory, str) and directory.startswith("REMOTE:"):
+        flat.problem("dataset_dir", "download that folder and give its path")
+    elif not online:
+        flat.put("data.directory", directory, "dataset_dir")
+    held_out = flat.number("val_size")
+    if held_out > 0 and flat.given("eval_dataset"):
+        flat.problem("val_size", "val_size and eval_dataset exclude each other; keep one")
+    elif held_out > 0 and not flat.given("dataset"):
+        flat.problem("val_size", "there is no dataset to hold rows out of")
+    elif held_out > 1 or held_out == int(held_out):
+        flat.put("data.dev_split", int(held_out), "val_size")
+    if not flat.given("preprocessing_num_workers"):
+        flat.drop("data.workers")
+
+
+def _details(flat: Flat) -> dict[str, Any]:
+    """What early versions said of all data sets at once: columns and split."""
+    return {key: flat.get(key) for key in (*_COLUMNS, "split") if flat.changed(key)}
+
+
+def _entry(name: str, online: bool, details: dict[str, Any]) -> str | dict[str, Any]:
+    """A name as it is, or the whole description where there is more to say of it."""
+    if not online and (not details or PurePath(name).suffix not in _SUFFIXES):
+        return name
+    entry: dict[str, Any] = {"hf_hub_url" if online else "file_name": name}
+    columns = {_COLUMNS[key]: value for key, value in details.items() if key in _COLUMNS}
+    if columns:
+        entry["columns"] = columns
+    if "split" in details:
+        entry["split"] = details["split"]
+    return entry
+
+
+def _length(flat: Flat) -> None:
+    """Length, truncation and packing: exactly the rows that LLaMA-Factory would cut."""
+    pt = flat.get("stage") == "pt"
+    asked = flat.flag("packing") or flat.flag("neat_packing")
+    packing = asked or (pt and not flat.given("packing"))
+    cutoff = flat.get("cutoff_len")
+    if asked and isinstance(cutoff, int) and not isinstance(cutoff, bool):
+        cutoff -= 1  # packing, where a file asks for it, keeps one token of the row for padding there
+        flat.note(f"packing: takes one token off cutoff_len there, so rows hold {cutoff} tokens")
+    flat.put("data.max_length", cutoff, "cutoff_len")
+    flat.put("data.rules", "llamafactory")
+    flat.put("data.overflow", "split" if pt and packing else "truncate")
+    flat.put("data.max_lost", None)
+    flat.put("data.packing", packing, "neat_packing" if flat.flag("neat_packing") else "packing")
+    if packing and pt:
+        flat.note("packing: documents in a block see each other, as there; a native recipe keeps them apart")
+    elif packing and not flat.flag("neat_packing"):
+        flat.note("packing: what shares a row does not see each other here (there only with neat_packing)")
+    for key in ("neat_packing", "train_on_prompt", "mask_history"):
+        if flat.flag(key) and not pt and key == "mask_history" and flat.flag("train_on_prompt"):
+            flat.problem(key, "mask_history and train_on_prompt exclude each other; keep one")
+        elif flat.flag(key) and pt:
+            flat.problem(key, "goes with stage: sft only")
+
+
+def _rows(flat: Flat) -> None:
+    """What becomes a token, in which order."""
+    pt = flat.get("stage") == "pt"
+    flat.put("data.parse_special_tokens", not flat.flag("split_special_tokens"), "split_special_tokens")
+    if not pt:
+        flat.put("data.template", flat.get("template"), "template")
+        flat.put("data.train_after_stop", True)
+    elif flat.get("template") == "llama3":
+        flat.put("data.template", "llama3", "template")  # the one that ends documents with a token of its own
+    elif flat.given("template"):
+        flat.note("template: plain text is trained without a template")
+    tree = flat.source.tree
+    if tree.get("enable_thinking", True) is not True:  # null counts: it says `false` there
+        flat.problem("enable_thinking", "training without empty thoughts comes in a later version; remove it")
+    sampling = flat.choice("train_sampling_strategy", ("random", "sequential", "group_by_length"))
+    if sampling == "group_by_length":
+        flat.problem("train_sampling_strategy", KEYS["group_by_length"].text)
+    shuffle = sampling == "random" and not flat.flag("disable_shuffling")
+    keys = ("disable_shuffling", "train_sampling_strategy")
+    flat.put("data.shuffle", shuffle, *(key for key in keys if flat.changed(key)), *keys)
+
+
+DATA_SUBJECTS = (_sources, _length, _rows)

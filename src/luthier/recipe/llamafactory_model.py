@@ -1,0 +1,181 @@
+"""The model and the method of a LLaMA-Factory file: weights, vocabulary, arithmetic, adapters."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from luthier.recipe.flat import Flat
+from luthier.recipe.problems import found
+from luthier.recipe.source import read_file
+from luthier.types import RecipeError
+
+_NEXT_STAGES = ("rm", "ppo", "dpo", "kto")
+_ATTENTION = {"auto": "auto", "disabled": "sdpa", "sdpa": "sdpa", "fa2": "auto", "fa3": "auto"}
+_ROPE = ("linear", "dynamic", "yarn", "llama3")
+_TOKENS = ("it names new tokens and what each means", "expected a mapping from new tokens to what each means")
+_NEW_ROWS = ("noise_init", "desc_init", "desc_init_w_noise")
+
+
+def _attention(flat: Flat) -> None:
+    value = flat.get("flash_attn")
+    if isinstance(value, bool):  # early versions had a flag
+        value = "fa2" if value else "auto"
+    flash = flat.chosen("flash_attn", value, tuple(_ATTENTION))
+    flat.put("model.attention", _ATTENTION.get(flash), "flash_attn")
+    if flash in ("fa2", "fa3"):
+        flat.note(f"flash_attn: {flash}: the variable-length kernel where the GPU has it, sdpa elsewhere")
+    elif flash == "disabled":
+        flat.note("flash_attn: disabled: sdpa computes the same attention")
+    if flat.given("disable_gradient_checkpointing") or flat.flag("gradient_checkpointing"):
+        keys = ("disable_gradient_checkpointing", "gradient_checkpointing")
+        flat.put("model.gradient_checkpointing", not flat.flag(keys[0]), *keys)
+    else:
+        # On there by default. It changes no result: on a GPU the run must fit where it fitted there,
+        # on a CPU it would only be slower.
+        flat.put("model.gradient_checkpointing", "auto")
+    if flat.given("rope_scaling"):
+        flat.put("model.rope_scaling", {"type": flat.choice("rope_scaling", _ROPE)}, "rope_scaling")
+
+
+def _vocabulary(flat: Flat) -> None:
+    """New tokens. Their rows start as that tool starts them: a mean, and noise of 1 / sqrt(hidden size)."""
+    descriptions = _described_tokens(flat)
+    special = [*descriptions] or flat.names("add_special_tokens")
+    if descriptions and flat.given("add_special_tokens"):
+        flat.note("add_special_tokens: new_special_tokens_config names the tokens; this list is not used")
+    how = flat.choice("init_special_tokens", _NEW_ROWS)
+    if how != "noise_init" and not flat.given("new_special_tokens_config"):
+        flat.note(f"init_special_tokens: {how}: without new_special_tokens_config it is noise_init")
+        how = "noise_init"
+    added: dict[str, tuple[Any, str]] = {
+        "add": (flat.names("add_tokens"), "add_tokens"),
+        "add_special": (special, "new_special_tokens_config" if descriptions else "add_special_tokens"),
+        "resize": (flat.flag("resize_vocab"), "resize_vocab"),
+    }
+    if not any(value for value, _ in added.values()):
+        return
+    if how != "noise_init":
+        added["descriptions"] = descriptions, "new_special_tokens_config"
+        added["noise"] = (0.0 if how == "desc_init" else 1.0), "init_special_tokens"
+    for name, (value, key) in added.items():
+        if value or name == "noise":
+            flat.put(f"model.vocabulary.{name}", value, key)
+    if flat.get("finetuning_type") == "lora" and not flat.given("additional_target"):
+        flat.note(
+            "new tokens: their rows alone train here; there the whole embeddings and head do "
+            "(method.modules_to_save trains all of them)"
+        )
+
+
+def _described_tokens(flat: Flat) -> dict[str, str]:
+    """The file of new special tokens: each with the words that say what it means."""
+    key = "new_special_tokens_config"
+    name = flat.get(key)
+    if name is None:
+        return {}
+    if not isinstance(name, str):
+        flat.problem(key, f"expected the path of a YAML file, found {found(name)}")
+        return {}
+    beside = flat.source.path.parent / name if flat.source.path is not None else Path(name)
+    try:
+        tree = read_file(Path(name) if Path(name).exists() else beside, name, _TOKENS).tree
+    except RecipeError as error:
+        flat.problem(key, str(error))
+        return {}
+    wrong = next((token for token, words in tree.items() if not isinstance(words, str)), None)
+    if wrong is not None:
+        flat.problem(key, f"{name}: {wrong}: expected a description, found {found(tree[wrong])}")
+    return tree
+
+
+_PRECISION = ("bf16", "pure_bf16", "fp16")
+_EVAL_PRECISION = ("bf16_full_eval", "fp16_full_eval")
+
+
+def _precision(flat: Flat) -> None:
+    bf16, fp16, pure = flat.flag("bf16"), flat.flag("fp16"), flat.flag("pure_bf16")
+    if (bf16 or pure) and fp16:
+        flat.problem("fp16", "bf16 and fp16 exclude each other; keep one")
+    if pure:
+        flat.put("model.dtype", "bfloat16", "pure_bf16")
+    if bf16 or pure or fp16:
+        flat.put(
+            "train.precision", "fp16" if fp16 else "bf16", *(key for key in _PRECISION if flat.flag(key))
+        )
+    elif flat.get("finetuning_type") == "lora":
+        flat.note("neither bf16 nor fp16: the base trains in bf16 on a GPU that has it, else in float32")
+    else:
+        flat.put("train.precision", "fp32")
+    asked = [key for key in _EVAL_PRECISION if flat.flag(key)]
+    if len(asked) == 2:
+        flat.problem("fp16_full_eval", "bf16_full_eval and fp16_full_eval exclude each other; keep one")
+    elif asked:
+        flat.put("train.eval_precision", asked[0].partition("_")[0], asked[0])
+
+
+_METHOD_KEYS: dict[str, dict[str, tuple[str, Callable[[Flat, str], Any]]]] = {
+    "full": {},
+    "freeze": {
+        "freeze_trainable_layers": ("method.layers", lambda flat, key: flat.get(key)),
+        "freeze_trainable_modules": ("method.modules", lambda flat, key: flat.names(key)),
+        "freeze_extra_modules": ("method.extra_modules", lambda flat, key: flat.names(key)),
+    },
+    "lora": {
+        "lora_rank": ("method.rank", lambda flat, key: flat.get(key)),
+        "lora_alpha": ("method.alpha", lambda flat, key: flat.get(key) or None),  # 0 means absent there
+        "lora_dropout": ("method.dropout", lambda flat, key: flat.get(key)),
+        "lora_target": ("method.targets", lambda flat, key: _targets(flat.names(key))),
+        "additional_target": ("method.modules_to_save", lambda flat, key: flat.names(key)),
+        "adapter_name_or_path": ("method.adapters", lambda flat, key: flat.names(key)),
+        "create_new_adapter": ("method.create_new_adapter", lambda flat, key: flat.flag(key)),
+    },
+}
+
+
+def _targets(names: list[str]) -> str | list[str]:
+    return "all-linear" if names == ["all"] else names
+
+
+def _method(flat: Flat) -> None:
+    stage, kind = flat.get("stage"), flat.get("finetuning_type")
+    if stage in _NEXT_STAGES:
+        flat.problem("stage", f"{stage} comes in a later version; this one has pt and sft")
+    else:
+        flat.put("stage.type", flat.choice("stage", ("pt", "sft")), "stage")
+    if kind == "oft":
+        flat.problem("finetuning_type", "oft comes in a later version; this one has lora, freeze and full")
+        return
+    if kind in ("p_tuning", "p-tuning"):
+        flat.problem("finetuning_type", "P-tuning is not part of Luthier; write lora, freeze or full")
+        return
+    flat.put("method.type", flat.choice("finetuning_type", tuple(sorted(_METHOD_KEYS))), "finetuning_type")
+    for owner, keys in _METHOD_KEYS.items():
+        for key, (target, convert) in keys.items():
+            if owner == kind:
+                flat.put(target, convert(flat, key), key)
+            elif key == "adapter_name_or_path" and flat.given(key):
+                flat.problem(key, _not_an_adapter(flat))
+            elif flat.changed(key):
+                flat.note(f"{flat.written(key)}: no effect with finetuning_type: {kind}")
+    _continued(flat)
+
+
+def _not_an_adapter(flat: Flat) -> str:
+    if "checkpoint_dir" in flat.older:
+        return "a whole model goes into model_name_or_path, an adapter with finetuning_type: lora"
+    return "an adapter goes with finetuning_type: lora"
+
+
+def _continued(flat: Flat) -> None:
+    """An early version's word for the opposite of `create_new_adapter`."""
+    early, key = "resume_lora_training", "create_new_adapter"
+    if not flat.given(early) or flat.get("finetuning_type") != "lora":
+        return
+    if flat.given(key) and flat.flag(key) == flat.flag(early):
+        flat.problem(early, f"says the opposite of {key}; keep one")
+    flat.put("method.create_new_adapter", not flat.flag(early), early)
+
+
+MODEL_SUBJECTS = (_attention, _vocabulary, _precision, _method)

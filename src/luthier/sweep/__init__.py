@@ -1,0 +1,1 @@
+"""Hyperparameter search: many runs of one recipe, each in a process of its own."""

@@ -1,0 +1,122 @@
+"""The verb `templates`: the named chat templates, and what one makes of a short conversation."""
+
+from __future__ import annotations
+
+from importlib import util
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from rich.markup import escape
+
+from luthier.data import families
+from luthier.show import example_text, quiet_libraries
+from luthier.types import Conversation, DataError, Encoded, Message, Row
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+SYSTEM = Message("system", "You are a geographer.")
+TURNS = (
+    Message("user", "What is the capital of France?"),
+    Message("assistant", "Paris."),
+    Message("user", "And of Japan?"),
+    Message("assistant", "Tokyo."),
+)
+_LONGEST = 1 << 20
+
+
+def listing() -> str:
+    """One line for each named template: its name, the tokens at which generation stops, and what it is.
+
+    Needs no tokenizer and imports no torch.
+    """
+    found = [families.find(name) for name in families.names()]
+    lines = [("name", "stops at", "about")]
+    lines += [(family.name, _stops(family), family.about) for family in found]
+    widths = [max(len(line[column]) for line in lines) for column in (0, 1)]
+    return "\n".join(f"{a.ljust(widths[0])}  {b.ljust(widths[1])}  {c}" for a, b, c in lines)
+
+
+def shown(name: str, tokenizer: str | None = None) -> str:
+    """A named template or .jinja file at work, as rich markup: a conversation with what is learnt of it marked.
+
+    `tokenizer` is a folder or a hub name; the embedded model's where it is None, or, where that is not
+    installed, the Jinja text alone. Raises DataError for an unknown template, and for one that the tokenizer
+    cannot be trained with.
+    """
+    family = families.find(name)
+    head = f"{escape(family.name)}: {escape(family.about)}\nstops at {escape(_stops(family))}"
+    quiet_libraries()
+    from luthier.model.load import EMBEDDED_INSTALL, EMBEDDED_PACKAGE
+
+    if tokenizer is None and util.find_spec(EMBEDDED_PACKAGE) is None:
+        return (
+            f"{head}\n\n{escape(family.source)}\n\n"
+            f"This is the template itself. To see a conversation in it, with what is learnt marked, name a "
+            f"tokenizer with --tokenizer, or install the embedded model: {EMBEDDED_INSTALL}"
+        )
+    try:
+        return f"{head}\n{_sample(family, name, tokenizer)}"
+    except DataError as error:
+        if tokenizer is not None:
+            raise
+        raise DataError(
+            f"{error}\nThis was tried with the embedded tokenizer; name another one with --tokenizer"
+        ) from error
+
+
+def _stops(family: families.Family) -> str:
+    """The token that ends an answer, and the others at which generation stops."""
+    return ", ".join((family.eos or "the tokenizer's end token", *family.stop))
+
+
+def _sample(family: families.Family, name: str, tokenizer: str | None) -> str:
+    from luthier.data.encode import EncodeOptions, sft_sample
+    from luthier.data.template import load_template
+    from luthier.recipe.schema import DataSpec
+
+    loaded = _load(tokenizer)
+    notes = _lend_end_token(loaded, family) if tokenizer is None else []
+    template = load_template(loaded, DataSpec(template=name))
+    options = EncodeOptions(_LONGEST, "error")
+
+    def encoded(*messages: Message) -> Encoded:
+        return sft_sample(Row("a conversation", 0, Conversation(messages)), template, options)
+
+    result = encoded(SYSTEM, *TURNS)
+    if result.lost.dropped is not None:
+        notes.append(f"without a system message: {result.lost.dropped}")
+        result = encoded(*TURNS)
+    if result.lost.dropped is not None:
+        notes.append(f"with one turn: {result.lost.dropped}")
+        result = encoded(*TURNS[:2])
+    if result.lost.dropped is not None:
+        raise DataError(
+            f"template {family.name!r} shows none of the sample conversations: {result.lost.dropped}"
+        )
+    if len(result.samples) > 1:
+        notes.append("an answer that looks different once the conversation goes on is a sample of its own")
+    texts = [example_text(sample, template.decode) for sample in result.samples]
+    return "\n\n".join([*(escape(note) for note in notes), *texts])
+
+
+def _load(tokenizer: str | None) -> PreTrainedTokenizerFast:
+    from luthier.model.load import ModelSource, load_tokenizer, locate
+    from luthier.recipe.schema import EMBEDDED_MODEL, ModelSpec
+
+    spec = ModelSpec(path=tokenizer or EMBEDDED_MODEL)
+    if spec.path == EMBEDDED_MODEL:
+        return load_tokenizer(spec, locate(spec))
+    folder = Path(spec.path).expanduser()
+    if not folder.is_dir() and (spec.path.startswith((".", "/", "~")) or spec.path.count("/") > 1):
+        raise DataError(f"--tokenizer {spec.path}: no such folder")
+    local = folder.is_dir()
+    return load_tokenizer(spec, ModelSource(str(folder) if local else spec.path, local=local))
+
+
+def _lend_end_token(tokenizer: PreTrainedTokenizerFast, family: families.Family) -> list[str]:
+    """Give the embedded tokenizer, for this sample, the end token of another model's template."""
+    if family.eos is None or family.eos in tokenizer.get_vocab():
+        return []
+    tokenizer.add_special_tokens({"additional_special_tokens": [family.eos]})
+    return [f"{family.eos} is not in the embedded vocabulary and was added for this sample"]

@@ -1,0 +1,289 @@
+"""The example files of LLaMA-Factory 0.9.5's repository: each is translated, or refused for a reason that is written here.
+
+`data/llamafactory_examples.json` holds their keys and values. What a later version can train moves from `REFUSED`
+to `TRANSLATED`.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from luthier.recipe.known_keys import known_key
+from luthier.recipe.load import load_recipe
+from luthier.recipe.schema import FullSpec, LoraSpec, Recipe
+from luthier.types import RecipeError
+
+EXAMPLES: dict[str, dict[str, Any]] = json.loads(
+    (Path(__file__).parent / "data" / "llamafactory_examples.json").read_text(encoding="utf-8")
+)
+
+NPU = (
+    "use_v1_kernels: changes speed and memory only; Luthier's own kernels are used",
+    "flash_attn: fa2: the variable-length kernel where the GPU has it, sdpa elsewhere",
+)
+TRANSLATED: dict[str, tuple[str, ...]] = {
+    "ascend/qwen3_5_full_sft_fsdp2.yaml": NPU,
+    "ascend/qwen3_full_sft_fsdp2.yaml": NPU,
+    "ascend/qwen3moe_full_sft_fsdp.yaml": NPU,
+    "train_lora/qwen3_lora_pretrain.yaml": (
+        "packing: documents in a block see each other, as there; a native recipe keeps them apart",
+    ),
+    "train_lora/qwen3_lora_sft.yaml": (),
+    "train_lora/qwen3_preprocess.yaml": (
+        "tokenized_path: tokenized data is kept under data.cache and rebuilt when anything changes; "
+        "this folder is not used",
+        "neither bf16 nor fp16: the base trains in bf16 on a GPU that has it, else in float32",
+    ),
+    # Their models are quantized, which only the model's own config says.
+    "train_qlora/llama3_lora_sft_aqlm.yaml": (),
+    "train_qlora/llama3_lora_sft_awq.yaml": (),
+    "train_qlora/llama3_lora_sft_gptq.yaml": (),
+}
+"""The notes of each that is translated."""
+
+ACCELERATE = "configures accelerate, it is no recipe; give the file that names model and data"
+ADAPTER = "this kind of adapter comes in a later version; remove it for plain LoRA"
+DEEPSPEED = (
+    "deepspeed: sharding over GPUs comes in a later version; remove it to train with plain data parallelism"
+)
+EXPORT = "export_dir: this file exports a model; the verb export comes in a later version"
+FP8 = "8-bit floating point comes in a later version; remove it"
+LOSS = "this loss comes in a later version; remove it for cross-entropy"
+MEDIA = tuple(
+    f"{key}: images, videos and audio come in a later version; remove it for a text-only run"
+    for key in ("image_max_pixels", "video_max_pixels")
+)
+MEGATRON = "Megatron is not part of Luthier; remove it"
+OFT = "finetuning_type: oft comes in a later version; this one has lora, freeze and full"
+OPTIMIZER = "this optimizer comes in a later version; remove it for AdamW"
+QUANTIZED = (
+    "quantization_bit: training on a quantized model comes in a later version; "
+    "remove it to train on the full weights"
+)
+SHARDING = DEEPSPEED.removeprefix("deepspeed: ")
+TALK = (
+    "infer_backend: this file does not train; to train add do_train: true and dataset; "
+    "the verbs chat and serve, which talk to a model, come in a later version"
+)
+V1 = (
+    "LLaMA-Factory's v1 form is not read; "
+    "write model_name_or_path, dataset and finetuning_type as in its other examples"
+)
+
+
+def stage(name: str) -> str:
+    return f"stage: {name} comes in a later version; this one has pt and sft"
+
+
+REFUSED: dict[str, tuple[str, ...]] = {
+    "ascend/qwen3vlmoe_full_sft_fsdp2.yaml": MEDIA,
+    "ascend/qwen3vlmoe_lora_sft_fsdp.yaml": MEDIA,
+    "extras/adam_mini/qwen2_full_sft.yaml": (f"use_adam_mini: {OPTIMIZER}",),
+    "extras/apollo/llama3_full_sft.yaml": (f"use_apollo: {OPTIMIZER}",),
+    "extras/asft/llama2_full_asft.yaml": (DEEPSPEED, f"use_asft_loss: {LOSS}"),
+    "extras/asft/qwen2_full_asft.yaml": (DEEPSPEED, f"use_asft_loss: {LOSS}"),
+    "extras/badam/llama3_full_sft.yaml": (f"use_badam: {OPTIMIZER}",),
+    "extras/dft/qwen2_full_sft.yaml": (f"use_dft_loss: {LOSS}",),
+    "extras/eaft/qwen25_05b_eaft_full.yaml": (f"use_eaft_loss: {LOSS}",),
+    "extras/fp8/llama3_fp8_deepspeed_sft.yaml": (f"fp8: {FP8}", DEEPSPEED),
+    "extras/fp8/llama3_fp8_fsdp_sft.yaml": (
+        f"fp8: {FP8}",
+        f"fp8_enable_fsdp_float8_all_gather: {FP8}",
+        f"fsdp: {SHARDING}",
+        f"fsdp_transformer_layer_cls_to_wrap: {SHARDING}",
+    ),
+    "extras/fsdp_qlora/llama3_lora_sft.yaml": (QUANTIZED,),
+    "extras/galore/llama3_full_sft.yaml": (f"use_galore: {OPTIMIZER}",),
+    "extras/llama_pro/llama3_freeze_sft.yaml": (
+        "use_llama_pro: LLaMA-Pro's block expansion comes in a later version; remove it to train the last layers",
+    ),
+    "extras/loraplus/llama3_lora_sft.yaml": (f"loraplus_lr_ratio: {ADAPTER}",),
+    "extras/mod/llama3_full_sft.yaml": (
+        "mixture_of_depths: mixture of depths is not part of Luthier; remove it",
+        "optim: paged_adamw_8bit comes in a later version or is no optimizer; "
+        "this one has adamw_hf, adamw_torch, adamw_torch_fused, sgd",
+    ),
+    "extras/multi_tokens/tokens_cfg.yaml": (
+        "is no recipe: it has neither model (a native recipe) nor model_name_or_path (a LLaMA-Factory file)",
+    ),
+    "extras/muon/qwen2_full_sft.yaml": (f"use_muon: {OPTIMIZER}",),
+    "extras/nlg_eval/llama3_lora_predict.yaml": (
+        "do_predict: this file generates answers over a data set; the verb predict comes in a later version",
+    ),
+    "extras/oft/llama3_oft_sft.yaml": (OFT,),
+    "extras/oft/qwen2_5vl_oft_sft.yaml": (*MEDIA, OFT),
+    "extras/pissa/llama3_lora_sft.yaml": (f"pissa_init: {ADAPTER}",),
+    "extras/qoft/llama3_oft_sft_awq.yaml": (OFT,),
+    "extras/qoft/llama3_oft_sft_bnb_npu.yaml": (QUANTIZED, OFT),
+    "extras/qoft/llama3_oft_sft_gptq.yaml": (OFT,),
+    "inference/qwen3.yaml": (TALK,),
+    "inference/qwen3_full_sft.yaml": (TALK,),
+    "inference/qwen3_lora_sft.yaml": (TALK,),
+    "inference/qwen3vl.yaml": (TALK,),
+    "megatron/qwen2_vl_full.yaml": (
+        *MEDIA,
+        *(
+            f"{key}: {MEGATRON}"
+            for key in (
+                "tensor_model_parallel_size",
+                "sequence_parallel",
+                "pipeline_model_parallel_size",
+                "bias_activation_fusion",
+                "apply_rope_fusion",
+                "use_distributed_optimizer",
+            )
+        ),
+    ),
+    "megatron/qwen3_moe_full.yaml": tuple(
+        f"{key}: {MEGATRON}"
+        for key in (
+            "pipeline_model_parallel_size",
+            "bias_activation_fusion",
+            "apply_rope_fusion",
+            "use_distributed_optimizer",
+            "overlap_param_gather",
+            "overlap_grad_reduce",
+            "moe_grouped_gemm",
+            "moe_token_dispatcher_type",
+            "expert_model_parallel_size",
+            "recompute_granularity",
+        )
+    ),
+    "merge_lora/qwen3_full_sft.yaml": (EXPORT,),
+    "merge_lora/qwen3_gptq.yaml": (EXPORT,),
+    "merge_lora/qwen3_lora_sft.yaml": (EXPORT,),
+    "merge_lora/qwen3vl_lora_sft.yaml": (EXPORT,),
+    "train_full/qwen3_full_sft.yaml": (DEEPSPEED,),
+    "train_full/qwen3vl_full_sft.yaml": (*MEDIA, DEEPSPEED),
+    "train_lora/qwen3_lora_dpo.yaml": (stage("dpo"),),
+    "train_lora/qwen3_lora_kto.yaml": (stage("kto"),),
+    "train_lora/qwen3_lora_reward.yaml": (stage("rm"),),
+    "train_lora/qwen3_lora_sft_ds3.yaml": (DEEPSPEED,),
+    "train_lora/qwen3_lora_sft_ray.yaml": (
+        "dataset_dir: download that folder and give its path",
+        "ray_num_workers: start the run with torchrun instead of Ray; remove it",
+    ),
+    "train_lora/qwen3vl_lora_dpo.yaml": (*MEDIA, stage("dpo")),
+    "train_lora/qwen3vl_lora_sft.yaml": MEDIA,
+    "train_qlora/qwen3_lora_sft_bnb_npu.yaml": (QUANTIZED,),
+    "train_qlora/qwen3_lora_sft_otfq.yaml": (QUANTIZED,),
+}
+REFUSED |= {
+    f"ktransformers/train_lora/{name}_lora_sft_kt.yaml": (
+        "use_kt: KTransformers is not part of Luthier; remove it",
+    )
+    for name in ("deepseek_v2", "deepseek_v3", "qwen3_5moe", "qwen3moe")
+}
+REFUSED |= {
+    name: (ACCELERATE,) for name in EXAMPLES if name.startswith(("accelerate/", "ktransformers/accelerate/"))
+}
+REFUSED |= {name: (V1,) for name in EXAMPLES if name.startswith("v1/")}
+"""The lines of each that is refused, without file and line."""
+
+
+@pytest.fixture(autouse=True)
+def in_tmp(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+
+
+def write(values: dict[str, Any]) -> Path:
+    path = Path("lf.yaml")
+    lines = [f"{json.dumps(key)}: {json.dumps(value)}\n" for key, value in values.items()]
+    path.write_text("".join(lines), encoding="utf-8")
+    return path
+
+
+def test_every_example_has_its_outcome() -> None:
+    assert len(EXAMPLES) == 82
+    assert set(TRANSLATED) | set(REFUSED) == set(EXAMPLES)
+    assert not set(TRANSLATED) & set(REFUSED)
+    assert sum(name.startswith("v1/") for name in REFUSED) == 13
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_refused_examples(name: str) -> None:
+    with pytest.raises(RecipeError) as caught:
+        load_recipe(write(EXAMPLES[name]))
+    lines = str(caught.value).split("\n")
+    assert tuple(re.sub(r"^lf\.yaml(:\d+)?: ", "", line) for line in lines) == REFUSED[name]
+    keys = list(EXAMPLES[name])
+    for line in lines:
+        named = re.match(r"lf\.yaml:(\d+): (\w+): ", line)
+        if named is None:  # about the file as a whole
+            assert line == f"lf.yaml: {REFUSED[name][0]}"
+            continue
+        assert known_key(named[2]) is not None
+        assert keys[int(named[1]) - 1] == named[2]
+
+
+# --------------------------------------------------------------------------------------------------
+# What a translated example must say, read from its values by other means than the translation
+
+
+def _lora(recipe: Recipe) -> LoraSpec:
+    assert isinstance(recipe.method, LoraSpec)
+    return recipe.method
+
+
+def _targets(recipe: Recipe) -> str:
+    return {"all-linear": "all"}.get(str(_lora(recipe).targets), "others")
+
+
+SAYS: dict[str, Callable[[Recipe], Any]] = {
+    "bf16": lambda recipe: recipe.train.precision == "bf16",
+    "cutoff_len": lambda recipe: recipe.data.max_length,
+    "dataset": lambda recipe: ",".join(map(str, recipe.data.train)),
+    "ddp_timeout": lambda recipe: recipe.train.extra.get("ddp_timeout", 1800),
+    "do_train": lambda recipe: not recipe.train.eval_only,
+    "finetuning_type": lambda recipe: recipe.method.type,
+    "flash_attn": lambda recipe: {"auto": "fa2"}.get(recipe.model.attention),
+    "gradient_accumulation_steps": lambda recipe: recipe.train.accumulation,
+    "learning_rate": lambda recipe: recipe.optim.lr,
+    "logging_steps": lambda recipe: recipe.train.log_every,
+    "lora_rank": lambda recipe: _lora(recipe).rank,
+    "lora_target": _targets,
+    "lr_scheduler_type": lambda recipe: recipe.optim.schedule,
+    "max_samples": lambda recipe: recipe.data.max_samples,
+    "max_steps": lambda recipe: recipe.train.max_steps,
+    "model_name_or_path": lambda recipe: recipe.model.path,
+    "num_train_epochs": lambda recipe: recipe.train.epochs,
+    "output_dir": lambda recipe: recipe.train.output,
+    "overwrite_output_dir": lambda recipe: recipe.train.overwrite,
+    "per_device_train_batch_size": lambda recipe: recipe.train.rows_per_device,
+    "plot_loss": lambda recipe: recipe.train.plots,
+    "preprocessing_num_workers": lambda recipe: recipe.data.workers,
+    "report_to": lambda recipe: ",".join(recipe.train.report_to) or "none",
+    "resume_from_checkpoint": lambda recipe: {"never": None}.get(recipe.train.resume, recipe.train.resume),
+    "save_only_model": lambda recipe: recipe.train.save_only_model,
+    "save_steps": lambda recipe: recipe.train.save_every,
+    "seed": lambda recipe: recipe.train.seed,
+    "stage": lambda recipe: recipe.stage.type,
+    "template": lambda recipe: recipe.data.template,
+    "trust_remote_code": lambda recipe: recipe.model.trust_remote_code,
+    "warmup_ratio": lambda recipe: recipe.optim.warmup,
+}
+NOT_SAID = {
+    "dataloader_num_workers",
+    "disable_gradient_checkpointing",
+    "overwrite_cache",
+    "tokenized_path",
+    "use_v1_kernels",
+}
+"""What changes no result, or has a note."""
+
+
+@pytest.mark.parametrize("name", TRANSLATED)
+def test_translated_examples(name: str) -> None:
+    values = EXAMPLES[name]
+    loaded = load_recipe(write(values))
+    assert loaded.notes == TRANSLATED[name]
+    assert loaded.llamafactory
+    said = {key: SAYS[key](loaded.recipe) for key in values if key not in NOT_SAID}
+    assert said == {key: value for key, value in values.items() if key not in NOT_SAID}
+    assert isinstance(loaded.recipe.method, (FullSpec, LoraSpec))

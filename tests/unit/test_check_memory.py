@@ -1,0 +1,267 @@
+"""The memory estimate: what is counted is what is there, byte for byte."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from luthier.check.memory import (
+    OPTIMIZER_STATES,
+    Growth,
+    PassShape,
+    SavedTensors,
+    Sizes,
+    at_its_fullest,
+    gradient_bytes,
+    head_bytes,
+    layer_bytes,
+    measure_growth,
+    optimizer_bytes,
+    tensor_bytes,
+    trained,
+    weight_bytes,
+    without_checkpointing,
+)
+from luthier.data.encode import EncodeOptions
+from luthier.methods import build_method
+from luthier.methods.groups import checkpoints_activations
+from luthier.model import logprobs
+from luthier.model.logprobs import ModelPolicy, install_target_forward
+from luthier.optim.build import OPTIMIZERS, build_optimizer
+from luthier.recipe.schema import AdamwSpec, DataSpec, FreezeSpec, FullSpec, LoraSpec, SftSpec, SgdSpec
+from luthier.stages import build_stage
+from tests.tiny import random_samples, tiny_model
+
+METHODS = {"full": FullSpec(), "freeze": FreezeSpec(layers=1), "lora": LoraSpec(rank=4, alpha=8)}
+OPTIMIZER_SPECS = [AdamwSpec(), SgdSpec(), SgdSpec(momentum=0.9)]
+
+
+def stage() -> Any:
+    return build_stage(SftSpec(), EncodeOptions.of(DataSpec(train=("x",)), "sft"))
+
+
+def model_of(method: str, family: str = "llama") -> Any:
+    model = build_method(METHODS[method]).apply(tiny_model(family))
+    install_target_forward(model.get_base_model() if hasattr(model, "get_base_model") else model)
+    return model
+
+
+def backward(model: Any, lengths: Sequence[int]) -> None:
+    batch = stage().collate(random_samples(lengths))
+    model.train()
+    stage().loss(ModelPolicy(model), batch).terms["loss"].total.backward()
+
+
+# --------------------------------------------------------------------------------------------------
+# Weights, gradients, optimizer
+
+
+@pytest.mark.parametrize("family", ["llama", "llama-tied"])
+def test_weights_are_the_sum_of_all_tensors_once(family: str) -> None:
+    # 97 x 32 embeddings, twice if untied; two layers of q, o (32 x 32), k, v (16 x 32), three of 48 x 32, two norms;
+    # a last norm. The buffer is rotary's 4 frequencies, kept twice.
+    layer = 2 * 32 * 32 + 2 * 16 * 32 + 3 * 48 * 32 + 2 * 32
+    numbers = 97 * 32 * (1 if family == "llama-tied" else 2) + 2 * layer + 32
+    assert weight_bytes(tiny_model(family)) == 4 * (numbers + 2 * 4)
+
+
+def test_weights_follow_their_type() -> None:
+    model = tiny_model("llama")
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    assert weight_bytes(model.to(torch.bfloat16)) == 2 * parameters + tensor_bytes(model.buffers())
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_gradients_are_those_that_backward_leaves(method: str) -> None:
+    model = model_of(method)
+    backward(model, [9, 5])
+    there = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
+    assert gradient_bytes(model) == tensor_bytes(there) > 0
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize(
+    "spec", OPTIMIZER_SPECS, ids=lambda spec: f"{spec.type}-{getattr(spec, 'momentum', '')}"
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_optimizer_states_are_those_of_the_optimizer(
+    method: str, spec: AdamwSpec | SgdSpec, dtype: torch.dtype
+) -> None:
+    model = model_of(method).to(dtype)
+    parameters = trained(model)
+    optimizer = build_optimizer(spec, [{"params": parameters, "weight_decay": 0.0}])
+    for parameter in parameters:
+        parameter.grad = torch.ones_like(parameter)
+    optimizer.step()
+    states = [
+        value for state in optimizer.state.values() for value in state.values() if torch.is_tensor(value)
+    ]
+    assert optimizer_bytes(spec, parameters) == tensor_bytes(states)
+
+
+def test_every_optimizer_has_its_states() -> None:
+    assert OPTIMIZER_STATES.keys() == OPTIMIZERS.keys()
+
+
+# --------------------------------------------------------------------------------------------------
+# Activations
+
+
+def test_saved_tensors_of_a_toy_network() -> None:
+    """Linear saves its input, tanh its output; the second linear's input is that same output, counted once."""
+    network = nn.Sequential(nn.Linear(6, 10), nn.Tanh(), nn.Linear(10, 3))
+    x = torch.randn(7, 6)
+    saved = SavedTensors(network.parameters())
+    with saved:
+        y = network(x)
+    assert saved.release() == 4 * (7 * 6 + 7 * 10)
+    assert saved.release() == 0
+    y.sum().backward()
+
+
+def test_saved_tensors_count_a_view_as_the_whole_that_it_keeps() -> None:
+    x = torch.randn(8, 4, requires_grad=True)
+    saved = SavedTensors([x])
+    with saved:
+        whole = x * 2.0
+        first, second = whole[:2].sin(), whole[2:].cos()
+    assert saved.release() == 4 * 8 * 4
+    assert first.shape[0] + second.shape[0] == 8
+
+
+def test_growth_goes_through_its_three_points_and_on() -> None:
+    def true(tokens: int) -> int:
+        return 1000 + 24 * tokens + 3 * tokens**2
+
+    growth = Growth.through(8, [true(8), true(16), true(24)])
+    assert growth == Growth(1000.0, 24.0, 3.0)
+    assert growth(100, 100**2) == true(100)
+    assert growth(100, 2 * 50**2) == 1000 + 24 * 100 + 3 * 2 * 50**2
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("family", ["llama", "qwen3", "gemma2-softcap", "gpt2"])
+def test_the_growth_foretells_a_longer_pass_of_several_segments(method: str, family: str) -> None:
+    """Gemma 2's capped scores are of segment length squared. The counted pass has no targets either."""
+    model = model_of(method, family)
+    lengths = (40, 61, 23)
+    batch = stage().collate(random_samples(lengths))
+    batch.targets.fill_(logprobs.IGNORE_INDEX)
+    saved = SavedTensors([*model.parameters(), *model.buffers()])
+    model.train()
+    with saved:
+        loss = stage().loss(ModelPolicy(model), batch)
+    growth = measure_growth(model, stage(), None, longest=60)
+    expected = growth(sum(lengths), sum(length**2 for length in lengths))
+    # Segments of their own save bounds and masks of some bytes more than one segment does.
+    assert saved.release() == pytest.approx(expected, rel=0.02)
+    assert loss.terms["loss"].total.item() == 0.0
+
+
+def test_an_adapter_that_trains_saves_what_its_node_saves() -> None:
+    """One LoRA layer alone: its input, and the input's product with A; weights are known."""
+    model = model_of("lora")
+    layer = model.get_submodule("base_model.model.model.layers.0.mlp.up_proj")
+    x = torch.randn(1, 11, 32, requires_grad=True)
+    saved = SavedTensors(model.parameters())
+    with saved:
+        y = layer(x)
+    assert saved.release() == 4 * 11 * (32 + 4)
+    assert y.shape == (1, 11, 48)
+
+
+def test_checkpointing_keeps_one_input_for_each_layer() -> None:
+    model = tiny_model("llama")
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    model = build_method(FullSpec()).apply(model)
+    install_target_forward(model)
+    shallow = measure_growth(model, stage(), None, longest=60)
+    with without_checkpointing(model):
+        assert not checkpoints_activations(model)
+        deep = measure_growth(model, stage(), None, longest=60)
+    assert checkpoints_activations(model)
+    plain = measure_growth(model_of("full"), stage(), None, longest=60)
+    assert deep == plain
+    # Two layers and the last norm keep 32 floats of each token; the norm and the ids keep a little more.
+    assert 2 * 32 * 4 <= shallow.per_token < plain.per_token / 4
+
+
+def test_a_layer_is_a_share_of_the_whole_and_whole_where_it_is_computed_again() -> None:
+    plain, shape = Growth(0, 800.0), PassShape(100, 0, 0)
+    assert layer_bytes(plain, shape, 4, checkpointed=False) == 5_000
+    assert layer_bytes(plain, shape, 4, checkpointed=True) == 25_000
+
+
+# --------------------------------------------------------------------------------------------------
+# The head
+
+
+def head(method: str, targets: int, **how: Any) -> tuple[int, int]:
+    how = {"arithmetic": None, "smoothed": False} | how
+    return head_bytes(model_of(method), PassShape(500, 0, targets), **how)
+
+
+def test_a_head_that_does_not_train(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(logprobs, "LOGITS_PER_CHUNK", 97 * 40)
+    assert head("lora", 30) == (30 * 32 * 4, 30 * 97 * 8)
+    assert head("lora", 100) == (100 * 32 * 4, 40 * 97 * 8)
+    assert head("lora", 100, smoothed=True) == (2 * 100 * 32 * 4, 40 * 97 * 12)
+    assert head("lora", 100, arithmetic=torch.bfloat16) == (100 * 32 * 2, 40 * 97 * 10)
+    assert head("lora", 0) == (0, 0)
+
+
+def test_a_head_that_trains(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(logprobs, "LOGITS_PER_CHUNK", 97 * 40)
+    gradient = 97 * 32 * 4
+    assert head("full", 100) == (100 * 32 * 4, max(40 * 97 * 16, 3 * gradient))
+    assert head("full", 30) == (30 * 32 * 4, max(30 * 97 * 16, gradient + 30 * 97 * 8))
+
+
+# --------------------------------------------------------------------------------------------------
+# The sum
+
+
+def sizes(**changes: int) -> Sizes:
+    parts = {
+        "process": 100, "weights": 1000, "gradients": 200, "optimizer": 400, "activations": 3000, "logits": 50,
+        "workspace": 7, "allocator": 11,
+    }  # fmt: skip
+    return Sizes(**(parts | changes))
+
+
+def test_training_is_fullest_when_the_last_backward_begins() -> None:
+    memory = at_its_fullest(sizes(), 10_000, several_passes=True, copies_remain=False)
+    assert memory.fullest == "backward begins"
+    assert memory.total == 100 + 1000 + 200 + 400 + 3000 + 50 + 7 + 11
+    assert sum(memory.parts.values()) == memory.total == memory.moments["backward begins"]
+    assert memory.fits
+    single = at_its_fullest(sizes(), 4_567, several_passes=False, copies_remain=False)
+    assert single.total == memory.total - 200
+    assert not single.fits
+
+
+def test_a_full_model_with_a_short_pass_is_fullest_when_backward_ends() -> None:
+    short = sizes(activations=100, gradients=1000, optimizer=2000, head_gradient=300, workspace=0)
+    memory = at_its_fullest(short, 10_000, several_passes=False, copies_remain=False)
+    assert memory.fullest == "backward ends"
+    assert memory.total == 100 + 1000 + 2000 + 1000 + 2 * 300 + 11
+
+
+def test_a_checkpoint_is_copied_beside_the_training_or_only_at_its_end() -> None:
+    copied = sizes(copied=5000)
+    during = at_its_fullest(copied, 10**6, several_passes=False, copies_remain=True)
+    assert during.fullest == "backward begins"
+    assert during.parts["checkpoint"] == 5000
+    after = at_its_fullest(copied, 10**6, several_passes=False, copies_remain=False)
+    assert after.fullest == "saving"
+    assert after.total == 100 + 1000 + 400 + 5000 + 11
+
+
+def test_weights_of_another_type_are_there_twice_while_they_load() -> None:
+    memory = at_its_fullest(sizes(converted=9000), 10**6, several_passes=False, copies_remain=False)
+    assert memory.fullest == "loading"
+    assert memory.parts == {"process": 100, "weights": 1000, "file": 9000}

@@ -1,0 +1,62 @@
+"""What changed between a checkpoint's run and this one is named, and nothing else is."""
+
+from __future__ import annotations
+
+import pytest
+
+from luthier.recipe.load import load_recipe
+from luthier.recipe.schema import Recipe
+from luthier.trainer.same_run import FREE, changes, identity
+
+BASE = {"model": {"path": "m"}, "data": {"train": ["a"]}}
+
+
+def of(*overrides: str) -> Recipe:
+    return load_recipe(BASE, list(overrides)).recipe
+
+
+def test_every_free_key_exists() -> None:
+    for section, names in FREE.items():
+        assert names <= set(type(getattr(of(), section)).model_fields), section
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        "train.output=elsewhere",
+        "train.save_every=3",
+        "data.workers=2",
+        "train.log_every=1",
+        "model.path=moved",
+    ],
+)
+def test_what_changes_no_step_may_change(override: str) -> None:
+    assert changes(identity(of(), "b", ["d"]), identity(of(override), "b", ["d"])) == []
+
+
+@pytest.mark.parametrize(
+    ("override", "text"),
+    [
+        ("optim.lr=0.5", "optim.lr was 0.0001 and is 0.5"),
+        ("train.epochs=5", "train.epochs was 3.0 and is 5.0"),
+        ("train.seed=1", "train.seed was 42 and is 1"),
+        ("method.rank=4", "method.rank was 8 and is 4"),
+        ("data.max_length=64", "data.max_length was 2048 and is 64"),
+    ],
+)
+def test_what_changes_a_step_is_named(override: str, text: str) -> None:
+    assert changes(identity(of(), "b", ["d"]), identity(of(override), "b", ["d"])) == [text]
+
+
+def test_base_and_data_are_compared_by_content() -> None:
+    found = changes(identity(of(), "b", ["d", "e"]), identity(of(), "c", ["e", "d"]))
+    assert found == [
+        "the base model's weights or config are others",
+        "the training data, or how it becomes tokens, is another",
+    ]
+
+
+def test_a_setting_that_an_older_version_lacked_is_no_change() -> None:
+    before = identity(of(), "b", ["d"])
+    del before["settings"]["train.neftune_alpha"]
+    assert changes(before, identity(of(), "b", ["d"])) == []
