@@ -35,13 +35,13 @@ from luthier.recipe.schema import LoraSpec, Recipe
 from luthier.show import Say
 from luthier.stages import build_stage
 from luthier.trainer.compilation import compile_layers
+from luthier.trainer.evaluation import EvalSet
 from luthier.trainer.metrics import Metric, load_metrics
 from luthier.trainer.plugins import load_callbacks
 from luthier.trainer.same_run import identity
 from luthier.trainer.steps import StepDataset
 from luthier.trainer.stopping import EarlyStopping
 from luthier.trainer.trackers import check_trackers
-from luthier.trainer.trainer import EvalSet
 from luthier.types import Method, RecipeError, Stage
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import platform
 from collections.abc import Mapping, Sequence
@@ -10,6 +11,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from rich.markup import escape
 from torch import nn
 
 from luthier import __version__
@@ -38,6 +40,7 @@ from luthier.recipe.resolve import Hardware, resolve
 from luthier.recipe.schema import Recipe
 from luthier.show import Say, example_text, quiet_libraries, speaker
 from luthier.trainer.arguments import training_arguments
+from luthier.trainer.bad_numbers import Rewind
 from luthier.trainer.callbacks import LogCallback, ProgressCallback
 from luthier.trainer.checkpoint import hash_file, resolve_resume, sweep_temporary
 from luthier.trainer.interruption import Interruption
@@ -50,7 +53,7 @@ from luthier.trainer.run_directory import published_files, run_guard
 from luthier.trainer.same_run import differences
 from luthier.trainer.trackers import tracking
 from luthier.trainer.trainer import PeftTrainer
-from luthier.types import RunInterrupted
+from luthier.types import CheckpointError, RunInterrupted
 
 LIBRARIES = ("torch", "transformers", "peft", "accelerate", "datasets", "tokenizers", "safetensors")
 
@@ -71,8 +74,14 @@ def train(
     hardware = detect_hardware()
     loaded = resolve(load_recipe(recipe, overrides), hardware)
     train_spec = loaded.recipe.train
-    with kernel_rules(deterministic=train_spec.deterministic, tf32=train_spec.tf32):
-        return _train(loaded, hardware, quiet)
+    try:
+        with kernel_rules(deterministic=train_spec.deterministic, tf32=train_spec.tf32):
+            return _train(loaded, hardware, quiet)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        left = what_is_left(Path(train_spec.output))
+        raise CheckpointError(f"the disk is full ({error.filename or train_spec.output}). {left}") from error
 
 
 def _train(loaded: LoadedRecipe, hardware: Hardware, quiet: bool) -> TrainResult:
@@ -121,9 +130,10 @@ def _train(loaded: LoadedRecipe, hardware: Hardware, quiet: bool) -> TrainResult
             async_save=train_spec.async_save,
             metrics=attached.metrics,
             eval_arithmetic=AUTOCAST[train_spec.eval_precision],
+            bad_numbers=train_spec.bad_numbers,
             fit_memory=FitMemory(steps, say) if train_spec.fit_memory and steps is not None else None,
         )
-        metrics = _learn(trainer, settings, manifest, resumed, interruption)
+        metrics = _learn(trainer, settings, manifest, resumed, interruption, say)
     if main and not train_spec.eval_only:
         _show_result(settings, output, manifest, metrics, say)
     return TrainResult(output, metrics)
@@ -148,7 +158,7 @@ def prepare(
 def _show(settings: Recipe, material: Material, say: Say) -> None:
     """The data report and one example. Raises DataError over `max_lost`."""
     data = material.data
-    say(format_reports(data.reports))
+    say(escape(format_reports(data.reports)))
     check_max_lost(data.reports, settings.data.max_lost)
     shown = data.train if len(data.train) else next(iter(data.eval.values()))
     say(example_text(shown[0], material.template.decode))
@@ -211,13 +221,13 @@ def _learn(
     manifest: dict[str, Any],
     resumed: Path | None,
     interruption: Interruption,
+    say: Say,
 ) -> dict[str, float]:
     """Train, save what was trained, evaluate; writes the results files and returns all numbers."""
     metrics: dict[str, float] = {}
     if not settings.train.eval_only:
-        trained = trainer.train(resume_from_checkpoint=str(resumed) if resumed else None).metrics
+        trained = _train_through(trainer, resumed, say)
         trained["train_tokens"] = trainer.state.num_input_tokens_seen
-        trainer.saver.writer.wait()
         if interruption.received is not None:
             raise RunInterrupted(
                 f"{interruption.received.name}: stopped after step {trainer.state.global_step} of "
@@ -232,6 +242,22 @@ def _learn(
         trainer.save_metrics("eval", evaluated)
         metrics |= evaluated
     return metrics
+
+
+def _train_through(trainer: PeftTrainer, resumed: Path | None, say: Say) -> dict[str, float]:
+    """Train to the end, going back to a checkpoint as often as the recipe's `bad_numbers` asks for it."""
+    try:
+        while True:
+            try:
+                output = trainer.train(resume_from_checkpoint=str(resumed) if resumed else None)
+            except Rewind as request:
+                resumed = trainer.rewind(request)
+                say(f"{request.reason}. Going on from {resumed.name}, without the rows since then")
+            else:
+                trainer.saver.writer.wait()
+                return dict(output.metrics)
+    finally:
+        trainer.saver.writer.finish()
 
 
 def _save(trainer: PeftTrainer, manifest: dict[str, Any]) -> None:

@@ -42,5 +42,5 @@ def example_text(sample: Sample, decode: Callable[[Sequence[int]], str]) -> str:
         text = escape(decode(sample.input_ids[start:stop].tolist()))
         parts.append(f"[bold green]⟦{text}⟧[/]" if is_learnt else f"[dim]{text}[/]")
         start = stop
-    where = f"example ({sample.source}, row {sample.index})"
+    where = f"example ({escape(sample.source)}, row {sample.index})"
     return f"{where}: {sum(learnt)} of {len(sample)} tokens are learnt, in ⟦ ⟧\n{''.join(parts)}"

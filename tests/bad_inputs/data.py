@@ -357,6 +357,16 @@ CASES: list[BadInput] = [
         template="alpaca",
     ),
     talks(
+        "a template's own words with brackets",
+        [
+            {"conversations": TURNS},
+            {"conversations": [TURNS[0], {"from": "observation", "value": "1"}, TURNS[1]]},
+        ],
+        lost("the chat template refuses it (no tool after [/inst], [/])", "1", of=2),
+        own="{% for m in messages if m.role == 'tool' %}{{ raise_exception('no tool after [/inst], [/]') }}"
+        "{% endfor %}" + CHATML,
+    ),
+    talks(
         "tools that the template has no place for",
         [{"conversations": TURNS, "tools": NO_TOOLS}],
         nothing_left("template 'tokenizer' has no place for tools"),

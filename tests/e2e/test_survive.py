@@ -183,3 +183,14 @@ def test_background_and_foreground_write_the_same_bytes(recipe: Path, tmp_path: 
     first, second = map(files, runs)
     assert len(first) > 10
     assert first == second
+
+
+def test_a_run_resumed_at_its_end_trains_no_further(recipe: Path, tmp_path: Path) -> None:
+    """`max_steps` inside an epoch, and the process died between the last checkpoint and the final save."""
+    words = ["train.max_steps=4", "optim.schedule=constant"]
+    straight = luthier.train(recipe, [*words, f"train.output={tmp_path / 'straight'}"], quiet=True)
+    run = luthier.train(recipe, words, quiet=True).output
+    (run / "adapter_model.safetensors").unlink()
+    again = luthier.train(recipe, [*words, "train.resume=auto"], quiet=True)
+    assert_same_end(run, straight.output)
+    assert again.metrics["train_loss"] == straight.metrics["train_loss"]

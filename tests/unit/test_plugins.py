@@ -86,7 +86,7 @@ def test_an_importable_module(folder: Path, monkeypatch: pytest.MonkeyPatch) -> 
             "absent.py:Stop",
             "there is no file absent.py (looked for {empty}/absent.py and {beside}/absent.py)",
         ),
-        ("mine.py:Stopp", "mine.py has no Stops; did you mean Stop?"),
+        ("mine.py:Stops", "mine.py has no Stops; did you mean Stop?"),
         ("mine.py:Zebra", "mine.py has no Zebra"),
         (
             "broken.py:Stop",

@@ -607,5 +607,7 @@ def test_a_named_template_brings_its_end_token() -> None:
     assert template.tokenizer.pad_token == "<|eot_id|>"
     fewer = load_template(byte_level(("<|eot_id|>",)), DataSpec(template="llama3"))
     assert fewer.encode(talk("a", "b")).answers
-    with pytest.raises(DataError, match=r"ends documents with '<\|end_of_text\|>', which the tokenizer's voc"):
+    with pytest.raises(
+        DataError, match=r"ends documents with '<\|end_of_text\|>', which the tokenizer's voc"
+    ):
         fewer.document("a")

@@ -26,6 +26,7 @@ RUN_FILES = (
         "data_report.json",
         "trainer_state.json",
         "training_args.bin",
+        "bad_numbers.jsonl",
         "training_*.png",
     ),
     "quickstart.json",

@@ -9,10 +9,8 @@ atomic.
 from __future__ import annotations
 
 import contextlib
-import math
-import time
+import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,33 +21,31 @@ from torch.utils.data import DataLoader
 from transformers import (
     PreTrainedTokenizerBase,
     PrinterCallback,
-    Seq2SeqTrainer,
     Seq2SeqTrainingArguments,
     TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
 )
 from transformers.trainer_callback import ExportableState
 
 from luthier.model.logprobs import ModelPolicy
 from luthier.optim.build import build_optimizer, build_schedule
-from luthier.recipe.schema import AdamwSpec, SgdSpec
+from luthier.recipe.schema import AdamwSpec, BadNumbersSpec, SgdSpec
+from luthier.trainer.bad_numbers import BadNumbersError, NumberGuard, Rewind
+from luthier.trainer.checkpoint import newest_valid, read_manifest
+from luthier.trainer.evaluation import EvalSet, Evaluation
+from luthier.trainer.ledger import Ledger, add_terms
 from luthier.trainer.memory import FitMemory, running_out
-from luthier.trainer.metrics import Metric, RecordingPolicy, joined, measure
+from luthier.trainer.metrics import Metric
 from luthier.trainer.precision import loss_scaling
 from luthier.trainer.retention import reading
-from luthier.trainer.saving import CheckpointSaver, saves_asynchronously
-from luthier.trainer.steps import EpochCallback, Passes, StepDataset
-from luthier.types import Batch, EvalRow, LossSum, Method, RecipeError, Sample, Stage, Term
+from luthier.trainer.saving import LOOP_STATE_NAME, CheckpointSaver, saves_asynchronously
+from luthier.trainer.steps import EpochCallback, StepDataset
+from luthier.types import Batch, LossSum, Method, Stage, Term
 
 
-@dataclass(frozen=True, slots=True)
-class EvalSet:
-    """Samples to evaluate on and how they are cut into passes, for each process."""
-
-    samples: Sequence[Sample]
-    passes: Sequence[Passes]
-
-
-class PeftTrainer(Seq2SeqTrainer):
+class PeftTrainer(Evaluation):
     """Trains what `method` lets change, on what `stage` asks for."""
 
     def __init__(
@@ -70,6 +66,7 @@ class PeftTrainer(Seq2SeqTrainer):
         metrics: Sequence[Metric] = (),
         eval_arithmetic: torch.dtype | None = None,
         fit_memory: FitMemory | None = None,
+        bad_numbers: BadNumbersSpec | None = None,
     ) -> None:
         """`eval_arithmetic` is the type of evaluations (see `ModelPolicy`), without it that of training."""
         self.stage, self.method, self._optim = stage, method, optim
@@ -85,7 +82,7 @@ class PeftTrainer(Seq2SeqTrainer):
         )
         self._metrics = tuple(metrics)
         self._eval_arithmetic, self._fit_memory = eval_arithmetic, fit_memory
-        self._window: dict[str, Term] = {}
+        self.ledger = Ledger(NumberGuard(bad_numbers or BadNumbersSpec(), self.saver.run_dir))
         super().__init__(
             model=model,
             args=args,
@@ -94,6 +91,7 @@ class PeftTrainer(Seq2SeqTrainer):
             processing_class=tokenizer,
             callbacks=[
                 *callbacks,
+                _Begin(self),
                 *([EpochCallback(steps)] if steps is not None else []),
                 *([fit_memory] if fit_memory is not None else []),
             ],
@@ -148,6 +146,10 @@ class PeftTrainer(Seq2SeqTrainer):
         num_items_in_batch: Tensor | int | None = None,
     ) -> Tensor:
         """Forward and backward of all passes of one step; returns this process's part of its loss."""
+        if not self.ledger.begin_step(self.state.global_step + 1):
+            # No gradient, and an optimizer that accelerate takes for one inside an accumulation: nothing moves.
+            self.accelerator.gradient_state._set_sync_gradients(False)
+            return torch.zeros((), device=self.args.device)
         model.train()
         if callable(train := getattr(self.optimizer, "train", None)):
             train()  # schedule-free optimizers train at another point than they save
@@ -156,9 +158,11 @@ class PeftTrainer(Seq2SeqTrainer):
         else:
             attempt = partial(self._run_passes, model)
             step_loss, metrics = self._fit_memory.run(attempt, inputs, self.state.global_step, model)
-        _accumulate(self._window, metrics)
         self._count_tokens(inputs)
-        return step_loss
+        total = self.accelerator.reduce(step_loss, "mean") if self.args.world_size > 1 else step_loss
+        rows = (origin for batch in inputs for origin in batch.samples)
+        is_number = self.ledger.add_loss(float(total), metrics, rows)
+        return step_loss if is_number else torch.zeros_like(step_loss)
 
     def _run_passes(self, model: nn.Module, passes: Sequence[Batch]) -> tuple[Tensor, dict[str, Term]]:
         """Adds the gradients of a whole step; returns this process's part of its loss, and sums of its metrics."""
@@ -175,8 +179,35 @@ class PeftTrainer(Seq2SeqTrainer):
                     loss = _divided(loss_sum, weights) * self.args.world_size
                 self.accelerator.backward(loss)
             step_loss += loss.detach()
-            _accumulate(metrics, loss_sum.metrics)
+            add_terms(metrics, loss_sum.metrics)
         return step_loss, metrics
+
+    def _clip_grad_norm(self, model: nn.Module) -> Tensor:
+        if self.ledger.left_out:
+            return torch.zeros(())
+        return super()._clip_grad_norm(model)  # type: ignore[no-any-return,no-untyped-call]
+
+    def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
+        """The norm for the log; a bad step is dealt with here, right before the optimizer would take it."""
+        if self.ledger.left_out:
+            return 0.0
+        norm = super()._get_grad_norm(model, grad_norm=grad_norm)  # type: ignore[no-untyped-call]
+        # With a loss scaler infinite gradients are its daily bread: it leaves the step out and scales less.
+        scaled = getattr(self.accelerator, "scaler", None) is not None
+        if not self.ledger.judge(self.state.global_step + 1, None if scaled else float(norm)):
+            model.zero_grad(set_to_none=True)
+        return norm
+
+    def rewind(self, request: Rewind) -> Path:
+        """Prepare to train on from the last checkpoint, without what led to `request`; returns the checkpoint."""
+        self.saver.writer.wait()
+        checkpoint, _ = newest_valid(self.saver.run_dir, resumable=True)
+        if checkpoint is None:
+            raise BadNumbersError(f"{request.reason}. There is no checkpoint to go back to")
+        self.ledger.guard.rewound(read_manifest(checkpoint)["metadata"]["step"], request.step)
+        self.optimizer = self.lr_scheduler = None
+        self._trained.zero_grad(set_to_none=True)
+        return checkpoint
 
     @property
     def tokens_per_pass(self) -> int | None:
@@ -212,92 +243,15 @@ class PeftTrainer(Seq2SeqTrainer):
         return self.model
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        if "loss" in logs and self._window:
-            logs |= {name: self._mean(term) for name, term in self._window.items()}
-            self._window = {}
+        if "train_loss" in logs:  # transformers' own covers the steps since the last resume alone
+            logs["train_loss"] = self.ledger.mean_loss
+        if "loss" in logs:
+            self.ledger.close_window(
+                logs, {name: self._mean(term) for name, term in self.ledger.metrics.items()}
+            )
         if "loss" in logs and self._scaling is not None:
             self._scaling.add_to(logs)
         super().log(logs, start_time)
-
-    def _mean(self, term: Term) -> float:
-        total, weight = term.total, term.weight
-        if self.args.world_size > 1:
-            total, weight = (self.accelerator.reduce(value, "sum") for value in (total, weight))
-        return float(total / weight) if float(weight) else math.nan
-
-    # ---- evaluation --------------------------------------------------------------------------------
-
-    def evaluate(  # type: ignore[override]
-        self,
-        eval_dataset: Any = None,
-        ignore_keys: list[str] | None = None,
-        metric_key_prefix: str = "eval",
-    ) -> dict[str, float]:
-        """Loss and perplexity of every evaluation set by exact sums, and the recipe's metrics of its rows.
-
-        One set gives `eval_loss`; several give `eval_<name>_loss` each, and `eval_loss` of all their tokens; so with
-        metrics. Raises RecipeError where, in training, `best_metric` is not among the numbers.
-        """
-        started, pooled, metrics, num_tokens = time.time(), dict[str, Term](), dict[str, float](), 0
-        named, rows = len(self._eval_sets) > 1, list[EvalRow]()
-        for name, eval_set in self._eval_sets.items():
-            sums, tokens, evaluated = self._evaluate_set(eval_set)
-            num_tokens += tokens
-            rows += evaluated
-            _accumulate(pooled, sums)
-            if named:
-                metrics = joined(metrics, self._report(f"{metric_key_prefix}_{name}", sums, evaluated))
-        metrics = joined(metrics, self._report(metric_key_prefix, pooled, rows))
-        seconds = time.time() - started
-        speed = {"runtime": round(seconds, 4), "tokens_per_second": round(num_tokens / seconds, 3)}
-        metrics = joined(metrics, {f"{metric_key_prefix}_{name}": value for name, value in speed.items()})
-        self.log(metrics)
-        if self.is_in_train:
-            self._check_best_metric(metrics)
-        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
-        return metrics
-
-    def _check_best_metric(self, metrics: Mapping[str, float]) -> None:
-        wanted = str(self.args.metric_for_best_model)
-        if f"eval_{wanted.removeprefix('eval_')}" not in metrics:
-            numbers = ", ".join(name for name in metrics if name.startswith("eval_"))
-            raise RecipeError(
-                f"train.best_metric={wanted}: the evaluation does not report it; it reports {numbers}"
-            )
-
-    @torch.no_grad()
-    def _evaluate_set(self, eval_set: EvalSet) -> tuple[dict[str, Term], int, list[EvalRow]]:
-        """Sums, tokens, and, where a metric asks for them, the rows of this process."""
-        model = self.model_wrapped
-        training = model.training
-        model.eval()
-        plain = ModelPolicy(model, self._eval_arithmetic)
-        recording = RecordingPolicy(plain) if self._metrics else None
-        policy, sums, tokens = recording or plain, dict[str, Term](), 0
-        passes = eval_set.passes[self.args.process_index]
-        self.callback_handler.eval_dataloader = passes
-        try:
-            for indices in passes:
-                batch = self.stage.collate([eval_set.samples[index] for index in indices]).to(
-                    self.args.device
-                )
-                with self.compute_loss_context_manager():
-                    loss_sum = self.stage.loss(policy, batch)
-                _accumulate(sums, loss_sum.terms)
-                _accumulate(sums, loss_sum.metrics)
-                tokens += batch.num_tokens
-                self.control = self.callback_handler.on_prediction_step(self.args, self.state, self.control)
-        finally:
-            model.train(training)
-        return sums, tokens, recording.rows if recording is not None else []
-
-    def _report(self, prefix: str, sums: Mapping[str, Term], rows: Sequence[EvalRow]) -> dict[str, float]:
-        means = {name: self._mean(term) for name, term in sums.items()}
-        report = {f"{prefix}_{name}": value for name, value in means.items()}
-        if "loss" in means:
-            nll = means.get("nll", means["loss"])
-            report[f"{prefix}_perplexity"] = math.exp(nll) if nll < 700 else math.inf
-        return joined(report, measure(self._metrics, rows, prefix)) if rows else report
 
     # ---- checkpoints -------------------------------------------------------------------------------
 
@@ -315,7 +269,7 @@ class PeftTrainer(Seq2SeqTrainer):
             optimizer=self.optimizer,
             scheduler=self.lr_scheduler,
             scaler=getattr(self.accelerator, "scaler", None),
-            loop={},
+            loop=self.ledger.state(float(self._tr_loss)),
         )
 
     def _export_callback_states(self) -> None:
@@ -348,9 +302,39 @@ class PeftTrainer(Seq2SeqTrainer):
         with reading(Path(resume_from_checkpoint)):
             self.method.load(self.accelerator.unwrap_model(model or self.model), Path(resume_from_checkpoint))
 
+    def _prepare_for_training(
+        self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: str | None
+    ) -> Any:
+        self._resumed_from = None if resume_from_checkpoint is None else Path(resume_from_checkpoint)
+        return super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)  # type: ignore[no-untyped-call]
+
+    def begin_ledger(self) -> None:
+        """A new run begins to count; a resumed one goes on with the sums of its checkpoint."""
+        if self._resumed_from is None:
+            self.ledger.guard.begin()
+            return
+        checkpoint = self._resumed_from
+        state = json.loads((checkpoint / LOOP_STATE_NAME).read_text(encoding="utf-8"))
+        self._tr_loss = torch.tensor(self.ledger.restore(state), device=self.args.device)
+        self._globalstep_last_logged = self.state.global_step - self.ledger.window_steps
+
     def _load_best_model(self) -> None:
         self.saver.writer.wait()
         self._load_from_checkpoint(str(self.state.best_model_checkpoint))
+
+
+class _Begin(TrainerCallback):
+    """transformers sets its sums to zero right before this event."""
+
+    def __init__(self, trainer: PeftTrainer) -> None:
+        self._trainer = trainer
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self._trainer.begin_ledger()
+        if state.global_step >= state.max_steps:  # resumed at its end: transformers would do one step more
+            control.should_training_stop = True
 
 
 def _only(items: list[list[Batch]]) -> list[Batch]:
@@ -365,12 +349,3 @@ def _divided(loss_sum: LossSum, weights: Mapping[str, Tensor]) -> Tensor:
         for name, term in loss_sum.terms.items()
     ]
     return torch.stack(parts).sum()
-
-
-def _accumulate(sums: dict[str, Term], terms: Mapping[str, Term]) -> None:
-    for name, term in terms.items():
-        total, weight = term.total.detach().double(), term.weight.detach().double()
-        known = sums.get(name)
-        sums[name] = (
-            Term(total, weight) if known is None else Term(known.total + total, known.weight + weight)
-        )

@@ -44,6 +44,11 @@ class CheckpointWriter:
             error, self._error = self._error, None
             raise error
 
+    def finish(self) -> None:
+        """Until nothing is in flight; raises nothing, for a run that ends with an error of its own."""
+        if self._thread is not None:
+            self._thread.join()
+
     def _run(self, job: Job) -> None:
         try:
             job()
