@@ -73,6 +73,7 @@ class Loop:
             async_save=contender == "background",
         )
         self.trainer.create_optimizer_and_scheduler(1000)
+        self.trainer._tr_loss = torch.tensor(0.0)  # what `train` sets first
         kept = [*self.trainer.callback_handler.callbacks, self.trainer.control]
         self.trainer.state = TrainerState(
             max_steps=1000, stateful_callbacks=[one for one in kept if isinstance(one, ExportableState)]
@@ -138,16 +139,19 @@ def main() -> None:
     }
     with tempfile.TemporaryDirectory() as place:
         for name, method in methods.items():
+            loops = {
+                contender: Loop(given.model, method, Path(place) / f"{name}-{contender}", contender)
+                for contender in contenders
+            }
+            for loop in loops.values():
+                loop.step()
+                loop.save()  # the first save makes the buffers and warms the files
+                loop.finish()
             rounds = []
             for number in range(given.rounds):
-                row = {}
-                for contender in contenders[number % 3 :] + contenders[: number % 3]:
-                    loop = Loop(given.model, method, Path(place) / f"{name}-{contender}", contender)
-                    measure(loop)  # the first save makes the buffers and warms the files
-                    row[contender] = measure(loop)
-                    del loop
-                rounds.append(row)
-                print(name, json.dumps(row), flush=True)
+                order = contenders[number % 3 :] + contenders[: number % 3]
+                rounds.append({contender: measure(loops[contender]) for contender in order})
+                print(name, json.dumps(rounds[-1]), flush=True)
             answer[name] = {"rounds": rounds, "ratios": ratios(rounds)}
     given.results.write_text(json.dumps(answer, indent=1) + "\n")
     print(json.dumps({name: answer[name]["ratios"] for name in methods}, indent=1))

@@ -17,9 +17,15 @@ from luthier.data.table import SampleTable
 from luthier.data.template import ChatTemplate, load_template
 from luthier.environment import require
 from luthier.methods import build_method
+from luthier.model.faults import require_token_rows
 from luthier.model.load import ModelSource, load_config, load_model, load_tokenizer
 from luthier.model.neftune import EmbeddingNoise
-from luthier.model.positions import PositionsChange, positions_change, recorded_positions
+from luthier.model.positions import (
+    PositionsChange,
+    positions_change,
+    recorded_positions,
+    require_positions,
+)
 from luthier.model.selftest import build_with_rows
 from luthier.model.vocabulary import (
     VocabularyChange,
@@ -149,10 +155,18 @@ def _row_progress(say: Say) -> Progress:
 
 
 def build_model(
-    settings: Recipe, source: ModelSource, hardware: Hardware, vocabulary: VocabularyChange
+    settings: Recipe,
+    source: ModelSource,
+    hardware: Hardware,
+    vocabulary: VocabularyChange,
+    *,
+    longest: int = 0,
 ) -> tuple[PreTrainedModel | PeftModel, Method]:
     """The model ready to train: new tokens given rows, adapters attached, target forward installed, isolation
-    proven. `vocabulary` is what `load_tokens` said."""
+    proven. `vocabulary` is what `load_tokens` said, `longest` the tokens of the longest sample.
+
+    Raises ModelError for what cannot be loaded, does not fit together, or would not be trained exactly.
+    """
     device = torch.device(hardware.device)
     positions = _positions(settings, source)
     methods: list[Method] = []
@@ -161,7 +175,10 @@ def build_model(
         # What an adapter draws depends on the seed alone, not on the data before it.
         set_seed(settings.train.seed)
         base = load_model(settings.model, source, device, own_attention=own_attention, positions=positions)
-        methods.append(build_method(settings.method, resize_embeddings(base, vocabulary)))
+        require_positions(base.config, longest, alone=settings.train.tokens_per_pass == 1)
+        resized = resize_embeddings(base, vocabulary)
+        require_token_rows(resized.num_tokens, resized.rows or 0, f"model.path={settings.model.path}")
+        methods.append(build_method(settings.method, resized))
         return methods[-1].apply(base)  # type: ignore[no-any-return]
 
     arithmetic = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(settings.train.precision)
@@ -172,6 +189,12 @@ def build_model(
     if settings.train.compile is not None:
         compile_layers(model, settings.train.compile)
     return model, methods[-1]
+
+
+def longest_sample(material: Material) -> int:
+    """Tokens of the longest sample of any set."""
+    tables = [material.data.train, *material.data.eval.values()]
+    return max((int(table.lengths.max()) for table in tables if len(table)), default=0)
 
 
 def _positions(settings: Recipe, source: ModelSource) -> PositionsChange | None:

@@ -21,6 +21,7 @@ from luthier.assemble import (
     build_model,
     eval_sets,
     load_tokens,
+    longest_sample,
     padding_share,
     read_material,
     require_one_process,
@@ -101,7 +102,7 @@ def _train(loaded: LoadedRecipe, hardware: Hardware, quiet: bool) -> TrainResult
     tokenizer, vocabulary = load_tokens(settings, source, say)
     material = read_material(settings, tokenizer, say)
     _show(settings, material, say)
-    model, method = build_model(settings, source, hardware, vocabulary)
+    model, method = build_model(settings, source, hardware, vocabulary, longest=longest_sample(material))
     manifest = _manifest(settings, source, material)
     # Only now, when nothing of the input can be wrong any more, is anything written.
     resumed = _open_run(output, loaded, manifest["identity"], say, main=main)

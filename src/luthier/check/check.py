@@ -21,6 +21,7 @@ from luthier.assemble import (
     attachments,
     build_model,
     load_tokens,
+    longest_sample,
     read_material,
     require_one_process,
     run_identity,
@@ -37,7 +38,8 @@ from luthier.data.prepare import DEV, PreparedData
 from luthier.data.report import check_max_lost
 from luthier.environment import detect_hardware
 from luthier.methods.groups import count_parameters
-from luthier.model.load import DTYPES, LOAD_ERRORS, ModelSource, fingerprint, load_config, locate
+from luthier.model.faults import LOAD_ERRORS
+from luthier.model.load import DTYPES, ModelSource, fingerprint, load_config, locate
 from luthier.model.logprobs import chosen_rows
 from luthier.model.vocabulary import VocabularyChange
 from luthier.recipe.load import LoadedRecipe, load_recipe
@@ -183,7 +185,10 @@ class _Check:
             return
         before = memory_before(hardware.device)
         self._say("loading the model")
-        built = found.ask("model", lambda: build_model(settings, source, hardware, vocabulary))
+        longest = longest_sample(material) if material is not None else 0
+        built = found.ask(
+            "model", lambda: build_model(settings, source, hardware, vocabulary, longest=longest)
+        )
         if built is None:
             return
         model, method = built

@@ -12,9 +12,11 @@ from peft.utils import load_peft_weights
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from luthier.methods.adapter_files import attach_adapter, linear_names
 from luthier.methods.fused import fuse_lora
 from luthier.methods.groups import checkpoints_activations, decay_groups
 from luthier.methods.token_rows import fuse_token_rows
+from luthier.model.faults import reason
 from luthier.model.positions import loaded_positions, read_positions, stretch_loaded, write_positions
 from luthier.model.vocabulary import (
     VocabularyChange,
@@ -82,16 +84,15 @@ class Lora:
                 [] if isinstance(names, str) else [n for n in names if n.rsplit(".", 1)[-1] not in known]
             )
             if missing:
-                linear = sorted(
-                    {n.rsplit(".", 1)[-1] for n, m in model.named_modules() if isinstance(m, nn.Linear)}
-                )
                 raise ModelError(
-                    f"method.{field}: the model has no module {missing}; its linear layers are {linear}"
+                    f"method.{field}: the model has no module {missing}; its linear layers are {linear_names(model)}"
                 )
         try:
             peft_model = get_peft_model(model, config)
         except ValueError as error:
-            raise ModelError(f"method.targets={spec.targets!r}: {error}") from error
+            raise ModelError(
+                f"method.targets={spec.targets!r}: {reason(error)} The linear layers are {linear_names(model)}"
+            ) from error
         assert isinstance(peft_model, PeftModel)
         return peft_model
 
@@ -138,14 +139,7 @@ class Lora:
         record = read_record(folder)
         if record is not None and record != self.vocabulary:
             raise ModelError(f"method.adapters: {folder} was trained with new tokens that this model lacks")
-        if not (Path(folder) / "adapter_config.json").is_file() and Path(folder).exists():
-            raise ModelError(
-                f"method.adapters: {folder} holds no adapter_config.json, so it is not an adapter"
-            )
-        try:
-            return PeftModel.from_pretrained(model, folder, is_trainable=trainable)
-        except (OSError, ValueError, RuntimeError) as error:
-            raise ModelError(f"method.adapters: {folder} could not be loaded: {error}") from error
+        return attach_adapter(model, folder, trainable=trainable)
 
     def parameter_groups(self, model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
         return decay_groups(model, weight_decay)

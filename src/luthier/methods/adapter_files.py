@@ -1,0 +1,88 @@
+"""An adapter's folder: what is in it, and whether it is an adapter of this model. PEFT attaches one of any other."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from peft import PeftModel, set_peft_model_state_dict
+from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
+from peft.utils import load_peft_weights
+from safetensors import SafetensorError
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from luthier.model.faults import LOAD_ERRORS, read_json, reason
+from luthier.types import ModelError
+
+PARTS = (".lora_", ".modules_to_save.", ".trainable_tokens_delta.")
+"""What of an adapter's state is trained; the rest is its base."""
+
+
+def attach_adapter(model: PreTrainedModel, folder: str, *, trainable: bool) -> PeftModel:
+    """The model with the adapter in `folder` (or of a hub name).
+
+    Raises ModelError where it is no adapter, damaged, or of a model with other layers or shapes.
+    """
+    label = f"method.adapters: {folder}"
+    _check_folder(folder, label)
+    try:
+        attached = PeftModel.from_pretrained(model, folder, is_trainable=trainable)
+        # PEFT leaves what it does not find as it was drawn, and drops what has no place.
+        result: Any = set_peft_model_state_dict(attached, load_peft_weights(folder, device="cpu"))
+    except KeyError as error:  # PEFT looks saved modules up by name
+        raise ModelError(f"{label} was trained on another model: this one has no {error}") from error
+    except LOAD_ERRORS as error:
+        raise ModelError(_fault(label, error)) from error
+    # A tied matrix is saved once and stands under two names; of those `named_parameters` gives the first.
+    own = {name for name, _ in attached.named_parameters() if any(part in name for part in PARTS)}
+    missing = [name for name in result.missing_keys if name in own]
+    if missing or result.unexpected_keys:
+        raise ModelError(
+            f"{label} was trained on another model: {len(missing)} of this model's adapted layers have no weights in "
+            f"it, and {len(result.unexpected_keys)} of its weights have no layer "
+            f"({[*missing, *result.unexpected_keys][0]} for one)"
+        )
+    return attached
+
+
+def linear_names(model: nn.Module) -> list[str]:
+    """Last parts of the names of the linear layers: what adapters can be asked for."""
+    return sorted(
+        {
+            name.rsplit(".", 1)[-1]
+            for name, module in model.named_modules()
+            if isinstance(module, nn.Linear | Conv1D)
+        }
+    )
+
+
+def _check_folder(folder: str, label: str) -> None:
+    path = Path(folder)
+    if not path.is_dir():
+        if path.exists() or folder.startswith((".", "/", "~")) or folder.count("/") > 1:
+            raise ModelError(f"{label}: no such folder")
+        return
+    if not (path / "adapter_config.json").is_file():
+        raise ModelError(f"{label} holds no adapter_config.json, so it is not an adapter")
+    kind = read_json(path / "adapter_config.json", label).get("peft_type")
+    if kind not in PEFT_TYPE_TO_CONFIG_MAPPING:
+        raise ModelError(f"{label}: PEFT does not know the peft_type {kind!r} of adapter_config.json")
+    if not any((path / f"adapter_model.{ending}").is_file() for ending in ("safetensors", "bin")):
+        raise ModelError(f"{label} holds no weights (adapter_model.safetensors)")
+
+
+def _fault(label: str, error: Exception) -> str:
+    if isinstance(error, SafetensorError):
+        return f"{label}: adapter_model.safetensors is damaged or cut short ({error}); copy it again"
+    mismatches = [line.strip() for line in str(error).splitlines() if "size mismatch for" in line]
+    if mismatches:
+        name = mismatches[0].removeprefix("size mismatch for ").split(":")[0]
+        return (
+            f"{label} was trained on another model: {len(mismatches)} of its weights have another shape "
+            f"({name} for one)"
+        )
+    if "not found in the base model" in str(error):
+        return f"{label} was trained on another model: its layers are not in this one"
+    return f"{label} could not be loaded: {reason(error)}"
