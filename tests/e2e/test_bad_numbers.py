@@ -104,7 +104,7 @@ def test_skip_leaves_the_step_out_and_nothing_else(
     for name, tensor in weights(result.output).items():
         assert torch.equal(tensor, expected[name]), name
     log = [line for line in lines(result.output) if "loss" in line]
-    assert [line.get("skipped_steps") for line in log] == [None, 1, 1, 1]
+    assert [line.get("bad_steps") for line in log] == [None, 1, 1, 1]
     whole = {line["current_steps"]: line["loss"] for line in lines(tmp_path / "zero") if "loss" in line}
     assert log[1]["loss"] == pytest.approx(whole[4], rel=1e-6)  # the mean of the good step alone
     good = [loss for step, loss in whole.items() if step != 3]

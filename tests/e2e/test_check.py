@@ -70,7 +70,7 @@ def run(*words: str | Path) -> Any:
 
 def checked(file: Path, *words: str, status: int = 0) -> dict[str, Any]:
     result = run("check", file, "--json", *words)
-    assert result.exit_code == status, result.output
+    assert result.exit_code == status, result.stderr
     tree = json.loads(result.stdout)
     assert isinstance(tree, dict)
     return tree

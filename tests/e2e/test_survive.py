@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -17,8 +18,9 @@ from safetensors.torch import load_file
 
 import luthier
 from luthier.trainer import saving
+from luthier.trainer.callbacks import LogCallback
 from luthier.trainer.checkpoint import newest_valid, verify
-from luthier.types import CheckpointError
+from luthier.types import CheckpointError, RunInterrupted
 from tests.tiny import chat_model, write_alpaca
 
 
@@ -194,3 +196,66 @@ def test_a_run_resumed_at_its_end_trains_no_further(recipe: Path, tmp_path: Path
     again = luthier.train(recipe, [*words, "train.resume=auto"], quiet=True)
     assert_same_end(run, straight.output)
     assert again.metrics["train_loss"] == straight.metrics["train_loss"]
+
+
+def _flip(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(bytes(data))
+
+
+DAMAGES = {
+    "changed": _flip,
+    "cut": lambda path: path.write_bytes(path.read_bytes()[: path.stat().st_size // 2]),
+    "removed": lambda path: path.unlink(),
+}
+
+
+def test_every_damage_of_every_file_is_found_and_the_previous_checkpoint_used(
+    recipe: Path, tmp_path: Path
+) -> None:
+    run = luthier.train(recipe, ["train.max_steps=4"], quiet=True).output
+    files = sorted(path.name for path in (run / "checkpoint-4").iterdir())
+    assert {"adapter_model.safetensors", "optimizer.pt", "rng_state.pth", "loop_state.json"} <= set(files)
+    for name in files:
+        path = run / "checkpoint-4" / name
+        whole = path.read_bytes()
+        for damage in DAMAGES.values():
+            damage(path)
+            newest, skipped = newest_valid(run, resumable=True)
+            assert newest == run / "checkpoint-2", name
+            ((folder, reason),) = skipped
+            assert folder == run / "checkpoint-4" and (name in reason or name == "manifest.json"), reason
+            path.write_bytes(whole)
+    assert newest_valid(run, resumable=True) == (run / "checkpoint-4", [])
+
+
+def test_the_log_reads_the_same_after_any_number_of_resumes(
+    recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Stopped by a signal after steps 1, 2 and 5 of 6; lines, mean loss and tokens are those of one run."""
+
+    def told(run: Path) -> list[dict[str, Any]]:
+        keys = ("current_steps", "total_steps", "loss", "learning_rate", "grad_norm", "epoch", "tokens")
+        lines = [json.loads(line) for line in (run / "trainer_log.jsonl").read_text().splitlines()]
+        return [{key: line[key] for key in keys if key in line} for line in lines if "loss" in line]
+
+    straight = luthier.train(recipe, ["train.log_every=2", f"train.output={tmp_path / 'straight'}"], quiet=True)
+    step_end = LogCallback.on_step_end
+    stops = [1, 2, 5]
+
+    def signals(self: LogCallback, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        step_end(self, args, state, control, **kwargs)
+        if stops and state.global_step == stops[0]:
+            stops.pop(0)
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(LogCallback, "on_step_end", signals)
+    for step in (1, 2, 5):
+        with pytest.raises(RunInterrupted, match=f"stopped after step {step} of 6; checkpoint-{step} is whole"):
+            luthier.train(recipe, ["train.log_every=2", "train.resume=auto"], quiet=True)
+    ended = luthier.train(recipe, ["train.log_every=2", "train.resume=auto"], quiet=True)
+    assert told(ended.output) == told(straight.output)
+    assert ended.metrics["train_loss"] == straight.metrics["train_loss"]
+    assert ended.metrics["train_tokens"] == straight.metrics["train_tokens"]
+    assert_same_end(ended.output, straight.output)

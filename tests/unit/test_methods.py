@@ -203,7 +203,7 @@ def test_new_adapter_changes_nothing() -> None:
         (LoraSpec(targets=("q_proj", "wq")), r"method\.targets: the model has no module \['wq'\].*q_proj"),
         (LoraSpec(modules_to_save=("head",)), r"method\.modules_to_save: the model has no module \['head'\]"),
         (LoraSpec(targets=r".*\.wq"), r"method\.targets='\.\*"),
-        (LoraSpec(adapters=("/nowhere/at/all",)), "method.adapters: /nowhere/at/all could not be loaded"),
+        (LoraSpec(adapters=("/nowhere/at/all",)), "method.adapters: /nowhere/at/all: no such folder"),
     ],
 )
 def test_lora_errors(spec: LoraSpec, message: str) -> None:

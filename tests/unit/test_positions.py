@@ -14,13 +14,17 @@ from transformers.models.gemma3.modeling_gemma3 import Gemma3RotaryEmbedding
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 import luthier
+from luthier.data.collate import flat_batch
 from luthier.methods.lora import load_adapter
+from luthier.model.attention import SDPA
 from luthier.model.load import load_model, locate
+from luthier.model.logprobs import ModelPolicy, install_target_forward
 from luthier.model.positions import (
     PositionsChange,
     positions_change,
     read_positions,
     recorded_positions,
+    require_positions,
     stretch,
     stretch_loaded,
     write_positions,
@@ -28,7 +32,7 @@ from luthier.model.positions import (
 from luthier.recipe.schema import ModelSpec, RopeScalingSpec
 from luthier.types import ModelError
 from tests.padded import PADDED
-from tests.tiny import FAMILIES, chat_model, tiny_model, write_alpaca
+from tests.tiny import FAMILIES, chat_model, random_samples, tiny_model, write_alpaca
 
 BY_HAND: dict[str, dict[str, Any]] = {
     "linear": {"rope_type": "linear", "factor": 4.0},
@@ -163,6 +167,69 @@ def test_stretching_a_loaded_model(family: str, kind: str) -> None:
     ids = torch.arange(3, 83)[None]
     mask = torch.ones_like(ids)
     assert torch.equal(made(ids, attention_mask=mask).logits, loaded(ids, attention_mask=mask).logits)
+
+
+# ---- room ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("family", ["gpt2", "opt", "mpt"])
+def test_learned_positions_end(family: str) -> None:
+    config = (FAMILIES | PADDED)[family]()
+    if family == "opt":
+        config.max_position_embeddings = 256
+    require_positions(config, 256, alone=False)
+    with pytest.raises(
+        ModelError, match=r"has 256 positions and the longest sample has 257.*data\.max_length=256"
+    ):
+        require_positions(config, 257, alone=True)
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3-window", "mamba", "bloom", "bamba"])
+def test_others_go_on(family: str) -> None:
+    require_positions((FAMILIES | PADDED)[family](), 100_000, alone=False)
+
+
+def longrope() -> Any:
+    config: Any = FAMILIES["phi3"]()
+    config.rope_parameters = {
+        "rope_type": "longrope",
+        "rope_theta": 1e4,
+        "short_factor": [1.0] * 4,
+        "long_factor": [4.0] * 4,
+        "original_max_position_embeddings": 16,
+    }
+    config.original_max_position_embeddings = 16
+    return config
+
+
+def test_longrope_needs_every_sample_alone() -> None:
+    """A short sample says something else beside a long one, which the self-test's short segments cannot show."""
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(longrope(), attn_implementation=SDPA)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim == 2:
+                parameter.mul_(8.0)
+    install_target_forward(model)
+    policy = ModelPolicy(model)
+    short, long = random_samples((14, 30))
+    alone = policy.logprobs(flat_batch([short])).logprobs
+    beside = policy.logprobs(flat_batch([short, long])).logprobs[: len(alone)]
+    assert float((alone - beside).detach().abs().max()) > 1e-2
+    assert torch.equal(policy.logprobs(flat_batch([short])).logprobs, alone)
+
+    require_positions(model.config, 16, alone=False)
+    require_positions(model.config, 30, alone=True)
+    with pytest.raises(ModelError, match=r"more than 16 tokens \(longrope\).*train\.tokens_per_pass=1"):
+        require_positions(model.config, 30, alone=False)
+
+
+def test_dynamic_positions_end_with_the_stretch() -> None:
+    config = FAMILIES["llama"]()
+    stretch(config, PositionsChange("dynamic", 2.0, 256, 512))
+    require_positions(config, 512, alone=False)
+    with pytest.raises(ModelError, match=r"more than 512 tokens \(dynamic\)"):
+        require_positions(config, 513, alone=True)
 
 
 # ---- adapters ------------------------------------------------------------------------------------------------

@@ -174,7 +174,9 @@ def test_a_step_that_overflows_changes_nothing(tmp_path: Path) -> None:
     for name, weight in start.items():
         assert torch.equal(seen[2][name], weight)
         assert torch.equal(seen[5][name], seen[4][name])
-    assert any(not torch.equal(seen[4][name], start[name]) for name in start)  # the first taken step has rate 0
+    assert any(
+        not torch.equal(seen[4][name], start[name]) for name in start
+    )  # the first taken step has rate 0
     assert history(run, "skipped_steps") == [3, 1]
     assert history(run, "loss_scale") == [2.0**13, 2.0**12]
     assert history(run, "grad_norm") == []  # the last step before each line overflowed
@@ -202,12 +204,15 @@ def test_weights_that_train_are_not_float16(tmp_path: Path) -> None:
         trainer(tmp_path, tiny_model("llama").half(), random_samples(LENGTHS), precision="fp16")
 
 
-def test_resume_restores_the_loss_scale(tmp_path: Path) -> None:
-    """From every checkpoint, bit by bit: weights, moments, scale and how long it has been the same."""
+@pytest.mark.parametrize("log_every", [1, 3])
+def test_resume_restores_the_loss_scale(log_every: int, tmp_path: Path) -> None:
+    """From every checkpoint, bit by bit: weights, moments, scale and how long it has been the same; and the log."""
     samples = random_samples(LENGTHS)
 
-    def run(output: Path, **train: Any) -> PeftTrainer:
-        made = trainer(output, tiny_model("llama"), samples, precision="fp16", save_every=1, **train)
+    def run(output: Path) -> PeftTrainer:
+        made = trainer(
+            output, tiny_model("llama"), samples, precision="fp16", save_every=1, log_every=log_every
+        )
         overflow_at(made, {1, 4})
         return made
 

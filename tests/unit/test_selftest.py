@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, BertConfig
 
 from luthier.model import attention, logprobs
 from luthier.model.attention import NotIsolatedError
@@ -179,11 +179,45 @@ def test_unknown_logit_rule_is_refused(family: str, monkeypatch: pytest.MonkeyPa
 
 
 def test_not_a_number_is_refused() -> None:
-    model = taught("llama")
-    with torch.no_grad():
-        next(model.parameters())[:] = float("nan")
-    with pytest.raises(ModelError, match="failed the two-segment self-test"):
-        require_isolation(model)
+    def build(own_attention: bool) -> nn.Module:
+        model = tiny_model("llama", "sdpa" if own_attention else attention.SDPA)
+        with torch.no_grad():
+            next(model.parameters())[:] = float("nan")
+        return model
+
+    for wanted in ("auto", "flat", "padded"):
+        with pytest.raises(ModelError, match="LlamaForCausalLM answers with NaN"):
+            build_with_rows(build, wanted, "right")
+
+
+@pytest.mark.parametrize("decoder", [False, True])
+def test_encoders_are_refused(decoder: bool) -> None:
+    """BERT loads as a causal language model. As a decoder it is one, but has more between backbone and head."""
+    config = BertConfig(
+        vocab_size=VOCAB,
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        intermediate_size=48,
+        is_decoder=decoder,
+    )
+
+    def build(own_attention: bool) -> nn.Module:
+        torch.manual_seed(0)
+        model = AutoModelForCausalLM.from_config(
+            config, attn_implementation="sdpa" if own_attention else attention.SDPA
+        )
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.mul_(4.0)
+        return model
+
+    message = r"^BertLMHeadModel looks ahead.*this is an encoder"
+    if decoder:
+        message = r"BertLMHeadModel failed the self-test of padded rows"
+    for wanted in ("auto", "padded"):
+        with pytest.raises(ModelError, match=message):
+            build_with_rows(build, wanted, "right")
 
 
 @pytest.mark.parametrize("training", [False, True])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import platform
 from pathlib import Path
 
 import psutil
@@ -9,8 +10,9 @@ import torch
 from torch import nn
 
 from luthier.check.memory import (
-    ALLOCATOR,
+    HELD,
     SMALL_TENSORS,
+    Activations,
     Memory,
     PassShape,
     Sizes,
@@ -18,7 +20,7 @@ from luthier.check.memory import (
     gradient_bytes,
     head_bytes,
     layer_bytes,
-    measure_growth,
+    measure_activations,
     optimizer_bytes,
     tensor_bytes,
     trained,
@@ -62,16 +64,15 @@ def estimate_memory(
     process: what `memory_before` said before the model was loaded.
     """
     arithmetic = arithmetic_of(settings)
-    growth = plain = measure_growth(model, stage, arithmetic, shape.positions)
+    kept = plain = measure_activations(model, stage, arithmetic, shape.positions)
     checkpointed = checkpoints_activations(model)
     if checkpointed:
         with without_checkpointing(model):
-            plain = measure_growth(model, stage, arithmetic, shape.positions)
-    activations = growth(shape.positions, shape.squares)
+            plain = measure_activations(model, stage, arithmetic, shape.positions)
     num_layers = model.config.get_text_config().num_hidden_layers  # type: ignore[union-attr, operator]
-    layer = layer_bytes(plain, shape, num_layers, checkpointed=checkpointed)
+    layer = layer_bytes(plain.growth, shape, num_layers, checkpointed=checkpointed)
     smoothed = settings.stage.label_smoothing > 0
-    kept, transient = head_bytes(model, shape, arithmetic=arithmetic, smoothed=smoothed)
+    head, transient = head_bytes(model, shape, arithmetic=arithmetic, smoothed=smoothed)
     optimizer = optimizer_bytes(settings.optim, trained(model))
     on_cpu = hardware.device != "cuda"
     sizes = Sizes(
@@ -79,11 +80,11 @@ def estimate_memory(
         weights=weight_bytes(model),
         gradients=gradient_bytes(model),
         optimizer=optimizer,
-        activations=activations,
-        logits=kept + transient,
+        activations=kept.growth(shape.positions, shape.squares),
+        logits=head + transient,
         # The head is done before the first layer's backward begins.
         workspace=max(0, layer - transient),
-        allocator=round(ALLOCATOR[hardware.device] * (activations + layer)),
+        allocator=_held(plain, shape, schedule, checkpointed) if hardware.device == "cpu" else 0,
         head_gradient=_head_gradient(model),
         copied=_copied(settings.train, model, optimizer) if on_cpu else 0,
         converted=_converted(source, model) if on_cpu else 0,
@@ -94,6 +95,15 @@ def estimate_memory(
         several_passes=schedule.several_passes,
         copies_remain=_saves_before_the_end(settings.train, schedule),
     )
+
+
+def _held(plain: Activations, shape: PassShape, schedule: Schedule, checkpointed: bool) -> int:
+    """What glibc's heap will hold without use; other C libraries were not measured."""
+    if platform.libc_ver()[0] != "glibc":
+        return 0
+    how = "recomputed" if checkpointed else "many lengths" if schedule.several_passes else "one length"
+    whole = plain.growth(shape.positions, shape.squares)
+    return round(HELD[how] * plain.heap_share(shape.positions) * whole)
 
 
 def _head_gradient(model: nn.Module) -> int:

@@ -27,10 +27,13 @@ from luthier.model.logprobs import ModelPolicy, chunk_rows
 from luthier.recipe.schema import OptimSpec, SgdSpec
 from luthier.types import IGNORE_INDEX, Batch, Stage
 
-ALLOCATOR = {"cpu": 0.9, "cuda": 0.0, "mps": 0.0}
-"""What the allocator holds without using it, as a share of the activations: passes of different lengths leave holes in
-the C library's heap. Measured on Linux (benchmarks/check_memory.py); with MALLOC_MMAP_THRESHOLD_=1048576 there is
-none, at the price of a tenth of the speed. A GPU's caching allocator was not measured."""
+HEAP_LIMIT = 2**25
+"""Tensors from this size on are given back to the system at once; smaller ones leave holes in glibc's heap."""
+HELD = {"one length": 0.3, "many lengths": 0.9, "recomputed": 0.6}
+"""What glibc's heap holds without using it, as a share of the activations: of steps with one pass, with passes of
+different lengths, and, with checkpointing, of the activations as they would be without. Measured on Linux with glibc
+2.36 (benchmarks/check_memory.py). MALLOC_MMAP_THRESHOLD_=262144 in the environment avoids it, at a price in
+speed."""
 
 SMALL_TENSORS = {"cpu": 30 * 2**20, "cuda": 0, "mps": 0}
 """Code and tables of libraries that are first touched by training."""
@@ -107,11 +110,11 @@ class SavedTensors(saved_tensors_hooks):
             self._found[storage.data_ptr()] = storage
         return tensor
 
-    def release(self) -> int:
-        """The bytes that were counted; they are let go."""
-        counted = sum(storage.nbytes() for storage in self._found.values())
+    def release(self) -> list[int]:
+        """The bytes of each piece; they are let go."""
+        sizes = [storage.nbytes() for storage in self._found.values()]
         self._found.clear()
-        return counted
+        return sizes
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,22 +137,38 @@ class Growth:
         return max(0, round(self.constant + self.per_token * positions + self.per_square * squares))
 
 
-def measure_growth(
+@dataclass(frozen=True, slots=True)
+class Activations:
+    """How the activations of a model grow, and the pieces that a pass of `length` tokens has."""
+
+    growth: Growth
+    length: int
+    pieces: tuple[int, ...]
+
+    def heap_share(self, positions: int) -> float:
+        """The part of the activations that stands in pieces below HEAP_LIMIT in a pass of so many positions."""
+        scale = positions / self.length
+        small = sum(size for size in self.pieces if size * scale < HEAP_LIMIT)
+        return small / max(sum(self.pieces), 1)
+
+
+def measure_activations(
     model: nn.Module, stage: Stage, arithmetic: torch.dtype | None, longest: int = 3 * MEASURED_LENGTH
-) -> Growth:
-    """How the activations of this model grow, from three passes of at most `longest` tokens.
+) -> Activations:
+    """What autograd keeps of three passes of at most `longest` tokens.
 
     The passes have no targets, so what the head needs is not in them. A sliding window wider than them is not seen.
     """
     device = next(model.parameters()).device
     length = max(2, min(longest // 3, MEASURED_LENGTH))
     measured = [_saved(model, stage, arithmetic, device, factor * length) for factor in (1, 2, 3)]
-    return Growth.through(length, measured)
+    growth = Growth.through(length, [sum(pieces) for pieces in measured])
+    return Activations(growth, 3 * length, tuple(measured[-1]))
 
 
 def _saved(
     model: nn.Module, stage: Stage, arithmetic: torch.dtype | None, device: torch.device, length: int
-) -> int:
+) -> list[int]:
     batch = _one_segment(length, model.config.get_text_config().vocab_size, device)  # type: ignore[union-attr, operator]
     training = model.training
     model.train()

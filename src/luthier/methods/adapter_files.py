@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,9 @@ def attach_adapter(model: PreTrainedModel, folder: str, *, trainable: bool) -> P
     label = f"method.adapters: {folder}"
     _check_folder(folder, label)
     try:
-        attached = PeftModel.from_pretrained(model, folder, is_trainable=trainable)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # of the keys that are counted below
+            attached = PeftModel.from_pretrained(model, folder, is_trainable=trainable)
         # PEFT leaves what it does not find as it was drawn, and drops what has no place.
         result: Any = set_peft_model_state_dict(attached, load_peft_weights(folder, device="cpu"))
     except KeyError as error:  # PEFT looks saved modules up by name

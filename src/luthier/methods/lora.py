@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -79,20 +80,23 @@ class Lora:
             **self._token_rows(model),
         )
         known = {name.rsplit(".", 1)[-1] for name, _ in model.named_modules()}
+        linear = linear_names(model)
         for field, names in (("targets", spec.targets), ("modules_to_save", spec.modules_to_save)):
             missing = (
                 [] if isinstance(names, str) else [n for n in names if n.rsplit(".", 1)[-1] not in known]
             )
             if missing:
                 raise ModelError(
-                    f"method.{field}: the model has no module {missing}; its linear layers are {linear_names(model)}"
+                    f"method.{field}: the model has no module {missing}; its linear layers are {linear}"
                 )
         try:
-            peft_model = get_peft_model(model, config)
+            with warnings.catch_warnings():
+                for text in ("fan_in_fan_out", "The following (rank|alpha)_pattern"):  # it mends both itself
+                    warnings.filterwarnings("ignore", message=text)
+                peft_model = get_peft_model(model, config)
         except ValueError as error:
-            raise ModelError(
-                f"method.targets={spec.targets!r}: {reason(error)} The linear layers are {linear_names(model)}"
-            ) from error
+            said = re.sub(r"^\[PEFT:.*?\] ", "", reason(error)).split(". ")[0]
+            raise ModelError(f"method.targets={spec.targets!r}: {said}; the linear layers are {linear}") from error
         assert isinstance(peft_model, PeftModel)
         return peft_model
 

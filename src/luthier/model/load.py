@@ -139,7 +139,8 @@ def _converted(gguf: Path) -> Path:
         if not target.exists():
             staging.rename(target)
     except (*LOAD_ERRORS, KeyError, struct.error) as error:
-        raise ModelError(f"{gguf}: this GGUF file could not be read: {reason(error)}") from error
+        why = "it is cut short" if isinstance(error, struct.error) else reason(error)
+        raise ModelError(f"{gguf}: this GGUF file could not be read: {why}") from error
     finally:
         shutil.rmtree(staging, ignore_errors=True)
     return target

@@ -69,7 +69,7 @@ class Ledger:
             logs["loss"] = logs["loss"] * self.window_steps / good if good else math.nan
         logs.update(means)
         if self.guard.num_skipped:
-            logs["skipped_steps"] = self.guard.num_skipped
+            logs["bad_steps"] = self.guard.num_skipped
         self.metrics, self.window_steps, self.window_bad = {}, 0, 0
 
     @property

@@ -14,6 +14,7 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedType
 from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_callback import ExportableState
 
 from luthier.types import ModelError
 
@@ -24,13 +25,16 @@ LEAST_SCALE = 1e-4
 """Below it no gradient can be what overflows; the activations themselves are beyond 65504."""
 
 
-class LossScaling(TrainerCallback):
-    """Counts the steps that the loss scaler left out, and says so in the log."""
+class LossScaling(TrainerCallback, ExportableState):
+    """Counts the steps that the loss scaler left out, and says so in the log; checkpoints keep the count."""
 
     def __init__(self, accelerator: Accelerator) -> None:
         self._accelerator = accelerator
-        self._left_out = 0
-        self._last_left_out = False
+        self.left_out = 0
+        self.last_left_out = False
+
+    def state(self) -> dict[str, Any]:
+        return {"args": {}, "attributes": {"left_out": self.left_out, "last_left_out": self.last_left_out}}
 
     def watch(self, optimizer: torch.optim.Optimizer) -> None:
         """Let the scaler decide before the step. A fused optimizer would skip in its kernel, and nobody would know:
@@ -42,8 +46,8 @@ class LossScaling(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Raises ModelError where the scale has collapsed: then no step can be taken any more."""
-        self._last_left_out = self._accelerator.optimizer_step_was_skipped
-        self._left_out += self._last_left_out
+        self.last_left_out = self._accelerator.optimizer_step_was_skipped
+        self.left_out += self.last_left_out
         assert self._accelerator.scaler is not None
         scale = self._accelerator.scaler.get_scale()
         if scale < LEAST_SCALE:
@@ -58,10 +62,10 @@ class LossScaling(TrainerCallback):
         The gradient norm of a step that was left out is only that overflow, and goes.
         """
         assert self._accelerator.scaler is not None
-        logs |= {"loss_scale": self._accelerator.scaler.get_scale(), "skipped_steps": self._left_out}
-        if self._last_left_out:
+        logs |= {"loss_scale": self._accelerator.scaler.get_scale(), "skipped_steps": self.left_out}
+        if self.last_left_out:
             logs.pop("grad_norm", None)
-        self._left_out = 0
+        self.left_out = 0
 
 
 def loss_scaling(accelerator: Accelerator, model: nn.Module) -> LossScaling | None:
