@@ -70,7 +70,6 @@ PADDED: dict[str, Callable[[], PreTrainedConfig]] = {
         expert_layer_period=2,
         expert_layer_offset=1,
         mamba_d_state=8,
-        use_mamba_kernels=False,
     ),
     "bamba": lambda: BambaConfig(**_SHAPE, **_HEADS, **_SSM, attn_layer_indices=[1]),
     "qwen3-next": lambda: Qwen3NextConfig(

@@ -27,8 +27,8 @@ from luthier.stages import build_stage
 from luthier.trainer.arguments import training_arguments
 from luthier.trainer.compilation import compile_layers
 from luthier.trainer.memory import FitMemory
-from luthier.trainer.precision import AUTOCAST
 from luthier.trainer.metrics import Metric
+from luthier.trainer.precision import AUTOCAST
 from luthier.trainer.trainer import PeftTrainer
 from luthier.types import Sample
 from tests.tiny import chat_tokenizer

@@ -78,7 +78,9 @@ def attachments(loaded: LoadedRecipe) -> Attachments:
     for name in train_spec.report_to:
         require(name, f"train.report_to: {name}")
     if train_spec.report_to and loaded.origins.get("model.token") == "command line":
-        raise RecipeError("model.token: trackers keep the command line, and the token with it; set HF_TOKEN instead")
+        raise RecipeError(
+            "model.token: trackers keep the command line, and the token with it; set HF_TOKEN instead"
+        )
     callbacks = load_callbacks(train_spec.callbacks, beside)
     if (early := train_spec.early_stopping) is not None:
         callbacks.append(EarlyStopping(early.patience, early.threshold))

@@ -83,12 +83,16 @@ def train(
 def selfcheck(
     recipe: Annotated[Path, typer.Argument(help="A Luthier or LLaMA-Factory recipe (YAML or JSON).")],
     overrides: Annotated[
-        list[str] | None, typer.Argument(help="KEY=VALUE, for example data.max_samples=50.", show_default=False)
+        list[str] | None,
+        typer.Argument(help="KEY=VALUE, for example data.max_samples=50.", show_default=False),
     ] = None,
     only: Annotated[
-        list[str] | None, typer.Option("--only", help="Run this check alone; may be repeated.", show_default=False)
+        list[str] | None,
+        typer.Option("--only", help="Run this check alone; may be repeated.", show_default=False),
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of a table.")] = False,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print one JSON object instead of a table.")
+    ] = False,
 ) -> None:
     """Prove the fast paths on RECIPE's own model and data: packed = padded, resumed = straight and the others.
 
@@ -120,7 +124,8 @@ def check(
     ] = True,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")] = False,
     html: Annotated[
-        Path | None, typer.Option("--html", help="Write a page with plots to FILE.", metavar="FILE", show_default=False)
+        Path | None,
+        typer.Option("--html", help="Write a page with plots to FILE.", metavar="FILE", show_default=False),
     ] = None,
 ) -> None:
     """Say what RECIPE would do, without training: data, samples, parameters, memory, time, and every refusal.
@@ -130,7 +135,13 @@ def check(
     from luthier.check.command import run as run_check
 
     if not run_check(
-        recipe, overrides or [], samples=samples, everything=everything, probe=probe, as_json=as_json, html=html
+        recipe,
+        overrides or [],
+        samples=samples,
+        everything=everything,
+        probe=probe,
+        as_json=as_json,
+        html=html,
     ):
         raise typer.Exit(USAGE_ERROR)
 

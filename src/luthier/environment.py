@@ -60,7 +60,9 @@ def require(module: str, key: str) -> None:
     """Raise RecipeError, with the line that installs it, where an optional library that `key` needs is missing."""
     for library in missing():
         if library.module == module:
-            raise RecipeError(f"{key} needs the package {library.package}, which is not installed: {library.install}")
+            raise RecipeError(
+                f"{key} needs the package {library.package}, which is not installed: {library.install}"
+            )
 
 
 def detect_hardware() -> Hardware:

@@ -187,7 +187,9 @@ def _model_record(settings: Recipe, material: Material, model: nn.Module, say: S
     if rows.padded:
         share = padding_share(settings, material)
         record["rows"]["padding_share"] = round(share, 4)
-        say(f"note: rows are padded on the {rows.side} ({share:.0%} of all positions is padding): {rows.reason}")
+        say(
+            f"note: rows are padded on the {rows.side} ({share:.0%} of all positions is padding): {rows.reason}"
+        )
     return record
 
 
@@ -267,7 +269,9 @@ def _save(trainer: PeftTrainer, manifest: dict[str, Any]) -> None:
         return
     with published_files(Path(str(trainer.args.output_dir))) as folder:
         trainer.save_model(str(folder), _internal_call=True)
-        (folder / CARD_NAME).unlink(missing_ok=True)  # PEFT writes a form to fill in; ours follows the evaluation
+        (folder / CARD_NAME).unlink(
+            missing_ok=True
+        )  # PEFT writes a form to fill in; ours follows the evaluation
         files = {path.name: hash_file(path) for path in sorted(folder.iterdir())}
         passes = {"tokens_per_pass": trainer.tokens_per_pass}
         text = json.dumps({**manifest, **passes, "files": files}, indent=2)

@@ -197,7 +197,7 @@ FOLDERS = [
     case(
         "an encoder",
         encoder(),
-        "BertLMHeadModel looks ahead: a change of the last token moved the log-probabilities before it; "
+        "BertLMHeadModel looks ahead: what it says of a token depends on the tokens after it; "
         "a causal language model is needed, and this is an encoder",
     ),
     case(

@@ -240,7 +240,9 @@ def test_the_log_reads_the_same_after_any_number_of_resumes(
         lines = [json.loads(line) for line in (run / "trainer_log.jsonl").read_text().splitlines()]
         return [{key: line[key] for key in keys if key in line} for line in lines if "loss" in line]
 
-    straight = luthier.train(recipe, ["train.log_every=2", f"train.output={tmp_path / 'straight'}"], quiet=True)
+    straight = luthier.train(
+        recipe, ["train.log_every=2", f"train.output={tmp_path / 'straight'}"], quiet=True
+    )
     step_end = LogCallback.on_step_end
     stops = [1, 2, 5]
 
@@ -252,7 +254,9 @@ def test_the_log_reads_the_same_after_any_number_of_resumes(
 
     monkeypatch.setattr(LogCallback, "on_step_end", signals)
     for step in (1, 2, 5):
-        with pytest.raises(RunInterrupted, match=f"stopped after step {step} of 6; checkpoint-{step} is whole"):
+        with pytest.raises(
+            RunInterrupted, match=f"stopped after step {step} of 6; checkpoint-{step} is whole"
+        ):
             luthier.train(recipe, ["train.log_every=2", "train.resume=auto"], quiet=True)
     ended = luthier.train(recipe, ["train.log_every=2", "train.resume=auto"], quiet=True)
     assert told(ended.output) == told(straight.output)

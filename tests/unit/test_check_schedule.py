@@ -57,6 +57,12 @@ def test_max_steps_decide_over_epochs() -> None:
     assert schedule.epochs == 6 / schedule.steps_per_epoch
 
 
+def test_passes_that_the_run_does_not_reach_are_not_counted() -> None:
+    steps = steps_of([3, 4, 90], RowsRule(1))
+    assert schedule_of(steps, TrainSpec(rows_per_device=1, max_steps=2)).longest_pass == 4
+    assert schedule_of(steps, TrainSpec(rows_per_device=1, max_steps=3)).longest_pass == 90
+
+
 def test_a_share_of_an_epoch_is_rounded_up() -> None:
     assert schedule_of(steps_of([4] * 10, RowsRule(1)), TrainSpec(rows_per_device=1, epochs=0.25)).steps == 3
 

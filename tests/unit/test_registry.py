@@ -105,7 +105,10 @@ def test_yaml_and_paths_are_read_too(folder: Path, monkeypatch: pytest.MonkeyPat
         ({"cloud_file_name": "s3://x"}, "demo: cloud_file_name names a file in a cloud store, which is not"),
         ({"formatting": "alpaca"}, "demo: says nowhere where the data is; give file_name or hf_hub_url"),
         ({"file_name": "rows.json", "num_samples": 0}, "demo.num_samples: Input should be greater than 0"),
-        ({"file_name": "rows.json", "split": "test"}, "split is for data sets on the hub, and .*rows.json is a"),
+        (
+            {"file_name": "rows.json", "split": "test"},
+            "split is for data sets on the hub, and .*rows.json is a",
+        ),
         ({"file_name": "rows.json", "subset": "en"}, "subset is for data sets on the hub"),
         ({"file_name": "rows.json", "folder": "en"}, "folder is for data sets on the hub"),
         ({"file_name": "rows.json", "revision": "v1"}, "revision is for data sets on the hub"),

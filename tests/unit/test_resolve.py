@@ -124,7 +124,8 @@ def _open(recipe: Recipe) -> list[str]:
         f"{section}.{name}"
         for section, values in recipe.model_dump().items()
         for name, value in values.items()
-        if value == "auto" and (section, name) not in {("train", "resume"), ("train", "async_save"), ("model", "rows")}
+        if value == "auto"
+        and (section, name) not in {("train", "resume"), ("train", "async_save"), ("model", "rows")}
     ]
 
 

@@ -53,10 +53,14 @@ def test_order_and_number_stay(side: str) -> None:
 
 def test_record() -> None:
     assert FLAT.record() == {"layout": "flat", "self_test": {}}
-    rows = Rows(padded=True, side="left", reason="it leaks", tests={"padded": SelfTest(0, 1e-6, 0.0, 0.0)})
+    rows = Rows(
+        padded=True, side="left", reason="it leaks", tests={"padded": SelfTest(0, 1e-6, 0.0, 0.0, 0.0)}
+    )
     assert rows.record() == {
         "layout": "padded",
         "padding_side": "left",
         "reason": "it leaks",
-        "self_test": {"padded": {"attention_calls": 0, "difference": 1e-6, "leak": 0.0, "lookahead": 0.0}},
+        "self_test": {
+            "padded": {"attention_calls": 0, "difference": 1e-6, "leak": 0.0, "reach": 0.0, "lookahead": 0.0}
+        },
     }

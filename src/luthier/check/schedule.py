@@ -47,13 +47,14 @@ class Schedule:
 
 
 def schedule_of(steps: StepDataset, spec: TrainSpec) -> Schedule:
-    """The schedule of a run that has at least one step."""
+    """The schedule of a run that has at least one step. Passes are those of the first epoch that the run reaches."""
     plan = steps.plan
     length = len(plan)
     tokens = [plan.tokens(step) for step in range(length)]
     wanted = spec.max_steps if spec.max_steps is not None else math.ceil(spec.epochs * length)
     longest, longest_at, counts = -1, (0, 0), []
-    for step in np.unique(np.linspace(0, length - 1, min(length, EXAMINED)).astype(int)).tolist():
+    run = min(length, wanted)
+    for step in np.unique(np.linspace(0, run - 1, min(run, EXAMINED)).astype(int)).tolist():
         passes = plan[step][0]
         counts.append(len(passes))
         for number, indices in enumerate(passes):

@@ -134,7 +134,8 @@ class SampleTable(Sequence[Sample]):
     def lengths_of(self, source: str) -> Int64:
         """Tokens of each sample that comes from this data set."""
         chosen = self._gather([np.full(len(chunk.index), chunk.source == source) for chunk in self._chunks])
-        return self.lengths[chosen.astype(bool)]
+        lengths: Int64 = self.lengths[chosen.astype(bool)]
+        return lengths
 
     @cached_property
     def rows(self) -> Int64:

@@ -96,7 +96,9 @@ class Lora:
                 peft_model = get_peft_model(model, config)
         except ValueError as error:
             said = re.sub(r"^\[PEFT:.*?\] ", "", reason(error)).split(". ")[0]
-            raise ModelError(f"method.targets={spec.targets!r}: {said}; the linear layers are {linear}") from error
+            raise ModelError(
+                f"method.targets={spec.targets!r}: {said}; the linear layers are {linear}"
+            ) from error
         assert isinstance(peft_model, PeftModel)
         return peft_model
 

@@ -23,15 +23,18 @@ Side = Literal["right", "left"]
 
 @dataclass(frozen=True, slots=True)
 class SelfTest:
-    """What was measured; all differences in nats."""
+    """What was measured; differences in nats."""
 
     attention_calls: int
     difference: float
     """Between the segments together, by the kernel, and each alone, by the model's ordinary forward."""
     leak: float
     """What a change in one segment moved of the other."""
+    reach: float
+    """Largest gradient of one segment's log-probabilities at the other's embeddings, as a part of that at its own.
+    Nothing, however small the weights are, where segments are apart; where they leak, it is no matter of rounding."""
     lookahead: float
-    """What a change of the last token moved of what was said before it."""
+    """The same at the embeddings of tokens that come after."""
 
 
 @dataclass(frozen=True, slots=True)

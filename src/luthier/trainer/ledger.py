@@ -108,4 +108,6 @@ def add_terms(sums: dict[str, Term], terms: Mapping[str, Term]) -> None:
     for name, term in terms.items():
         total, weight = term.total.detach().double(), term.weight.detach().double()
         known = sums.get(name)
-        sums[name] = Term(total, weight) if known is None else Term(known.total + total, known.weight + weight)
+        sums[name] = (
+            Term(total, weight) if known is None else Term(known.total + total, known.weight + weight)
+        )
