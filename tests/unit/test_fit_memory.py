@@ -230,7 +230,7 @@ def test_resume_begins_with_what_was_found(tmp_path: Path, monkeypatch: pytest.M
     with Memory(found).installed(monkeypatch) as memory:
         luthier.train(recipe, [f"train.resume={output / 'checkpoint-2'}"], quiet=True)
     assert memory.failures == 0
-    assert len(memory.passes) == 3  # two steps
+    assert sum(tokens > 100 for tokens in memory.passes) == 3  # two steps; the self-test has few tokens
     assert json.loads((output / "run.json").read_text())["tokens_per_pass"] == found
     with Memory(150).installed(monkeypatch) as memory:  # the recipe may ask for less
         luthier.train(

@@ -6,9 +6,10 @@ same leaves the checkpoints before it, and what goes wrong in the background sto
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +39,7 @@ class _Content:
     metadata: Mapping[str, Any]
     model: Mapping[str, Any]
     training: TrainingState | None
-    state: str
+    state: Mapping[str, Any]
     loop: str
     best: Path | None
 
@@ -87,7 +88,7 @@ class CheckpointSaver:
             metadata=self._about(state),
             model=weights.tensors,
             training=training,
-            state=json.dumps(asdict(state), indent=2, sort_keys=True) + "\n",
+            state=_plain(state),
             loop=json.dumps(dict(loop)) + "\n",
             best=Path(best) if best is not None else None,
         )
@@ -108,13 +109,21 @@ class CheckpointSaver:
                 self._tokenizer.save_pretrained(folder)
                 if content.training is not None:
                     content.training.write(folder)
-                (folder / "trainer_state.json").write_text(content.state, encoding="utf-8")
+                text = json.dumps(content.state, indent=2, sort_keys=True) + "\n"
+                (folder / "trainer_state.json").write_text(text, encoding="utf-8")
                 (folder / LOOP_STATE_NAME).write_text(content.loop, encoding="utf-8")
             rotate(self.run_dir, self._limit, content.best, valid=content.final)
         except OSError as error:
             raise CheckpointError(
                 f"{content.final.name} could not be written: {error.strerror or error}. {what_is_left(self.run_dir)}"
             ) from error
+
+
+def _plain(state: TrainerState) -> dict[str, Any]:
+    """The state as it is written later. A long run's log is copied as a list: its entries never change."""
+    values = {field.name: getattr(state, field.name) for field in fields(state)}
+    log = list(values.pop("log_history"))
+    return {**copy.deepcopy(values), "log_history": log}
 
 
 def saves_asynchronously(wanted: bool | str, model: nn.Module, states_per_parameter: int = 2) -> bool:
