@@ -305,13 +305,15 @@ def _accepted(forward: Callable[..., Any]) -> tuple[frozenset[str], bool]:
 
 
 def _with_explicit_mask(args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
-    """Our attention refuses to guess; a plain `model(input_ids)` means that every token is real."""
-    ids = args[0] if args else kwargs.get("input_ids")
-    if ids is None or kwargs.get("attention_mask") is not None or kwargs.get("past_key_values") is not None:
+    """Our attention refuses to guess; a call without a mask means that every token is real, those in a cache too.
+
+    `generate` leaves out a mask of ones: with one prompt, or with prompts of equal length.
+    """
+    ids, cache = args[0] if args else kwargs.get("input_ids"), kwargs.get("past_key_values")
+    if ids is None or len(args) > 1 or kwargs.get("attention_mask") is not None or ids.shape[1] == 1:
         return kwargs
-    if len(args) > 1 or ids.shape[1] == 1:
-        return kwargs
-    return {**kwargs, "attention_mask": torch.ones_like(ids)}
+    seen = int(cache.get_seq_length()) if cache is not None else 0
+    return {**kwargs, "attention_mask": ids.new_ones(ids.shape[0], seen + ids.shape[1])}
 
 
 def _specialise(module: nn.Module, mixin: type[nn.Module]) -> None:
