@@ -62,7 +62,9 @@ class Bench:
     @cached_property
     def built(self) -> tuple[PreTrainedModel | PeftModel, Method]:
         """The model ready to train; where an adapter starts as zero it is given weights, so that it counts."""
-        model, method = build_model(self.settings, self.source, self.hardware, self.tokens[1])
+        # A check that needs no gradient may be the first to ask, and the self-test follows gradients.
+        with torch.enable_grad():
+            model, method = build_model(self.settings, self.source, self.hardware, self.tokens[1])
         generator = torch.Generator().manual_seed(0)
         with torch.no_grad():
             for parameter in model.parameters():
