@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -203,8 +204,7 @@ def test_nothing_of_the_failed_pass_is_left(tmp_path: Path, monkeypatch: pytest.
 
 
 def live_tensors() -> list[Any]:
-    import gc
-
+    gc.collect()  # else what earlier tests left in cycles may go between two counts
     return [one for one in gc.get_objects() if type(one) is Tensor]
 
 
