@@ -27,7 +27,8 @@ from torch import Tensor, nn
 from luthier.data.collate import flat_batch
 from luthier.methods.fused import fuse_lora
 from luthier.model.attention import attention_name
-from luthier.model.logprobs import ModelPolicy, chunk_rows, install_target_forward, token_logprobs
+from luthier.model.kernel import chunk_rows, token_logprobs
+from luthier.model.logprobs import ModelPolicy, install_target_forward
 from luthier.model.selftest import require_isolation
 from luthier.stages.supervised import negative_log_likelihood
 from luthier.types import IGNORE_INDEX, Batch, LuthierError, Sample

@@ -106,6 +106,32 @@ def random_samples(lengths: Sequence[int], seed: int = 0, vocab_size: int = VOCA
     return samples
 
 
+def random_pairs(
+    shapes: Sequence[tuple[int, int, int]], seed: int = 0, vocab_size: int = VOCAB
+) -> list[Sample]:
+    """Pairs of random tokens; each shape is the tokens of prompt, better answer and worse answer."""
+    rng = np.random.default_rng(seed)
+    pairs = []
+    for index, (prompt, chosen, rejected) in enumerate(shapes):
+        ids = rng.integers(3, vocab_size, prompt + chosen + rejected).astype(np.int32)
+        weights = np.repeat(np.float32([0, 1]), [prompt, chosen + rejected])
+        pairs.append(Sample(ids, weights, "random", index, (prompt, prompt + chosen)))
+    return pairs
+
+
+def random_answers(
+    shapes: Sequence[tuple[int, int, bool]], seed: int = 0, vocab_size: int = VOCAB
+) -> list[Sample]:
+    """Single answers of random tokens; each shape is the tokens of prompt and answer, and whether it is desirable."""
+    rng = np.random.default_rng(seed)
+    answers = []
+    for index, (prompt, answer, desirable) in enumerate(shapes):
+        ids = rng.integers(3, vocab_size, prompt + answer).astype(np.int32)
+        weights = np.repeat(np.float32([0, 1]), [prompt, answer])
+        answers.append(Sample(ids, weights, "random", index, (prompt,), float(desirable)))
+    return answers
+
+
 CHATML = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
@@ -151,3 +177,37 @@ def write_alpaca(file: Path, num_rows: int) -> None:
         for n in rng.integers(2, 12, num_rows).tolist()
     ]
     file.write_text(json.dumps(rows), encoding="utf-8")
+
+
+def write_pairs(file: Path, num_rows: int, seed: int = 0) -> None:
+    """Made-up pairs in alpaca format: counting up is better than counting down."""
+    rng = np.random.default_rng(seed)
+    rows = []
+    for number in rng.integers(2, 9, num_rows).tolist():
+        up = [str(i) for i in range(1, number + 1)]
+        rows.append(
+            {
+                "instruction": f"Count to {number}, row {len(rows)}.",
+                "input": "",
+                "chosen": " ".join(up),
+                "rejected": " ".join(reversed(up)) + ".",
+            }
+        )
+    file.write_text(json.dumps(rows), encoding="utf-8")
+
+
+def write_feedback(file: Path, num_rows: int, seed: int = 0) -> None:
+    """Made-up answers in alpaca format, each with a label."""
+    rng = np.random.default_rng(seed)
+    rows = []
+    for number in rng.integers(2, 9, num_rows).tolist():
+        up = [str(i) for i in range(1, number + 1)]
+        good = len(rows) % 3 != 0
+        text = " ".join(up if good else reversed(up))
+        rows.append({"instruction": f"Count to {number}, row {len(rows)}.", "output": text, "label": good})
+    file.write_text(json.dumps(rows), encoding="utf-8")
+
+
+PAIR_COLUMNS: dict[str, Any] = {"ranking": True, "columns": {"chosen": "chosen", "rejected": "rejected"}}
+"""What a data set description says of a file that `write_pairs` wrote."""
+FEEDBACK_COLUMNS: dict[str, Any] = {"columns": {"kto_tag": "label"}}

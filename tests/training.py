@@ -11,7 +11,7 @@ from peft import PeftModel
 from torch import Tensor, nn
 from transformers import PreTrainedModel, set_seed
 
-from luthier import assemble
+from luthier import arrange
 from luthier.data.encode import EncodeOptions
 from luthier.data.packing import best_fit
 from luthier.data.prepare import PreparedData
@@ -23,6 +23,7 @@ from luthier.model.neftune import EmbeddingNoise
 from luthier.recipe.load import load_recipe
 from luthier.recipe.resolve import Hardware, resolve
 from luthier.recipe.schema import Recipe
+from luthier.references import live_reference
 from luthier.stages import build_stage
 from luthier.trainer.arguments import training_arguments
 from luthier.trainer.compilation import compile_layers
@@ -73,8 +74,8 @@ def trainer_of(
     sets = {name: SampleTable.of_mixed(list(rows)) for name, rows in (eval_samples or {}).items()}
     stage = build_stage(recipe.stage, EncodeOptions.of(recipe.data, recipe.stage.type))
     unused = cast(ChatTemplate, None)
-    material = assemble.Material(unused, stage, PreparedData(table, sets, [], {}))
-    steps = assemble.training_steps(recipe, material, 1, 0)
+    material = arrange.Material(unused, stage, PreparedData(table, sets, [], {}))
+    steps = arrange.training_steps(recipe, material, 1, 0)
     return PeftTrainer(
         model=trained,
         args=training_arguments(recipe, use_cpu=True),
@@ -82,12 +83,13 @@ def trainer_of(
         method=method,
         optim=recipe.optim,
         steps=steps,
-        eval_sets=assemble.eval_sets(recipe, material, 1),
+        eval_sets=arrange.eval_sets(recipe, material, 1),
         tokenizer=chat_tokenizer(),
         callbacks=[],
         metrics=metrics,
         eval_arithmetic=AUTOCAST[recipe.train.eval_precision],
         fit_memory=FitMemory(steps, say) if recipe.train.fit_memory and steps is not None else None,
+        reference=live_reference(recipe, CPU, trained, material),
     )
 
 

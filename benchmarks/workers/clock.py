@@ -3,11 +3,14 @@
 `install()` adds one callback to transformers' list of default callbacks, so the same clock runs in every
 trainer that is built on `transformers.Trainer`, whoever builds it. Memory is the kernel's resident set
 size: the high-water mark is reset when training begins, so loading the model does not count as training.
-The machine's rate of matrix products is measured right after the training, in the same process.
+The machine's rate of matrix products is measured right after the training, in the same process, if the job
+names products.
 """
 
 from __future__ import annotations
 
+import functools
+import hashlib
 import json
 import sys
 import time
@@ -15,8 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import gemm_rate
-from transformers import TrainerCallback
-from transformers import trainer as transformers_trainer
+from transformers import TrainerCallback, trainer as transformers_trainer
 
 KIB_IN_MIB = 1024
 
@@ -46,6 +48,9 @@ class Record:
         self.cpu_ends: list[float] = []
         self.losses: list[float] = []
         self.counted_tokens: list[int] = []
+        self.answer_logprobs: list[tuple[float, float]] = []
+        self.seconds_of: dict[str, float] = {}
+        self.initial_weights = ""
         self.began = 0.0
         self.cpu_began = 0.0
         self.rss_before_mib = 0.0
@@ -59,7 +64,8 @@ RECORD = Record()
 class StepClock(TrainerCallback):  # type: ignore[misc]
     """Notes the end of each optimizer step and what is logged for it."""
 
-    def on_train_begin(self, *_: Any, **__: Any) -> None:
+    def on_train_begin(self, _args: Any, _state: Any, _control: Any, model: Any = None, **__: Any) -> None:
+        RECORD.initial_weights = trained_weights(model)
         RECORD.rss_before_mib = memory("VmRSS")
         RECORD.peak_before_mib = memory("VmHWM")
         Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # resets VmHWM to VmRSS
@@ -78,6 +84,8 @@ class StepClock(TrainerCallback):  # type: ignore[misc]
             RECORD.losses.append(float(logs["loss"]))
             if "num_tokens" in logs:
                 RECORD.counted_tokens.append(int(logs["num_tokens"]))
+            if "logps/chosen" in logs:
+                RECORD.answer_logprobs.append((float(logs["logps/chosen"]), float(logs["logps/rejected"])))
 
 
 def install() -> None:
@@ -85,10 +93,42 @@ def install() -> None:
     transformers_trainer.DEFAULT_CALLBACKS.append(StepClock)
 
 
+def trained_weights(model: Any) -> str:
+    """SHA-256 of everything that trains, in the order of the names: the same for the same start."""
+    digest = hashlib.sha256()
+    for _, parameter in sorted(model.named_parameters()):
+        if parameter.requires_grad:
+            digest.update(parameter.detach().contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def time_calls(owner: type, method: str, name: str) -> None:
+    """Add the seconds of every call of `owner.method` up under `name`."""
+    original = getattr(owner, method)
+
+    @functools.wraps(original)
+    def timed(*args: Any, **kwargs: Any) -> Any:
+        began = time.perf_counter()
+        try:
+            return original(*args, **kwargs)
+        finally:
+            spent = time.perf_counter() - began
+            RECORD.seconds_of[name] = RECORD.seconds_of.get(name, 0.0) + spent
+
+    setattr(owner, method, timed)
+
+
 def tokens_of_steps(job: dict[str, Any]) -> list[int]:
     """Real tokens of each step of a contender that takes the rows in order, `rows_per_step` at a time."""
     size = job["rows_per_step"]
     lengths = [len(row["input_ids"]) for row in job["rows"]]
+    return [sum(lengths[start : start + size]) for start in range(0, size * job["steps"], size)]
+
+
+def answer_tokens_of_steps(job: dict[str, Any]) -> list[int]:
+    """Tokens of the two answers of each step of a contender that takes the pairs in order."""
+    size = job["rows_per_step"]
+    lengths = [len(pair["chosen_ids"]) + len(pair["rejected_ids"]) for pair in job["pairs"]]
     return [sum(lengths[start : start + size]) for start in range(0, size * job["steps"], size)]
 
 
@@ -110,10 +150,14 @@ def report(job: dict[str, Any], contender: str, tokens: list[int], **extra: Any)
         "timed_steps": len(ends) - warmup,
         "tokens_of_steps": tokens,
         "losses": RECORD.losses,
+        "answer_logprobs": RECORD.answer_logprobs,
+        "initial_weights": RECORD.initial_weights,
+        "seconds_of": RECORD.seconds_of,
         "rss_before_mib": RECORD.rss_before_mib,
         "peak_before_mib": RECORD.peak_before_mib,
         "peak_training_mib": RECORD.peak_training_mib,
-        "flops_per_second": gemm_rate.flops_per_second(job["products"]),
         **extra,
     }
+    if "products" in job:
+        line["flops_per_second"] = gemm_rate.flops_per_second(job["products"])
     print("\n" + json.dumps(line), flush=True)

@@ -2,23 +2,29 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
-from functools import partial
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
 from peft import PeftModel
-from transformers import PreTrainedModel, PreTrainedTokenizerFast, TrainerCallback, set_seed
+from torch import nn
+from transformers import (
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
+    TrainerCallback,
+    set_seed,
+)
 
-from luthier.data.batching import EpochPlan, RowsRule, TokensRule, plan_epoch
+from luthier.arrange import Material
 from luthier.data.encode import EncodeOptions
-from luthier.data.prepare import Preparation, PreparedData, Progress, prepare
-from luthier.data.table import SampleTable
+from luthier.data.prepare import Preparation, Progress, prepare
 from luthier.data.template import ChatTemplate, load_template
 from luthier.environment import require
 from luthier.methods import build_method
 from luthier.model.faults import require_token_rows
 from luthier.model.load import ModelSource, load_config, load_model, load_tokenizer
+from luthier.model.logprobs import chosen_rows
 from luthier.model.neftune import EmbeddingNoise
 from luthier.model.positions import (
     PositionsChange,
@@ -26,7 +32,9 @@ from luthier.model.positions import (
     recorded_positions,
     require_positions,
 )
+from luthier.model.probes import LANGUAGE
 from luthier.model.selftest import build_with_rows
+from luthier.model.value_head import ScoreProbe, choose_padding
 from luthier.model.vocabulary import (
     VocabularyChange,
     extend_tokenizer,
@@ -36,28 +44,18 @@ from luthier.model.vocabulary import (
 )
 from luthier.publish import require_hub
 from luthier.recipe.load import LoadedRecipe
-from luthier.recipe.resolve import TOKENS_PER_BATCH, Hardware
-from luthier.recipe.schema import LoraSpec, Recipe
+from luthier.recipe.resolve import Hardware
+from luthier.recipe.schema import LoraSpec, Recipe, RmSpec
 from luthier.show import Say
 from luthier.stages import build_stage
 from luthier.trainer.compilation import compile_layers
-from luthier.trainer.evaluation import EvalSet
 from luthier.trainer.metrics import Metric, load_metrics
 from luthier.trainer.plugins import load_callbacks
+from luthier.trainer.precision import autocast_type
 from luthier.trainer.same_run import identity
-from luthier.trainer.steps import StepDataset
 from luthier.trainer.stopping import EarlyStopping
 from luthier.trainer.trackers import check_trackers
-from luthier.types import Method, RecipeError, Stage
-
-
-@dataclass(frozen=True, slots=True)
-class Material:
-    """Everything about the data: how it is rendered, what is learnt from it, and its tokens."""
-
-    template: ChatTemplate
-    stage: Stage
-    data: PreparedData
+from luthier.types import Conversation, DataError, Message, Method, ModelKind, RecipeError
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,14 +126,14 @@ def read_material(settings: Recipe, tokenizer: PreTrainedTokenizerFast, say: Say
     """Read, check and tokenize the data, saying how far it is. Raises DataError for data that cannot be used."""
     compatible = settings.data.rules == "llamafactory"
     template = load_template(tokenizer, settings.data, pieces=compatible)
-    options = EncodeOptions.of(
-        settings.data, settings.stage.type, llamafactory=compatible, pad_id=tokenizer.pad_token_id
-    )
+    if isinstance(settings.stage, RmSpec):
+        _choose_padding(settings, template, say)
+    options = _encode_options(settings, tokenizer)
     stage = build_stage(settings.stage, options)
     how = Preparation(
         encode=stage.encode,
         template=template,
-        kind="text" if settings.stage.type == "pt" else "conversation",
+        kind=stage.kind,
         identity={"stage": settings.stage.type, **asdict(options)},
         seed=settings.train.seed,
         llamafactory=compatible,
@@ -144,6 +142,37 @@ def read_material(settings: Recipe, tokenizer: PreTrainedTokenizerFast, say: Say
     )
     data = prepare(settings.data, how, _row_progress(say))
     return Material(template, stage, data)
+
+
+def _choose_padding(settings: Recipe, template: ChatTemplate, say: Say) -> None:
+    """Padding that does not end a row: see `value_head.choose_padding`."""
+    spoken = Conversation((Message("user", "a"), Message("assistant", "b")))
+    try:
+        encoded = template.encode(spoken)
+        last_id = encoded.input_ids[encoded.answers[-1].end - 1]
+    except DataError:  # a template that wants more than two turns
+        last_id = template.stop_ids[0]
+    named = settings.model.vocabulary is not None and settings.model.vocabulary.pad_token is not None
+    note = choose_padding(template.tokenizer, last_id, template.stop_ids, named=named)
+    if note is not None:
+        say(f"note: {note}")
+
+
+def fitted(settings: Recipe, material: Material, model: nn.Module) -> Material:
+    """The same material for this model: prompts of several answers are computed once where it allows that."""
+    rows, wanted = chosen_rows(model), getattr(settings.stage, "share_prompts", False)
+    if not (wanted and rows.shares_prompts):
+        return material
+    stage = build_stage(
+        settings.stage, _encode_options(settings, material.template.tokenizer), share_prompts=True
+    )
+    return replace(material, stage=stage)
+
+
+def _encode_options(settings: Recipe, tokenizer: PreTrainedTokenizerBase) -> EncodeOptions:
+    compatible = settings.data.rules == "llamafactory"
+    pad_id: Any = tokenizer.pad_token_id
+    return EncodeOptions.of(settings.data, settings.stage.type, llamafactory=compatible, pad_id=pad_id)
 
 
 def _row_progress(say: Say) -> Progress:
@@ -171,20 +200,33 @@ def build_model(
     """
     device = torch.device(hardware.device)
     positions = _positions(settings, source)
+    kind: ModelKind = "reward" if isinstance(settings.stage, RmSpec) else "language"
     methods: list[Method] = []
 
     def build(own_attention: bool) -> PreTrainedModel | PeftModel:
         # What an adapter draws depends on the seed alone, not on the data before it.
         set_seed(settings.train.seed)
-        base = load_model(settings.model, source, device, own_attention=own_attention, positions=positions)
+        base = load_model(
+            settings.model, source, device, own_attention=own_attention, positions=positions, kind=kind
+        )
         require_positions(base.config, longest, alone=settings.train.tokens_per_pass == 1)
         resized = resize_embeddings(base, vocabulary)
         require_token_rows(resized.num_tokens, resized.rows or 0, f"model.path={settings.model.path}")
         methods.append(build_method(settings.method, resized))
         return methods[-1].apply(base)  # type: ignore[no-any-return]
 
-    arithmetic = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(settings.train.precision)
-    model = build_with_rows(build, settings.model.rows, settings.model.padding_side, arithmetic)
+    arithmetic, probe = (
+        autocast_type(settings.train.precision),
+        ScoreProbe() if kind == "reward" else LANGUAGE,
+    )
+    model = build_with_rows(
+        build,
+        settings.model.rows,
+        settings.model.padding_side,
+        arithmetic,
+        probe,
+        share_prompts=getattr(settings.stage, "share_prompts", False),
+    )
     assert isinstance(model, PreTrainedModel | PeftModel)
     if settings.train.neftune_alpha:
         EmbeddingNoise(model, settings.train.neftune_alpha)
@@ -196,7 +238,7 @@ def build_model(
 def longest_sample(material: Material) -> int:
     """Tokens of the longest sample of any set."""
     tables = [material.data.train, *material.data.eval.values()]
-    return max((int(table.lengths.max()) for table in tables if len(table)), default=0)
+    return max((int(table.row_lengths.max()) for table in tables if len(table)), default=0)
 
 
 def _positions(settings: Recipe, source: ModelSource) -> PositionsChange | None:
@@ -207,88 +249,3 @@ def _positions(settings: Recipe, source: ModelSource) -> PositionsChange | None:
         wanted = positions_change(load_config(settings.model, source), spec, settings.data.max_length)
     adapters = settings.method.adapters if isinstance(settings.method, LoraSpec) else ()
     return recorded_positions(adapters, wanted, decided=spec is not None)
-
-
-def training_steps(
-    settings: Recipe, material: Material, world_size: int, rank: int, *, padded: bool = False
-) -> StepDataset | None:
-    """The steps of training; `padded` where the model's rows are (`model.logprobs.chosen_rows`)."""
-    train_spec, table = settings.train, material.data.train
-    if train_spec.eval_only:
-        return None
-    seed = train_spec.seed if train_spec.data_seed is None else train_spec.data_seed
-    shuffle = settings.data.shuffle
-    limit = train_spec.tokens_per_pass
-    plan = partial(_epoch, table, batch_rule(settings), seed, shuffle, world_size, limit, padded)
-    return StepDataset(table, plan, material.stage.collate, rank)
-
-
-def batch_rule(settings: Recipe) -> RowsRule | TokensRule:
-    train_spec = settings.train
-    if train_spec.rows_per_device is not None:
-        return RowsRule(train_spec.rows_per_device, train_spec.accumulation)
-    return TokensRule(train_spec.tokens_per_batch or TOKENS_PER_BATCH)
-
-
-def _epoch(
-    table: SampleTable,
-    rule: RowsRule | TokensRule,
-    seed: int,
-    shuffle: bool,
-    world_size: int,
-    tokens_per_pass: int | None,
-    padded: bool,
-    epoch: int,
-) -> EpochPlan:
-    return plan_epoch(
-        table.lengths,
-        rule=rule,
-        epoch=epoch,
-        seed=seed,
-        shuffle=shuffle,
-        world_size=world_size,
-        tokens_per_pass=tokens_per_pass,
-        groups=table.groups if isinstance(rule, RowsRule) else None,
-        padded=padded,
-    )
-
-
-def padding_share(settings: Recipe, material: Material) -> float:
-    """The part of the positions of the first epoch that is padding, where rows are padded."""
-    limit = settings.train.tokens_per_pass
-    plan = _epoch(
-        material.data.train,
-        batch_rule(settings),
-        settings.train.seed if settings.train.data_seed is None else settings.train.data_seed,
-        settings.data.shuffle,
-        1,
-        limit,
-        True,
-        0,
-    )
-    return plan.padding_share()
-
-
-def eval_sets(
-    settings: Recipe, material: Material, world_size: int, *, padded: bool = False
-) -> dict[str, EvalSet]:
-    """Every evaluation set in passes of the training size, shared out among processes.
-
-    Its rows keep their order, except where `padded` rows of like length go together.
-    """
-    sets = {}
-    for name, table in material.data.eval.items():
-        limit = settings.train.tokens_per_pass or TOKENS_PER_BATCH
-        rule = TokensRule(max(1, int(table.lengths.sum())) if padded else limit)
-        plan = plan_epoch(
-            table.lengths,
-            rule=rule,
-            epoch=0,
-            seed=0,
-            shuffle=False,
-            tokens_per_pass=limit if padded else None,
-            padded=padded,
-        )
-        passes = [indices for step in plan for indices in step[0]]
-        sets[name] = EvalSet(table, [passes[rank::world_size] for rank in range(world_size)])
-    return sets

@@ -183,6 +183,56 @@ def templates(
         speaker(quiet=False)(shown(name, tokenizer))
 
 
+@app.command()
+def score(
+    model: Annotated[str, typer.Argument(help="Folder of a reward model, a reward adapter or its run.")],
+    file: Annotated[
+        Path | None,
+        typer.Argument(
+            help="Rows with answers, or with chosen and rejected (JSON, CSV, Parquet).", show_default=False
+        ),
+    ] = None,
+    prompt: Annotated[
+        str | None, typer.Option("--prompt", help="Score one answer to this.", show_default=False)
+    ] = None,
+    text: Annotated[str | None, typer.Option("--text", help="The answer.", show_default=False)] = None,
+    output: Annotated[
+        Path | None,
+        typer.Option("--output", "-o", help="Write the scores to a .jsonl file.", show_default=False),
+    ] = None,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace a file that is in the way.")
+    ] = False,
+    base: Annotated[
+        str | None,
+        typer.Option("--base", help="The model below the adapter, where it moved.", show_default=False),
+    ] = None,
+    max_length: Annotated[
+        int | None,
+        typer.Option(
+            "--max-length", min=2, help="Longest row in tokens (that of the run).", show_default=False
+        ),
+    ] = None,
+) -> None:
+    """Say what a reward model thinks of answers: one JSON line for each row, then a summary (on stderr)."""
+    import json
+
+    from luthier.score import score_file, score_text
+    from luthier.types import RecipeError
+
+    if (file is None) == (text is None) or (prompt is None) != (text is None):
+        raise RecipeError("give a FILE with rows, or --prompt and --text")
+    how: dict[str, Any] = {"base": base, "max_length": max_length}
+    if file is not None:
+        scores = score_file(model, file, output=output, overwrite=overwrite, **how)
+    else:
+        scores = score_text(model, prompt or "", text or "", **how)
+    if output is None:
+        typer.echo(scores.lines(), nl=False)
+    if file is not None:
+        typer.echo(json.dumps(scores.summary()), err=True)
+
+
 class PlotAxis(StrEnum):
     steps = "steps"
     tokens = "tokens"

@@ -19,7 +19,18 @@ from huggingface_hub.errors import (  # type: ignore[attr-defined]
 from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 
 from luthier import __version__
-from luthier.recipe.schema import EMBEDDED_MODEL, DatasetSpec, Recipe
+from luthier.recipe.schema import (
+    EMBEDDED_MODEL,
+    DatasetSpec,
+    DpoSpec,
+    KtoSpec,
+    Recipe,
+    ReferenceSpec,
+    RmSpec,
+    SftSpec,
+    StageSpec,
+)
+from luthier.recipe.stage import REFERENCE_FREE
 from luthier.types import LuthierError, RecipeError
 
 CARD_NAME = "README.md"
@@ -48,8 +59,9 @@ def model_card(settings: Recipe, manifest: Mapping[str, Any], metrics: Mapping[s
     name = Path(settings.train.output).resolve().name
     about: dict[str, Any] = {"base_model": hub_base} if hub_base is not None else {}
     about["library_name"] = "peft" if settings.method.type == "lora" else "transformers"
-    about |= {"license": "unknown", "pipeline_tag": "text-generation"}
-    about["tags"] = ["luthier", settings.stage.type, settings.method.type]
+    scores = isinstance(settings.stage, RmSpec)
+    about |= {"license": "unknown", "pipeline_tag": "text-classification" if scores else "text-generation"}
+    about["tags"] = ["luthier", settings.stage.type, *_loss_tags(settings.stage), settings.method.type]
     sets = [
         data.hf_hub_url for data in settings.data.train if isinstance(data, DatasetSpec) and data.hf_hub_url
     ]
@@ -59,7 +71,7 @@ def model_card(settings: Recipe, manifest: Mapping[str, Any], metrics: Mapping[s
         [
             f"---\n{_yaml(about)}---",
             f"\n# {name}\n",
-            f"`{hub_base or Path(base).name}`, trained with Luthier {__version__}: stage `{settings.stage.type}`, "
+            f"`{hub_base or Path(base).name}`, trained with Luthier {__version__}: {_stage_text(settings.stage)}, "
             f"method `{settings.method.type}`. Uses and limits are not described yet. The license is that of the base "
             "model and the data, which this card does not know.",
             "\n## Data\n",
@@ -74,6 +86,63 @@ def model_card(settings: Recipe, manifest: Mapping[str, Any], metrics: Mapping[s
 
 def _hub_name(path: str) -> str | None:
     return path if _HUB_NAME.fullmatch(path) and not Path(path).exists() else None
+
+
+def _loss_tags(stage: StageSpec) -> list[str]:
+    """What the stage is looked for by, besides its name."""
+    if isinstance(stage, RmSpec):
+        return ["reward-model"]
+    losses = list(_losses(stage))
+    return [loss for loss in losses if loss not in ("cross_entropy", "sigmoid", stage.type)]
+
+
+def _losses(stage: StageSpec) -> Mapping[str, float]:
+    """The losses of a stage that has a choice, with their weights."""
+    if isinstance(stage, DpoSpec):
+        return {str(name): weight for name, weight in stage.losses.items()}
+    return {stage.loss: 1.0} if isinstance(stage, SftSpec | KtoSpec) else {}
+
+
+def _stage_text(stage: StageSpec) -> str:
+    losses = _losses(stage)
+    named = [f"`{name}`" if len(losses) == 1 else f"{weight:g} `{name}`" for name, weight in losses.items()]
+    text = f"stage `{stage.type}`" + (f" with loss {' + '.join(named)}" if named else "")
+    if isinstance(stage, RmSpec):
+        return f"{text} (one score for an answer, higher is better)"
+    tree = _stage_options(stage)
+    if "reference" in tree:
+        reference = tree["reference"]
+        asked = reference["path"] or "start" if isinstance(reference, dict) else reference
+        text += f", reference `{asked}`"
+    return text
+
+
+_BELONGS_TO = {
+    "entropy_power": ("eaft",),
+    "kl_weight": ("asft",),
+    "gamma": ("simpo",),
+    "discopop_tau": ("discopop",),
+    "bco_shift": ("bco_pair",),
+}
+"""Options that mean something to these losses alone."""
+
+
+def _stage_options(stage: StageSpec) -> dict[str, Any]:
+    """The options that had a part in the training; of folders on this machine the names alone."""
+    tree, losses = stage.model_dump(mode="json", exclude_none=True), _losses(stage)
+    for option, names in _BELONGS_TO.items():
+        if not set(names) & set(losses):
+            tree.pop(option, None)
+    if tree.get("divergence") != "alpha":
+        tree.pop("divergence_alpha", None)
+    compares = isinstance(stage, KtoSpec | DpoSpec) and not set(losses) <= set(REFERENCE_FREE)
+    if not (compares or "asft" in losses):
+        tree.pop("reference", None)
+    elif isinstance(stage, KtoSpec | DpoSpec | SftSpec) and isinstance(stage.reference, ReferenceSpec):
+        path = stage.reference.path
+        tree["reference"] |= {"path": None if path is None else _hub_name(path) or Path(path).name}
+        tree["reference"]["adapters"] = [Path(folder).name for folder in stage.reference.adapters]
+    return tree
 
 
 def _yaml(tree: Mapping[str, Any]) -> str:
@@ -96,7 +165,7 @@ def _shown_recipe(settings: Recipe) -> dict[str, Any]:
     lengths = {key: tree["data"][key] for key in ("max_length", "packing")}
     return {
         "data": lengths,
-        "stage": tree["stage"],
+        "stage": _stage_options(settings.stage),
         "method": tree["method"],
         "optim": tree["optim"],
         "train": train,

@@ -15,18 +15,16 @@ from rich.markup import escape
 from torch import nn
 
 from luthier import __version__
+from luthier.arrange import Material, eval_sets, padding_share, training_steps
 from luthier.assemble import (
-    Material,
     attachments,
     build_model,
-    eval_sets,
+    fitted,
     load_tokens,
     longest_sample,
-    padding_share,
     read_material,
     require_one_process,
     run_identity,
-    training_steps,
 )
 from luthier.data.prepare import PreparedData
 from luthier.data.report import check_max_lost, format_reports
@@ -39,6 +37,7 @@ from luthier.publish import CARD_NAME, model_card, upload
 from luthier.recipe.load import LoadedRecipe, dump_recipe, load_recipe
 from luthier.recipe.resolve import Hardware, resolve
 from luthier.recipe.schema import Recipe
+from luthier.references import live_reference, precomputation
 from luthier.show import Say, example_text, quiet_libraries, speaker
 from luthier.trainer.arguments import training_arguments
 from luthier.trainer.bad_numbers import Rewind
@@ -110,12 +109,14 @@ def _train(loaded: LoadedRecipe, hardware: Hardware, quiet: bool) -> TrainResult
     added = vocabulary.to_dict() if vocabulary.is_needed else None
     manifest |= {"parameters": asdict(count), "vocabulary": added}
     manifest |= _model_record(settings, material, model, say)
-    padded = chosen_rows(model).padded
+    material, padded = fitted(settings, material, model), chosen_rows(model).padded
     trackers = tracking(
         train_spec.report_to if main else (), output, run_name=arguments.run_name, resumed=resumed
     )
+    attach = precomputation(settings, source, hardware, model, material, say)
     with trackers as tracked, ProgressCallback(quiet=quiet) as progress, Interruption() as interruption:
-        steps = training_steps(settings, material, world_size, arguments.process_index, padded=padded)
+        rank = arguments.process_index
+        steps = training_steps(settings, material, world_size, rank, padded=padded, attach=attach)
         trainer = PeftTrainer(
             model=model,
             args=arguments,
@@ -123,7 +124,7 @@ def _train(loaded: LoadedRecipe, hardware: Hardware, quiet: bool) -> TrainResult
             method=method,
             optim=settings.optim,
             steps=steps,
-            eval_sets=eval_sets(settings, material, world_size, padded=padded),
+            eval_sets=eval_sets(settings, material, world_size, padded=padded, attach=attach),
             tokenizer=tokenizer,
             callbacks=[*tracked, LogCallback(output), progress, interruption, *attached.callbacks],
             save_total_limit=train_spec.save_total_limit,
@@ -132,6 +133,7 @@ def _train(loaded: LoadedRecipe, hardware: Hardware, quiet: bool) -> TrainResult
             metrics=attached.metrics,
             eval_arithmetic=AUTOCAST[train_spec.eval_precision],
             bad_numbers=train_spec.bad_numbers,
+            reference=live_reference(settings, hardware, model, material),
             fit_memory=FitMemory(steps, say) if train_spec.fit_memory and steps is not None else None,
         )
         metrics = _learn(trainer, settings, manifest, resumed, interruption, say)

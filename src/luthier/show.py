@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Sequence
-from itertools import groupby
+from itertools import groupby, pairwise
 
 from rich.console import Console
 from rich.markup import escape
@@ -30,17 +30,44 @@ def quiet_libraries() -> None:
     warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*", category=FutureWarning)
 
 
+def answer_titles(sample: Sample) -> tuple[str, ...]:
+    """What a row of data calls the answers of its sample, in their order; nothing for a single sequence."""
+    if len(sample.branches) == 1:
+        return ("desirable" if sample.label > 0 else "undesirable",)
+    return ("chosen", "rejected") if sample.branches else ()
+
+
+def answer_bounds(sample: Sample) -> list[tuple[int, int]]:
+    """The tokens [start, stop) of each answer of a sample with branches."""
+    return list(pairwise((*sample.branches, len(sample)))) if sample.branches else []
+
+
 def example_text(sample: Sample, decode: Callable[[Sequence[int]], str]) -> str:
-    """One sample as rich markup: learnt text green between brackets, context dim.
+    """One sample as rich markup: learnt text green between brackets, context dim; a prompt once, then each answer.
 
     The brackets stay where colours are lost (a log file, a pipe). The first token is never a target.
     """
-    learnt = [bool(weight > 0 and index > 0) for index, weight in enumerate(sample.weights)]
-    parts, start = [], 0
+    where = f"example ({escape(sample.source)}, row {sample.index})"
+    if not sample.branches:
+        num_learnt = int((sample.weights[1:] > 0).sum())
+        text = _marked_text(sample, 0, len(sample), decode)
+        return f"{where}: {num_learnt} of {len(sample)} tokens are learnt, in ⟦ ⟧\n{text}"
+    prompt = _marked_text(sample, 0, sample.branches[0], decode)
+    if prompt.endswith("\n[/]"):  # the answer's title begins a line anyway
+        prompt = prompt.removesuffix("\n[/]") + "[/]"
+    parts = [f"{where}: a prompt of {sample.branches[0]} tokens, answers in ⟦ ⟧", prompt]
+    for title, (start, stop) in zip(answer_titles(sample), answer_bounds(sample), strict=True):
+        parts += [f"{title}, {stop - start} tokens:", _marked_text(sample, start, stop, decode)]
+    return "\n".join(parts)
+
+
+def _marked_text(sample: Sample, first: int, last: int, decode: Callable[[Sequence[int]], str]) -> str:
+    """The text of tokens [first, last)."""
+    learnt = [bool(sample.weights[index] > 0 and index > 0) for index in range(first, last)]
+    parts, start = [], first
     for is_learnt, run in groupby(learnt):
         stop = start + len(list(run))
         text = escape(decode(sample.input_ids[start:stop].tolist()))
         parts.append(f"[bold green]⟦{text}⟧[/]" if is_learnt else f"[dim]{text}[/]")
         start = stop
-    where = f"example ({escape(sample.source)}, row {sample.index})"
-    return f"{where}: {sum(learnt)} of {len(sample)} tokens are learnt, in ⟦ ⟧\n{''.join(parts)}"
+    return "".join(parts)

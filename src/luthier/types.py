@@ -12,7 +12,23 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
+
+from luthier.conversations import (
+    Conversation as Conversation,
+    Message as Message,
+    Row as Row,
+    ToolCall as ToolCall,
+)
+from luthier.errors import (
+    CheckpointError as CheckpointError,
+    DataError as DataError,
+    LuthierError as LuthierError,
+    ModelError as ModelError,
+    RecipeError as RecipeError,
+    RowError as RowError,
+    RunInterrupted as RunInterrupted,
+)
 
 if TYPE_CHECKING:
     import numpy as np
@@ -21,90 +37,6 @@ if TYPE_CHECKING:
 
 IGNORE_INDEX = -100
 """The target of a position that is not trained, as everywhere in this field."""
-
-
-# --------------------------------------------------------------------------------------------------
-# Errors. Each carries one message for the person who runs the command; the command line prints it alone.
-
-
-class LuthierError(Exception):
-    """The base of every error that is the input's or the machine's fault, not a bug."""
-
-
-class RecipeError(LuthierError):
-    """A recipe that cannot be run: unknown key, wrong type, impossible combination."""
-
-
-class DataError(LuthierError):
-    """A data file, row, column or template that cannot be used."""
-
-
-class RowError(DataError):
-    """One row that cannot be used. It is dropped and counted under `reason`, a short phrase without values."""
-
-    def __init__(self, reason: str, detail: str = "") -> None:
-        super().__init__(f"{reason}: {detail}" if detail else reason)
-        self.reason = reason
-
-
-class ModelError(LuthierError):
-    """A model, tokenizer or adapter that cannot be loaded or trained exactly."""
-
-
-class CheckpointError(LuthierError):
-    """A checkpoint or run directory that is damaged, foreign or in the way."""
-
-
-class RunInterrupted(LuthierError):
-    """A run that a signal stopped after it had saved a checkpoint; the command line has a status for it."""
-
-
-# --------------------------------------------------------------------------------------------------
-# Data, before tokens
-
-
-@dataclass(frozen=True, slots=True)
-class ToolCall:
-    """One function call of the assistant; `arguments` is a JSON object or the text that stood in its place."""
-
-    name: str
-    arguments: Mapping[str, Any] | str
-    id: str | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class Message:
-    """One turn.
-
-    `role` is any role that the template can render (system, user, assistant, tool, ...).
-    `weight` is the loss weight of the turn's own tokens; None means the stage's rule (answers 1, the rest 0).
-    """
-
-    role: str
-    content: str = ""
-    reasoning: str | None = None
-    tool_calls: tuple[ToolCall, ...] = ()
-    weight: float | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class Conversation:
-    """Messages in order, and the tools that the assistant may call (JSON schemas)."""
-
-    messages: tuple[Message, ...]
-    tools: tuple[Mapping[str, Any], ...] = ()
-
-
-@dataclass(frozen=True, slots=True)
-class Row:
-    """One row of a data file, after its format has been read: a conversation, or plain text."""
-
-    source: str
-    """Name of the data set."""
-    index: int
-    """Position in the data set as it was read, from 0."""
-    conversation: Conversation | None = None
-    text: str | None = None
 
 
 # --------------------------------------------------------------------------------------------------
@@ -117,6 +49,10 @@ class Sample:
 
     input_ids (L,) int32 and weights (L,) float32: `weights[i]` is the loss weight of token i *as a target*
     (it is predicted from the tokens before it); 0 means context only.
+
+    A sample is one sequence, or a prompt that several answers continue: then tokens [0, branches[0]) are the
+    prompt, and branch k is tokens [branches[k], branches[k + 1]), each to be read right after the prompt. A pair has
+    two, the better one first.
     """
 
     input_ids: np.ndarray[Any, np.dtype[np.int32]]
@@ -124,6 +60,11 @@ class Sample:
     source: str = ""
     index: int = -1
     """Row index in the data set, for reports and for naming a bad row."""
+    branches: tuple[int, ...] = ()
+    label: float = 0.0
+    """What the row says of its answers: 1 for a desirable one, else 0 (kto); the margin of a pair (rm)."""
+    reference: np.ndarray[Any, np.dtype[np.float32]] | None = None
+    """(N,) log-probabilities of the targets by the reference model, in their order, where they were computed before."""
 
     def __len__(self) -> int:
         return len(self.input_ids)
@@ -149,6 +90,10 @@ class Encoded:
     lost: Lost = Lost()
 
 
+_TENSORS = ("input_ids", "position_ids", "cu_seqlens", "targets", "target_weights", "parent")
+_OPTIONAL_TENSORS = ("rows", "labels", "reference")
+
+
 @dataclass(slots=True)
 class Batch:
     """One flat row of real tokens for one forward pass; see the design's "The flat batch".
@@ -158,6 +103,11 @@ class Batch:
     target_weights (T,) float32: the loss weight of each target,
     parent (S,) int64: the segment that this one continues, or -1.
     `samples` names where each segment came from, as (source, row index).
+
+    rows (R,) int64 are the segments that are scored. Of n samples with B branches, row k n + i is branch k of sample
+    i: of pairs, all better answers first. labels (n,) float32 are the samples' labels.
+    reference (N,) float32: log-probabilities of the targets by the reference model, where they were computed before.
+    mismatched: the prompts of these samples with answers to other ones (kto).
     """
 
     input_ids: Tensor
@@ -169,6 +119,10 @@ class Batch:
     max_length: int
     """Length of the longest segment."""
     samples: list[tuple[str, int]] = field(default_factory=list)
+    rows: Tensor | None = None
+    labels: Tensor | None = None
+    reference: Tensor | None = None
+    mismatched: Batch | None = None
 
     @property
     def num_tokens(self) -> int:
@@ -180,10 +134,13 @@ class Batch:
 
     def to(self, device: torch.device | str) -> Batch:
         """The same batch with its tensors on `device` (copied only where they are elsewhere)."""
-        moved = {
+        moved: dict[str, Any] = {
             name: getattr(self, name).to(device, non_blocking=True)
-            for name in ("input_ids", "position_ids", "cu_seqlens", "targets", "target_weights", "parent")
+            for name in (*_TENSORS, *_OPTIONAL_TENSORS)
+            if getattr(self, name) is not None
         }
+        if self.mismatched is not None:
+            moved["mismatched"] = self.mismatched.to(device)
         return replace(self, **moved)
 
 
@@ -213,13 +170,16 @@ class TokenLogprobs:
 
     logprobs (N,) float32; entropy (N,) float32 or None; mean_logprobs (N,) float32 or None: the average
     log-probability over the vocabulary, which is what label smoothing needs; predictions (N,) int64 or None: the
-    most likely token.
+    most likely token; top_entropy (N,) float32 or None: the entropy of the softmax over the 20 largest logits alone,
+    without a graph; divergence (N,) float32 or None: KL(reference || policy) over the whole vocabulary.
     """
 
     logprobs: Tensor
     entropy: Tensor | None = None
     mean_logprobs: Tensor | None = None
     predictions: Tensor | None = None
+    top_entropy: Tensor | None = None
+    divergence: Tensor | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -303,14 +263,51 @@ class Policy(Protocol):
     """A plain handle around the (possibly wrapped) model: all that a stage may know of it."""
 
     def logprobs(
-        self, batch: Batch, *, entropy: bool = False, mean_logprobs: bool = False
+        self,
+        batch: Batch,
+        *,
+        entropy: bool = False,
+        mean_logprobs: bool = False,
+        top_entropy: bool = False,
+        divergence: bool = False,
     ) -> TokenLogprobs: ...
+
+    def reference_logprobs(self, batch: Batch) -> Tensor:
+        """(N,) float32 log-probabilities of the targets by the reference model; without a graph."""
+        ...
+
+    def scores(self, batch: Batch) -> Tensor:
+        """(R,) float32: what a reward model says of each row, at its last token."""
+        ...
+
+
+RowKind = Literal["text", "conversation", "pair", "feedback"]
+"""What a stage learns from: documents, conversations, pairs of answers, or answers with a label."""
+
+ModelKind = Literal["language", "reward"]
+"""What a stage trains: a causal language model, or one with a value head in place of the output head."""
+
+
+Observed = Mapping[str, "Tensor"]
+"""What `Stage.observe` saw: tensors by name, over all rows of a step."""
 
 
 class Stage(Protocol):
     """What is learnt. One file under `luthier/stages` each."""
 
     name: str
+    kind: RowKind
+    model: ModelKind
+    needs_reference: bool
+    """Whether `loss` asks the policy for `reference_logprobs`, or for the divergence from the reference."""
+    needs_mismatched: bool
+    """Whether each sample comes with an answer to another prompt (kto)."""
+    share_prompts: bool
+    """Whether its batches have prompts that several answers continue."""
+    terms: tuple[str, ...]
+    """Names of the terms of its loss; one alone is called `loss`."""
+    is_likelihood: bool
+    """Whether the loss is a mean over tokens in nats, so that its exponential is a perplexity."""
 
     def encode(self, row: Row, template: Template) -> Encoded: ...
 
@@ -320,7 +317,14 @@ class Stage(Protocol):
         """The weight of each loss term in this batch, known before the forward pass."""
         ...
 
-    def loss(self, policy: Policy, batch: Batch) -> LossSum: ...
+    def observe(self, policy: Policy, passes: Sequence[Batch]) -> Observed:
+        """Numbers of the rows of a whole step that the loss of each of its passes depends on.
+
+        Called without gradients, before the passes. Empty where the loss is a sum over rows.
+        """
+        ...
+
+    def loss(self, policy: Policy, batch: Batch, observed: Observed) -> LossSum: ...
 
 
 class Method(Protocol):

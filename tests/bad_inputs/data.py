@@ -34,6 +34,7 @@ def prepared(
     *train: Any,
     own: str = CHATML,
     verb: str = "prepare",
+    stage: str = "sft",
     **data: Any,
 ) -> BadInput:
     """`luthier prepare` of a recipe that names these data sets; `own` is the tokenizer's chat template."""
@@ -44,7 +45,11 @@ def prepared(
         "additional_special_tokens": ["<|im_start|>"],
         "chat_template": own or None,
     }
-    recipe = {"model": {"path": "model"}, "data": {"train": train, "cache": CACHE, **data}}
+    recipe = {
+        "model": {"path": "model"},
+        "stage": {"type": stage},
+        "data": {"train": train, "cache": CACHE, **data},
+    }
     given = {
         **MODEL,
         "model/tokenizer_config.json": json.dumps(config),

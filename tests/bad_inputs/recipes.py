@@ -324,8 +324,8 @@ CASES: list[BadInput] = [
     ),
     flat(
         "lf: later stages, later adapters",
-        "stage: dpo\nuse_dora: true\ndeepspeed: ds_z3.json\n",
-        "lf.yaml:4: stage: dpo comes in a later version; this one has pt and sft\n"
+        "stage: ppo\nuse_dora: true\ndeepspeed: ds_z3.json\n",
+        "lf.yaml:4: stage: ppo comes in a later version; this one has pt, sft, rm, dpo and kto\n"
         "lf.yaml:5: use_dora: this kind of adapter comes in a later version; remove it for plain LoRA\n"
         "lf.yaml:6: deepspeed: sharding over GPUs comes in a later version; "
         "remove it to train with plain data parallelism",

@@ -13,8 +13,7 @@ from typer.main import get_command
 
 from luthier.cli import app
 from luthier.data.registry import resolve_datasets
-from luthier.quickstart.tour import FOLDER as QUICKSTART
-from luthier.quickstart.tour import read_questions
+from luthier.quickstart.tour import FOLDER as QUICKSTART, read_questions
 from luthier.recipe.load import load_recipe
 
 ROOT = Path(__file__).parents[2]

@@ -31,6 +31,7 @@ def test_an_example_trains(
         "data.max_samples=8",
         "data.dev_split=0",
         "train.eval_every=null",
+        "train.load_best=false",
     ]
     result = luthier.train(path, overrides, quiet=True)
     # An instruct model's loss on short English text; an untrained head would give ln 49152 = 10.8.

@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 from luthier.cli import app
 from luthier.data import encode
 from luthier.methods.lora import Lora
-from luthier.model import attention, logprobs
+from luthier.model import attention, kernel
 from luthier.selfcheck.verb import CHECKS, selfcheck
 from luthier.trainer.trainer import PeftTrainer
 from tests.tiny import chat_model, write_alpaca
@@ -88,7 +88,7 @@ def _dropped_generators(patch: pytest.MonkeyPatch) -> None:
 
 def _incomplete_normaliser(patch: pytest.MonkeyPatch) -> None:
     """The softmax leaves out a part of the vocabulary."""
-    right = logprobs._statistics
+    right = kernel._statistics
 
     def incomplete(logits: torch.Tensor, targets: torch.Tensor, *rest: Any) -> tuple[torch.Tensor, ...]:
         (values, *others) = right(logits, targets, *rest)
@@ -96,7 +96,7 @@ def _incomplete_normaliser(patch: pytest.MonkeyPatch) -> None:
             return (values, *others)
         return (values + logits.logsumexp(-1) - logits[:, 9:].logsumexp(-1), *others)
 
-    patch.setattr(logprobs, "_statistics", incomplete)
+    patch.setattr(kernel, "_statistics", incomplete)
 
 
 def _lossy_save(patch: pytest.MonkeyPatch) -> None:

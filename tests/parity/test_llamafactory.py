@@ -14,7 +14,8 @@ import pytest
 import yaml
 
 import luthier
-from luthier.assemble import batch_rule, read_material
+from luthier.arrange import batch_rule
+from luthier.assemble import read_material
 from luthier.data.batching import plan_epoch
 from luthier.data.table import SampleTable
 from luthier.environment import detect_hardware

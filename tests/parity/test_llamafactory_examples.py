@@ -31,6 +31,13 @@ TRANSLATED: dict[str, tuple[str, ...]] = {
     "ascend/qwen3_5_full_sft_fsdp2.yaml": NPU,
     "ascend/qwen3_full_sft_fsdp2.yaml": NPU,
     "ascend/qwen3moe_full_sft_fsdp.yaml": NPU,
+    "extras/dft/qwen2_full_sft.yaml": (),
+    "extras/eaft/qwen25_05b_eaft_full.yaml": (),
+    "train_lora/qwen3_lora_dpo.yaml": (),
+    "train_lora/qwen3_lora_kto.yaml": (
+        "stage: kto: the divergence is estimated from the rows of the whole step here, of each device's batch there",
+    ),
+    "train_lora/qwen3_lora_reward.yaml": (),
     "train_lora/qwen3_lora_pretrain.yaml": (
         "packing: documents in a block see each other, as there; a native recipe keeps them apart",
     ),
@@ -54,7 +61,6 @@ DEEPSPEED = (
 )
 EXPORT = "export_dir: this file exports a model; the verb export comes in a later version"
 FP8 = "8-bit floating point comes in a later version; remove it"
-LOSS = "this loss comes in a later version; remove it for cross-entropy"
 MEDIA = tuple(
     f"{key}: images, videos and audio come in a later version; remove it for a text-only run"
     for key in ("image_max_pixels", "video_max_pixels")
@@ -77,20 +83,14 @@ V1 = (
 )
 
 
-def stage(name: str) -> str:
-    return f"stage: {name} comes in a later version; this one has pt and sft"
-
-
 REFUSED: dict[str, tuple[str, ...]] = {
     "ascend/qwen3vlmoe_full_sft_fsdp2.yaml": MEDIA,
     "ascend/qwen3vlmoe_lora_sft_fsdp.yaml": MEDIA,
     "extras/adam_mini/qwen2_full_sft.yaml": (f"use_adam_mini: {OPTIMIZER}",),
     "extras/apollo/llama3_full_sft.yaml": (f"use_apollo: {OPTIMIZER}",),
-    "extras/asft/llama2_full_asft.yaml": (DEEPSPEED, f"use_asft_loss: {LOSS}"),
-    "extras/asft/qwen2_full_asft.yaml": (DEEPSPEED, f"use_asft_loss: {LOSS}"),
+    "extras/asft/llama2_full_asft.yaml": (DEEPSPEED,),
+    "extras/asft/qwen2_full_asft.yaml": (DEEPSPEED,),
     "extras/badam/llama3_full_sft.yaml": (f"use_badam: {OPTIMIZER}",),
-    "extras/dft/qwen2_full_sft.yaml": (f"use_dft_loss: {LOSS}",),
-    "extras/eaft/qwen25_05b_eaft_full.yaml": (f"use_eaft_loss: {LOSS}",),
     "extras/fp8/llama3_fp8_deepspeed_sft.yaml": (f"fp8: {FP8}", DEEPSPEED),
     "extras/fp8/llama3_fp8_fsdp_sft.yaml": (
         f"fp8: {FP8}",
@@ -161,15 +161,12 @@ REFUSED: dict[str, tuple[str, ...]] = {
     "merge_lora/qwen3vl_lora_sft.yaml": (EXPORT,),
     "train_full/qwen3_full_sft.yaml": (DEEPSPEED,),
     "train_full/qwen3vl_full_sft.yaml": (*MEDIA, DEEPSPEED),
-    "train_lora/qwen3_lora_dpo.yaml": (stage("dpo"),),
-    "train_lora/qwen3_lora_kto.yaml": (stage("kto"),),
-    "train_lora/qwen3_lora_reward.yaml": (stage("rm"),),
     "train_lora/qwen3_lora_sft_ds3.yaml": (DEEPSPEED,),
     "train_lora/qwen3_lora_sft_ray.yaml": (
         "dataset_dir: download that folder and give its path",
         "ray_num_workers: start the run with torchrun instead of Ray; remove it",
     ),
-    "train_lora/qwen3vl_lora_dpo.yaml": (*MEDIA, stage("dpo")),
+    "train_lora/qwen3vl_lora_dpo.yaml": MEDIA,
     "train_lora/qwen3vl_lora_sft.yaml": MEDIA,
     "train_qlora/qwen3_lora_sft_bnb_npu.yaml": (QUANTIZED,),
     "train_qlora/qwen3_lora_sft_otfq.yaml": (QUANTIZED,),
@@ -231,6 +228,10 @@ def _lora(recipe: Recipe) -> LoraSpec:
     return recipe.method
 
 
+def _stage(recipe: Recipe) -> Any:
+    return recipe.stage
+
+
 def _targets(recipe: Recipe) -> str:
     return {"all-linear": "all"}.get(str(_lora(recipe).targets), "others")
 
@@ -257,6 +258,8 @@ SAYS: dict[str, Callable[[Recipe], Any]] = {
     "overwrite_output_dir": lambda recipe: recipe.train.overwrite,
     "per_device_train_batch_size": lambda recipe: recipe.train.rows_per_device,
     "plot_loss": lambda recipe: recipe.train.plots,
+    "pref_beta": lambda recipe: _stage(recipe).beta,
+    "pref_loss": lambda recipe: _stage(recipe).loss,
     "preprocessing_num_workers": lambda recipe: recipe.data.workers,
     "report_to": lambda recipe: ",".join(recipe.train.report_to) or "none",
     "resume_from_checkpoint": lambda recipe: {"never": None}.get(recipe.train.resume, recipe.train.resume),
@@ -266,6 +269,8 @@ SAYS: dict[str, Callable[[Recipe], Any]] = {
     "stage": lambda recipe: recipe.stage.type,
     "template": lambda recipe: recipe.data.template,
     "trust_remote_code": lambda recipe: recipe.model.trust_remote_code,
+    "use_dft_loss": lambda recipe: _stage(recipe).loss == "dft",
+    "use_eaft_loss": lambda recipe: (_stage(recipe).loss, _stage(recipe).entropy_power) == ("eaft", 1),
     "warmup_ratio": lambda recipe: recipe.optim.warmup,
 }
 NOT_SAID = {

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -23,19 +24,25 @@ from luthier.check.memory import (
     layer_bytes,
     measure_activations,
     optimizer_bytes,
+    reference_bytes,
+    shape_of,
     tensor_bytes,
     trained,
     weight_bytes,
     without_checkpointing,
 )
+from luthier.data.collate import branch_batch
 from luthier.data.encode import EncodeOptions
 from luthier.methods import build_method
 from luthier.methods.groups import checkpoints_activations
-from luthier.model import logprobs
+from luthier.model import kernel
 from luthier.model.logprobs import ModelPolicy, install_target_forward
+from luthier.model.reference import AdaptersOff, AsItIs, OtherModel, StartingPoint
+from luthier.model.rows import Rows
 from luthier.optim.build import OPTIMIZERS, build_optimizer
 from luthier.recipe.schema import AdamwSpec, DataSpec, FreezeSpec, FullSpec, LoraSpec, SftSpec, SgdSpec
 from luthier.stages import build_stage
+from luthier.types import IGNORE_INDEX, Sample
 from tests.tiny import random_samples, tiny_model
 
 METHODS = {"full": FullSpec(), "freeze": FreezeSpec(layers=1), "lora": LoraSpec(rank=4, alpha=8)}
@@ -55,7 +62,7 @@ def model_of(method: str, family: str = "llama") -> Any:
 def backward(model: Any, lengths: Sequence[int]) -> None:
     batch = stage().collate(random_samples(lengths))
     model.train()
-    stage().loss(ModelPolicy(model), batch).terms["loss"].total.backward()
+    stage().loss(ModelPolicy(model), batch, {}).terms["loss"].total.backward()
 
 
 # --------------------------------------------------------------------------------------------------
@@ -136,13 +143,26 @@ def test_saved_tensors_count_a_view_as_the_whole_that_it_keeps() -> None:
 
 
 def test_growth_goes_through_its_three_points_and_on() -> None:
-    def true(tokens: int) -> int:
-        return 1000 + 24 * tokens + 3 * tokens**2
+    def true(positions: int, squares: int) -> int:
+        return 1000 + 24 * positions + 3 * squares
 
-    growth = Growth.through(8, [true(8), true(16), true(24)])
-    assert growth == Growth(1000.0, 24.0, 3.0)
-    assert growth(100, 100**2) == true(100)
+    shapes = [PassShape(8, 64, 0), PassShape(16, 200, 0), PassShape(24, 470, 0)]
+    growth = Growth.through(shapes, [true(shape.positions, shape.squares) for shape in shapes])
+    assert (growth.constant, growth.per_token, growth.per_square) == pytest.approx((1000.0, 24.0, 3.0))
+    assert growth(100, 100**2) == true(100, 100**2)
     assert growth(100, 2 * 50**2) == 1000 + 24 * 100 + 3 * 2 * 50**2
+
+
+def test_the_shape_of_a_pass_by_hand() -> None:
+    """A prompt of five tokens; the last begins both answers, of three and two tokens, which attend to the others."""
+    ids, weights = np.arange(1, 11, dtype=np.int32), np.zeros(10, np.float32)
+    weights[5:] = 1
+    sample = Sample(ids, weights, branches=(5, 8))
+    shared = branch_batch([sample], share_prompts=True)
+    assert shape_of(shared) == PassShape(4 + 4 + 3, 4 * 4 + 4 * 8 + 3 * 7, 5)
+    copied = branch_batch([sample], share_prompts=False)
+    assert shape_of(copied) == PassShape(8 + 7, 8**2 + 7**2, 5)
+    assert shape_of(copied, padded=True) == PassShape(2 * 8, 2 * 8**2, 5)
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -152,12 +172,12 @@ def test_the_growth_foretells_a_longer_pass_of_several_segments(method: str, fam
     model = model_of(method, family)
     lengths = (40, 61, 23)
     batch = stage().collate(random_samples(lengths))
-    batch.targets.fill_(logprobs.IGNORE_INDEX)
+    batch.targets.fill_(IGNORE_INDEX)
     saved = SavedTensors([*model.parameters(), *model.buffers()])
     model.train()
     with saved:
-        loss = stage().loss(ModelPolicy(model), batch)
-    growth = measure_activations(model, stage(), None, longest=60).growth
+        loss = stage().loss(ModelPolicy(model), batch, {})
+    growth = measure_activations(model, "language", None, longest=60).growth
     expected = growth(sum(lengths), sum(length**2 for length in lengths))
     # Segments of their own save bounds and masks of some bytes more than one segment does.
     assert sum(saved.release()) == pytest.approx(expected, rel=0.02)
@@ -181,12 +201,12 @@ def test_checkpointing_keeps_one_input_for_each_layer() -> None:
     model.gradient_checkpointing_enable({"use_reentrant": False})
     model = build_method(FullSpec()).apply(model)
     install_target_forward(model)
-    shallow = measure_activations(model, stage(), None, longest=60).growth
+    shallow = measure_activations(model, "language", None, longest=60).growth
     with without_checkpointing(model):
         assert not checkpoints_activations(model)
-        deep = measure_activations(model, stage(), None, longest=60).growth
+        deep = measure_activations(model, "language", None, longest=60).growth
     assert checkpoints_activations(model)
-    plain = measure_activations(model_of("full"), stage(), None, longest=60).growth
+    plain = measure_activations(model_of("full"), "language", None, longest=60).growth
     assert deep == plain
     # Two layers and the last norm keep 32 floats of each token; the norm and the ids keep a little more.
     assert 2 * 32 * 4 <= shallow.per_token < plain.per_token / 4
@@ -206,6 +226,43 @@ def test_a_layer_is_a_share_of_the_whole_and_whole_where_it_is_computed_again() 
     assert layer_bytes(plain, shape, 4, checkpointed=True) == 25_000
 
 
+def test_pairs_are_measured_as_pairs() -> None:
+    """What answers that share a prompt keep, foretold from pairs of other lengths and proportions."""
+    model = model_of("lora", "gemma2-softcap")
+    install_target_forward(model.get_base_model(), Rows(shares_prompts=True))
+    rng = np.random.default_rng(1)
+    samples = [
+        Sample(
+            rng.integers(3, 97, sum(parts)).astype(np.int32),
+            np.zeros(sum(parts), np.float32),
+            branches=(parts[0], parts[0] + parts[1]),
+        )
+        for parts in ((40, 9, 31), (12, 25, 26))
+    ]
+    batch = branch_batch(samples, share_prompts=True)
+    saved = SavedTensors([*model.parameters(), *model.buffers()])
+    model.train()
+    with saved:
+        answers = ModelPolicy(model).logprobs(batch)
+    shape, growth = (
+        shape_of(batch),
+        measure_activations(model, "language", None, longest=90, pairs=True).growth,
+    )
+    assert sum(saved.release()) == pytest.approx(growth(shape.positions, shape.squares), rel=0.05)
+    assert len(answers.logprobs) == 0
+
+
+@pytest.mark.parametrize("method", ["full", "lora"])
+def test_a_reference_costs_what_is_kept_of_it(method: str) -> None:
+    model = model_of(method)
+    assert reference_bytes(StartingPoint(model), model) == gradient_bytes(model) > 0
+    other = model_of("full", "gpt2")
+    assert reference_bytes(OtherModel(other), model) == weight_bytes(other)
+    assert reference_bytes(AsItIs(), model) == reference_bytes(None, model) == 0
+    if method == "lora":
+        assert reference_bytes(AdaptersOff(model), model) == 0
+
+
 # --------------------------------------------------------------------------------------------------
 # The head
 
@@ -216,7 +273,7 @@ def head(method: str, targets: int, **how: Any) -> tuple[int, int]:
 
 
 def test_a_head_that_does_not_train(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(logprobs, "LOGITS_PER_CHUNK", 97 * 40)
+    monkeypatch.setattr(kernel, "LOGITS_PER_CHUNK", 97 * 40)
     assert head("lora", 30) == (30 * 32 * 4, 30 * 97 * 8)
     assert head("lora", 100) == (100 * 32 * 4, 40 * 97 * 8)
     assert head("lora", 100, smoothed=True) == (2 * 100 * 32 * 4, 40 * 97 * 12)
@@ -225,7 +282,7 @@ def test_a_head_that_does_not_train(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_head_that_trains(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(logprobs, "LOGITS_PER_CHUNK", 97 * 40)
+    monkeypatch.setattr(kernel, "LOGITS_PER_CHUNK", 97 * 40)
     gradient = 97 * 32 * 4
     assert head("full", 100) == (100 * 32 * 4, max(40 * 97 * 16, 3 * gradient))
     assert head("full", 30) == (30 * 32 * 4, max(30 * 97 * 16, gradient + 30 * 97 * 8))
@@ -275,3 +332,14 @@ def test_weights_of_another_type_are_there_twice_while_they_load() -> None:
     memory = at_its_fullest(sizes(converted=9000), 10**6, several_passes=False, copies_remain=False)
     assert memory.fullest == "loading"
     assert memory.parts == {"process": 100, "weights": 1000, "file": 9000}
+
+
+def test_a_reference_is_there_always_or_before_training_only() -> None:
+    beside = at_its_fullest(sizes(reference=5000), 10**6, several_passes=True, copies_remain=False)
+    assert beside.parts["reference"] == 5000
+    assert beside.total == 5000 + 100 + 1000 + 200 + 400 + 3000 + 50 + 7 + 11
+    assert "asking the reference" not in beside.moments
+    before = at_its_fullest(sizes(asked=5000), 10**6, several_passes=True, copies_remain=False)
+    assert before.fullest == "asking the reference"
+    assert before.parts == {"process": 100, "weights": 1000, "reference": 5000}
+    assert before.moments["backward begins"] == beside.total - 5000

@@ -10,7 +10,7 @@ import pytest
 
 from luthier.check.findings import histogram_of
 from luthier.check.memory import PassShape
-from luthier.check.schedule import EXAMINED, longest_shape, pass_size, schedule_of
+from luthier.check.schedule import EXAMINED, longest_shape, pass_positions, schedule_of
 from luthier.data.batching import RowsRule, TokensRule, plan_epoch
 from luthier.data.collate import flat_batch
 from luthier.data.table import SampleTable
@@ -48,7 +48,16 @@ def test_padded_passes_count_their_padding() -> None:
     schedule = schedule_of(steps, TrainSpec(rows_per_device=2, accumulation=2))
     assert schedule.longest_pass == 80
     assert schedule.padding_share == pytest.approx(1 - 120 / (40 + 80 + 30))
-    assert pass_size(steps.plan, [2, 3]) == (80, 2 * 40**2)
+    assert pass_positions(steps.plan, [2, 3]) == 80
+    assert longest_shape(steps, schedule) == PassShape(80, 2 * 40**2, longest_shape(steps, schedule).targets)
+
+
+def test_what_answers_take_of_a_pass_decides_over_their_tokens() -> None:
+    """A prompt that is computed for each of its answers takes more positions than the data has tokens."""
+    steps = steps_of(LENGTHS, RowsRule(2, 2), sizes=np.array([10, 20, 30, 40, 90, 15]))
+    schedule = schedule_of(steps, TrainSpec(rows_per_device=2, accumulation=2))
+    assert (schedule.longest_pass, schedule.longest_at) == (105, (1, 0))
+    assert schedule.tokens_per_epoch == 120
 
 
 def test_max_steps_decide_over_epochs() -> None:

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import io
 import json
+import math
 import re
 from typing import Any
 
 import numpy as np
 import pytest
 from rich.console import Console
+from rich.text import Text
 
 from luthier.check.text import MOST_TOKENS, sample_text
-from luthier.check.tokens import ShownSample, Token, chosen, show_sample, token_text, visible
+from luthier.check.tokens import ShownAnswer, ShownSample, Token, chosen, show_sample, token_text, visible
 from luthier.data.template import ChatTemplate
+from luthier.show import example_text
 from luthier.types import Sample
 from tests.tiny import chat_tokenizer
 
@@ -94,6 +97,65 @@ def test_colours_add_nothing_but_colours(template: ChatTemplate) -> None:
 def test_a_weight_is_named(template: ChatTemplate) -> None:
     tokens = (Token(1, "a", 0.0), Token(2, "b", 0.5), Token(3, "c", 1.0))
     assert shown_text(ShownSample("rows", 0, tokens)).splitlines()[1] == "a|⟦b⟧×0.5|⟦c⟧"
+
+
+def pair_of(template: ChatTemplate, prompt: str, *answers: str, label: float = math.nan) -> Sample:
+    parts = [template.text(text) for text in (prompt, *answers)]
+    ends = np.cumsum([len(part) for part in parts])
+    weights = np.concatenate([np.full(len(part), float(place > 0)) for place, part in enumerate(parts)])
+    ids = np.concatenate(parts)
+    return Sample(
+        ids.astype(np.int32), weights.astype(np.float32), "pairs", 3, tuple(ends[:-1].tolist()), label
+    )
+
+
+def test_a_prompt_stands_once_and_each_answer_under_its_name(template: ChatTemplate) -> None:
+    sample = pair_of(template, "ab\n", "yes", "n[o]")
+    shown = show_sample(sample, template)
+    assert shown_text(shown).splitlines() == [
+        "  pairs, row 3: a prompt of 3 tokens, answers in ⟦ ⟧",
+        "a|b|↵",
+        "  chosen, 3 tokens",
+        "⟦y|e|s⟧",
+        "  rejected, 4 tokens",
+        "⟦n|[|o|]⟧",
+    ]
+    tree = json.loads(json.dumps(shown.to_dict()))
+    assert [token["text"] for token in tree["tokens"]] == ["a", "b", "↵"]
+    assert [(answer["name"], answer["learnt"]) for answer in tree["answers"]] == [
+        ("chosen", 3),
+        ("rejected", 4),
+    ]
+    assert tree["learnt"] == shown.learnt == 7
+    plain = Text.from_markup(example_text(sample, template.decode)).plain
+    assert plain.splitlines() == [
+        "example (pairs, row 3): a prompt of 3 tokens, answers in ⟦ ⟧",
+        "ab",
+        "chosen, 3 tokens:",
+        "⟦yes⟧",
+        "rejected, 4 tokens:",
+        "⟦n[o]⟧",
+    ]
+
+
+@pytest.mark.parametrize(("label", "name"), [(1.0, "desirable"), (0.0, "undesirable")])
+def test_an_answer_with_a_label_is_called_by_it(template: ChatTemplate, label: float, name: str) -> None:
+    shown = show_sample(pair_of(template, "a", "bc", label=label), template)
+    assert [answer.name for answer in shown.answers] == [name]
+
+
+def test_of_long_answers_beginning_and_end_are_shown() -> None:
+    def tokens(letter: str, number: int) -> tuple[Token, ...]:
+        return tuple(Token(i, f"{letter}{i}", 1.0) for i in range(number))
+
+    answers = (ShownAnswer("chosen", tokens("c", MOST_TOKENS)), ShownAnswer("rejected", tokens("r", 5)))
+    text = shown_text(ShownSample("rows", 0, tokens("p", 10), answers))
+    seen = re.findall(r"c\d+", text.replace("chosen", ""))
+    assert seen[0] == "c0"
+    assert seen[-1] == f"c{MOST_TOKENS - 1}"
+    assert abs(len(seen) - MOST_TOKENS // 3) <= 1
+    assert f"… {MOST_TOKENS - len(seen)} more tokens …" in text
+    assert len(re.findall(r"r\d", text.split("rejected")[1])) == 5
 
 
 def test_of_a_long_sample_beginning_and_end_are_shown() -> None:

@@ -7,8 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, strategies as st
 
 from luthier.data.encode import EncodeOptions, blocks, pt_samples, sft_sample, share_room, windows
 from luthier.recipe.schema import DataSpec
@@ -16,59 +15,12 @@ from luthier.types import (
     Conversation,
     DataError,
     Encoded,
-    EncodedConversation,
     Lost,
     Message,
     Row,
-    RowError,
     Sample,
-    Span,
 )
-
-END, NEWLINE, EOS, BOS = 900, 901, 902, 903
-
-
-class Words:
-    """A template whose tokens can be read: each message is its role's number, its words, and END NEWLINE.
-
-    An answer's role number is the prompt's; END is its stop token and NEWLINE follows it. A word w becomes len(w).
-    With `forgets`, every answer but the last one shows only its first word.
-    """
-
-    name = "words"
-    stop_ids = (END,)
-    ROLES = {"system": 100, "user": 101, "assistant": 102, "tool": 103}
-
-    def __init__(self, forgets: bool = False) -> None:
-        self.forgets = forgets
-
-    def encode(self, conversation: Conversation) -> EncodedConversation:
-        ids: list[int] = []
-        answers, rewritten = [], []
-        messages = conversation.messages
-        last = max((k for k, m in enumerate(messages) if m.role == "assistant"), default=-1)
-        for k, message in enumerate(messages):
-            if message.role not in self.ROLES:
-                raise RowError("unknown role", message.role)
-            ids.append(self.ROLES[message.role])
-            start = len(ids)
-            words = self.text(message.content)
-            hidden = self.forgets and message.role == "assistant" and k != last and len(words) > 1
-            ids += [*(words[:1] if hidden else words), END, NEWLINE]
-            if hidden:
-                rewritten.append(k)
-            elif message.role == "assistant":
-                answers.append(Span(start, len(ids) - 1, k, len(ids)))
-        return EncodedConversation(ids, tuple(answers), tuple(rewritten))
-
-    def prompt(self, conversation: Conversation) -> list[int]:
-        return [*self.encode(conversation).input_ids, self.ROLES["assistant"]]
-
-    def text(self, text: str) -> list[int]:
-        return [len(word) for word in text.split()]
-
-    def document(self, text: str, *, begin: bool = True) -> list[int]:
-        return [*([BOS] if begin else []), *self.text(text), EOS]
+from tests.words import BOS, END, EOS, NEWLINE, Words
 
 
 def options(**changes: Any) -> EncodeOptions:

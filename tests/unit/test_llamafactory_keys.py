@@ -389,9 +389,9 @@ def test_overrides_flat_then_native() -> None:
             "lf.yaml:4: train: a section of a native recipe cannot stand in a LLaMA-Factory file; "
             "`luthier migrate` writes one",
         ),
-        ("stage: dpo", "lf.yaml:4: stage: dpo comes in a later version; this one has pt and sft"),
+        ("stage: ppo", "lf.yaml:4: stage: ppo comes in a later version; this one has pt, sft, rm, dpo and kto"),
         ("stage: sfd", "lf.yaml:4: stage: 'sfd' is none of its values; did you mean sft? Choose "
-         "from pt, sft"),
+         "from pt, sft, rm, dpo, kto"),
         (
             "finetuning_type: oft",
             "lf.yaml:4: finetuning_type: oft comes in a later version; this one has lora, freeze and full",
@@ -482,7 +482,7 @@ def test_errors_of_overrides_name_the_override() -> None:
 
 
 def test_all_problems_at_once() -> None:
-    text = "lora_rnk: 8\nquantization_bit: 4\nstage: rm\nuse_galore: true\n"
+    text = "lora_rnk: 8\nquantization_bit: 4\nstage: ppo\nuse_galore: true\n"
     assert [line.split(":")[1] for line in problems(text)] == ["4", "5", "6", "7"]
 
 

@@ -12,8 +12,9 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 from luthier.data.collate import flat_batch
-from luthier.model import logprobs
-from luthier.model.logprobs import ModelPolicy, chunk_rows, install_target_forward
+from luthier.model import kernel
+from luthier.model.kernel import chunk_rows
+from luthier.model.logprobs import ModelPolicy, install_target_forward
 from luthier.types import Batch, ModelError, Sample
 from tests.reference import (
     METHODS,
@@ -32,7 +33,7 @@ NAMES = ("logprobs", "entropy", "mean_logprobs")
 @pytest.fixture
 def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Chunks of 16 rows, the least there is."""
-    monkeypatch.setattr(logprobs, "LOGITS_PER_CHUNK", 1)
+    monkeypatch.setattr(kernel, "LOGITS_PER_CHUNK", 1)
 
 
 def mixed(answers: Any, seed: int = 5) -> Tensor:
@@ -87,7 +88,7 @@ def test_logits_are_computed_once_for_a_frozen_head(
     method: str, rowwise: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A head that does not train sees each chunk once; one that trains sees it again in backward."""
-    monkeypatch.setattr(logprobs, "LOGITS_PER_CHUNK", 1)
+    monkeypatch.setattr(kernel, "LOGITS_PER_CHUNK", 1)
     flat, _ = flat_and_dense("llama", method)
     sizes: list[int] = []
     head = (flat.get_base_model() if isinstance(flat, PeftModel) else flat).get_output_embeddings()

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from luthier.data.collate import flat_batch
-from luthier.model import logprobs
+from luthier.model import kernel, logprobs
 from luthier.model.logprobs import ModelPolicy
 from luthier.trainer.metrics import Metric, accuracy, load_metrics
 from luthier.types import EvalRow, RecipeError, Sample
@@ -76,7 +76,7 @@ def test_rows_are_those_of_whole_logits(
     family: str, tokens_per_pass: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Each sample once, whatever shares its pass, in chunks of 16 positions."""
-    monkeypatch.setattr(logprobs, "LOGITS_PER_CHUNK", 1)
+    monkeypatch.setattr(kernel, "LOGITS_PER_CHUNK", 1)
     samples = random_samples([40, 33, 5, 1, 25, 2], seed=3)
     seen: list[EvalRow] = []
 
@@ -104,7 +104,7 @@ def test_rows_are_those_of_whole_logits(
 
 @pytest.mark.parametrize("method", ["frozen-head", "full"])
 def test_asking_for_predictions_changes_no_gradient(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(logprobs, "LOGITS_PER_CHUNK", 1)
+    monkeypatch.setattr(kernel, "LOGITS_PER_CHUNK", 1)
     samples, found, predicted = random_samples([40, 33]), [], []
     for wanted in (False, True):
         model = without_dropout(flat_and_dense("llama", method)[0])

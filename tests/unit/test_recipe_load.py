@@ -285,7 +285,8 @@ def test_another_kind_on_the_command_line_does_not_swallow_the_files_fields() ->
          "put it in quotes"),
         ("method: {type: lor}", "r.yaml:3: method: type: lor: no such kind; did you mean lora? "
          "Choose from full, freeze, lora"),
-        ("stage: {type: dpo}", "r.yaml:3: stage: type: dpo: no such kind; choose from pt, sft"),
+        ("stage: {type: dpp}", "r.yaml:3: stage: type: dpp: no such kind; did you mean dpo? "
+         "Choose from pt, sft, rm, dpo, kto"),
         (
             "method: {type: full, rank: 8}",
             "r.yaml:3: method.rank: does not go with type: full; it belongs to type: lora",

@@ -96,7 +96,20 @@ def test_rows_keep_their_own_rule() -> None:
 
 
 @pytest.mark.parametrize(
-    ("metric", "greater"), [("eval_loss", False), ("eval_perplexity", False), ("eval_accuracy", True)]
+    ("metric", "greater"),
+    [
+        ("eval_loss", False),
+        ("eval_perplexity", False),
+        ("eval_accuracy", True),
+        ("eval_nll_loss", False),
+        ("eval_loss/ipo", False),
+        ("eval_rewards/accuracies", True),
+        ("eval_rewards/margins", True),
+        ("eval_rewards/chosen", True),
+        ("eval_rewards/rejected", False),
+        ("eval_logps/rejected", False),
+        ("rewards/accuracies", True),
+    ],
 )
 def test_direction_of_the_metric(metric: str, greater: bool) -> None:
     assert resolve(loaded(train={"best_metric": metric}), CPU).recipe.train.greater_is_better is greater

@@ -20,8 +20,7 @@ from typer.testing import CliRunner
 
 from luthier.cli import app
 from luthier.recipe.load import load_recipe
-from luthier.sweep import run as verb
-from luthier.sweep import trial as process
+from luthier.sweep import run as verb, trial as process
 from luthier.sweep.run import sweep
 from luthier.trainer.log import LOG_NAME
 from luthier.types import CheckpointError, LuthierError, RunInterrupted

@@ -14,18 +14,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
+from luthier.arrange import Material, training_steps
 from luthier.assemble import (
-    Material,
     attachments,
     build_model,
+    fitted,
     load_tokens,
     longest_sample,
     read_material,
     require_one_process,
     run_identity,
-    training_steps,
 )
 from luthier.check.estimate import estimate_memory, memory_before
 from luthier.check.findings import DataSet, Findings, histogram_of, settings_of
@@ -45,12 +46,14 @@ from luthier.model.vocabulary import VocabularyChange
 from luthier.recipe.load import LoadedRecipe, load_recipe
 from luthier.recipe.resolve import Hardware, resolve
 from luthier.recipe.schema import Recipe
+from luthier.references import build_reference, reference_spec
 from luthier.show import Say, quiet_libraries
 from luthier.trainer.arguments import training_arguments
 from luthier.trainer.checkpoint import resolve_resume
 from luthier.trainer.kernels import kernel_rules
 from luthier.trainer.run_directory import run_guard
 from luthier.trainer.same_run import differences
+from luthier.types import Method
 
 
 def check(
@@ -197,24 +200,59 @@ class _Check:
         rows = chosen_rows(model)
         if rows.padded:
             self._note(f"rows are padded on the {rows.side}: {rows.reason}")
-        if material is None:
-            return
-        steps = training_steps(settings, material, 1, 0, padded=rows.padded)
+        if material is not None:
+            material = fitted(settings, material, model)
+            if rows.unshared_reason:
+                self._note(
+                    f"the prompt of a pair is computed for each of its answers: {rows.unshared_reason}"
+                )
+            self._steps(settings, source, hardware, model, method, material, before)
+
+    def _steps(
+        self,
+        settings: Recipe,
+        source: ModelSource,
+        hardware: Hardware,
+        model: PreTrainedModel | PeftModel,
+        method: Method,
+        material: Material,
+        before: int,
+    ) -> None:
+        """Steps, memory and time; `before` is the memory that was taken before the model."""
+        found, stage, reference = self._found, material.stage, None
+        in_advance = reference_spec(settings).precompute
+        if stage.needs_reference:
+            # Before its first step the policy itself is what it starts from: nothing is copied for it.
+            reference = found.ask(
+                "model", lambda: build_reference(settings, hardware, model, before=in_advance)
+            )
+            if reference is None:
+                return
+        steps = training_steps(settings, material, 1, 0, padded=chosen_rows(model).padded)
         if steps is None or not len(steps):
             return
         found.schedule = schedule = schedule_of(steps, settings.train)
         shape = longest_shape(steps, schedule)
         self._say("estimating memory")
-        arguments = (settings, source, hardware, model, material.stage, schedule, shape, before)
-        found.memory = found.ask("model", lambda: estimate_memory(*arguments))
+        found.memory = found.ask(
+            "model",
+            lambda: estimate_memory(
+                settings, source, hardware, model, stage, schedule, shape, before, reference
+            ),
+        )
         if not self._probe or found.memory is None:
             return
         if not found.memory.fits:
             self._note("not probed: the estimated memory does not fit")
             return
+        if in_advance and stage.needs_reference:
+            self._note(
+                "the probe asks the reference in every pass; training asks it once for each sample, before the first "
+                "step, and keeps the answers in the cache"
+            )
         self._say("measuring a few steps")
         found.probe = found.ask(
-            "model", lambda: run_probe(settings, model, method, material.stage, steps, schedule)
+            "model", lambda: run_probe(settings, model, method, stage, steps, schedule, reference)
         )
 
 

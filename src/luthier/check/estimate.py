@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import platform
+from functools import partial
 from pathlib import Path
 
 import psutil
@@ -22,6 +23,7 @@ from luthier.check.memory import (
     layer_bytes,
     measure_activations,
     optimizer_bytes,
+    reference_bytes,
     tensor_bytes,
     trained,
     weight_bytes,
@@ -30,8 +32,11 @@ from luthier.check.memory import (
 from luthier.check.schedule import Schedule
 from luthier.methods.groups import checkpoints_activations
 from luthier.model.load import ModelSource
+from luthier.model.reference import Reference
 from luthier.recipe.resolve import Hardware
-from luthier.recipe.schema import Recipe, TrainSpec
+from luthier.recipe.schema import PtSpec, Recipe, SftSpec, TrainSpec
+from luthier.references import reference_spec
+from luthier.trainer.precision import autocast_type
 from luthier.types import Stage
 
 
@@ -44,11 +49,6 @@ def memory_before(device: str) -> int:
     return total - free - torch.cuda.memory_reserved()
 
 
-def arithmetic_of(settings: Recipe) -> torch.dtype | None:
-    """The type of the autocast that training runs under; None where there is none."""
-    return {"bf16": torch.bfloat16, "fp16": torch.float16}.get(settings.train.precision)
-
-
 def estimate_memory(
     settings: Recipe,
     source: ModelSource,
@@ -58,21 +58,29 @@ def estimate_memory(
     schedule: Schedule,
     shape: PassShape,
     process: int,
+    reference: Reference | None = None,
 ) -> Memory:
     """The memory of a run at its fullest. It runs three short forward passes (six with gradient checkpointing).
 
-    process: what `memory_before` said before the model was loaded.
+    process: what `memory_before` said before the model was loaded. reference: what the stage compares with; where the
+    recipe asks it in advance, it counts before training only.
     """
-    arithmetic = arithmetic_of(settings)
-    kept = plain = measure_activations(model, stage, arithmetic, shape.positions)
+    arithmetic = autocast_type(settings.train.precision)
+    measured = partial(
+        measure_activations, model, stage.model, arithmetic, shape.positions, pairs=stage.share_prompts
+    )
+    kept = plain = measured()
     checkpointed = checkpoints_activations(model)
     if checkpointed:
         with without_checkpointing(model):
-            plain = measure_activations(model, stage, arithmetic, shape.positions)
+            plain = measured()
     num_layers = model.config.get_text_config().num_hidden_layers  # type: ignore[union-attr, operator]
     layer = layer_bytes(plain.growth, shape, num_layers, checkpointed=checkpointed)
-    smoothed = settings.stage.label_smoothing > 0
-    head, transient = head_bytes(model, shape, arithmetic=arithmetic, smoothed=smoothed)
+    smoothed = isinstance(settings.stage, PtSpec | SftSpec) and settings.stage.label_smoothing > 0
+    head, transient = 0, 0
+    if stage.model == "language":
+        head, transient = head_bytes(model, shape, arithmetic=arithmetic, smoothed=smoothed)
+    compared, in_advance = reference_bytes(reference, model), reference_spec(settings).precompute
     optimizer = optimizer_bytes(settings.optim, trained(model))
     on_cpu = hardware.device != "cuda"
     sizes = Sizes(
@@ -88,6 +96,8 @@ def estimate_memory(
         head_gradient=_head_gradient(model),
         copied=_copied(settings.train, model, optimizer) if on_cpu else 0,
         converted=_converted(source, model) if on_cpu else 0,
+        reference=0 if in_advance else compared,
+        asked=compared if in_advance else 0,
     )
     return at_its_fullest(
         sizes,

@@ -9,7 +9,8 @@ The object that `--json` prints has these keys; a part that could not be found o
     hardware         {device, name, memory, bf16, cores, world_size}
     datasets         [{dataset, rows, samples, tokens, targets, dropped, examples, cut_rows, cut_tokens, lost_answers,
                      unsupervised, lost_rows, lost_share, lengths, part, histogram: {edges, counts}}]
-    samples          [{dataset, row, learnt, tokens: [{id, text, weight, learnt}]}]
+    samples          [{dataset, row, learnt, tokens: [{id, text, weight, learnt}], answers: [{name, learnt, tokens}]}];
+                     where there are answers, `tokens` are the prompt that each of them continues
     parameters       {kind: {trainable, total}}, with the kind "all" for the sum
     schedule         {steps_per_epoch, steps, epochs, tokens_per_epoch, tokens_per_step, least_tokens, most_tokens,
                      passes_per_step, longest_pass, padding_share}
@@ -63,7 +64,7 @@ class Setting:
 
 @dataclass(frozen=True, slots=True)
 class Histogram:
-    """Samples by length: `counts[i]` of them have edges[i] <= tokens < edges[i + 1]."""
+    """Samples by the length of their longest row: `counts[i]` of them have edges[i] <= tokens < edges[i + 1]."""
 
     edges: tuple[int, ...]
     counts: tuple[int, ...]

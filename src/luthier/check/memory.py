@@ -3,7 +3,11 @@
 Weights, gradients and optimizer states are counted from the tensors themselves. Activations are what autograd keeps
 for backward: they are counted in three short forward passes on the real model, through which a parabola goes exactly,
 because every saved tensor grows with the tokens, with the square of a segment's length, or not at all. What the head
-needs follows from the chunks of `model.logprobs`.
+needs follows from the chunks of `model.kernel`; a value head needs next to nothing.
+
+Of a reference model the weights are counted, or the copy that is swapped in for the policy's. Its forward pass, like
+those of a step's statistics (`Stage.observe`), keeps nothing for backward: what it needs for a moment is taken to be no
+more than what backward needs of one layer and of the head, and is not added. That was not measured.
 
 A run is fullest either when the backward pass of its longest pass begins, or when that of a full model ends, or
 while weights are loaded or saved; `Memory.moments` has all of them, and the total is that of the largest. On a CPU
@@ -19,13 +23,17 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
-from luthier.model.logprobs import ModelPolicy, chunk_rows
+from luthier.data.collate import branch_batch, flat_batch
+from luthier.model.kernel import chunk_rows
+from luthier.model.logprobs import ModelPolicy
+from luthier.model.reference import OtherModel, Reference, StartingPoint
 from luthier.recipe.schema import OptimSpec, SgdSpec
-from luthier.types import IGNORE_INDEX, Batch, Stage
+from luthier.types import IGNORE_INDEX, Batch, ModelKind, Sample
 
 HEAP_LIMIT = 2**25
 """Tensors from this size on are given back to the system at once; smaller ones leave holes in glibc's heap."""
@@ -74,6 +82,17 @@ def gradient_bytes(model: nn.Module) -> int:
     return tensor_bytes(trained(model))
 
 
+def reference_bytes(reference: Reference | None, model: nn.Module) -> int:
+    """What the reference takes beside the policy: nothing of adapters that are off, a copy of what trains where it is
+    the starting point, the weights of another model."""
+    if isinstance(reference, StartingPoint):
+        return tensor_bytes(trained(model))
+    if isinstance(reference, OtherModel):
+        with reference.active(model) as other:
+            return weight_bytes(other)
+    return 0
+
+
 OPTIMIZER_STATES: dict[str, Callable[[Any], tuple[int, int]]] = {
     # two moments of each parameter, and a float32 count of steps
     "adamw": lambda spec: (2, 4),
@@ -119,19 +138,17 @@ class SavedTensors(saved_tensors_hooks):
 
 @dataclass(frozen=True, slots=True)
 class Growth:
-    """constant + per_token T + per_square (sum of the squared lengths of the segments), in bytes."""
+    """constant + per_token T + per_square (`PassShape.squares`), in bytes."""
 
     constant: float
     per_token: float
     per_square: float = 0.0
 
     @classmethod
-    def through(cls, length: int, values: Sequence[int]) -> Growth:
-        """The parabola through the bytes of one segment of `length`, 2 `length` and 3 `length` tokens."""
-        one, two, three = values
-        square = (one - 2 * two + three) / (2 * length**2)
-        token = (two - one) / length - 3 * length * square
-        return cls(one - token * length - square * length**2, token, square)
+    def through(cls, shapes: Sequence[PassShape], values: Sequence[int]) -> Growth:
+        """The one that gives the bytes of three passes; no two of them are of the same shape."""
+        sides = np.array([(1, shape.positions, shape.squares) for shape in shapes], np.float64)
+        return cls(*np.linalg.solve(sides, np.array(values, np.float64)).tolist())
 
     def __call__(self, positions: int, squares: int) -> int:
         return max(0, round(self.constant + self.per_token * positions + self.per_square * squares))
@@ -153,46 +170,47 @@ class Activations:
 
 
 def measure_activations(
-    model: nn.Module, stage: Stage, arithmetic: torch.dtype | None, longest: int = 3 * MEASURED_LENGTH
+    model: nn.Module,
+    kind: ModelKind,
+    arithmetic: torch.dtype | None,
+    longest: int = 3 * MEASURED_LENGTH,
+    *,
+    pairs: bool = False,
 ) -> Activations:
     """What autograd keeps of three passes of at most `longest` tokens.
 
-    The passes have no targets, so what the head needs is not in them. A sliding window wider than them is not seen.
+    A pass is one segment; with `pairs` it is a prompt and two answers that continue it, a third of the tokens each.
+    It has no targets, so what the head needs is not in it. A sliding window wider than a segment is not seen.
     """
-    device = next(model.parameters()).device
-    length = max(2, min(longest // 3, MEASURED_LENGTH))
-    measured = [_saved(model, stage, arithmetic, device, factor * length) for factor in (1, 2, 3)]
-    growth = Growth.through(length, [sum(pieces) for pieces in measured])
-    return Activations(growth, 3 * length, tuple(measured[-1]))
+    vocab_size = model.config.get_text_config().vocab_size  # type: ignore[union-attr, operator]
+    length = max(4, min(longest // 3, MEASURED_LENGTH))
+    passes = [_untaught(factor * length, vocab_size, pairs) for factor in (1, 2, 3)]
+    measured = [_saved(model, kind, arithmetic, batch) for batch in passes]
+    growth = Growth.through([shape_of(batch) for batch in passes], [sum(pieces) for pieces in measured])
+    return Activations(growth, passes[-1].num_tokens, tuple(measured[-1]))
 
 
-def _saved(
-    model: nn.Module, stage: Stage, arithmetic: torch.dtype | None, device: torch.device, length: int
-) -> list[int]:
-    batch = _one_segment(length, model.config.get_text_config().vocab_size, device)  # type: ignore[union-attr, operator]
-    training = model.training
+def _saved(model: nn.Module, kind: ModelKind, arithmetic: torch.dtype | None, batch: Batch) -> list[int]:
+    device, training = next(model.parameters()).device, model.training
     model.train()
-    saved = SavedTensors([*model.parameters(), *model.buffers()])
+    saved, moved = SavedTensors([*model.parameters(), *model.buffers()]), batch.to(device)
+    policy = ModelPolicy(model)
     try:
         with torch.autocast(device.type, dtype=arithmetic, enabled=arithmetic is not None), saved:
-            loss = stage.loss(ModelPolicy(model), batch)
-        del loss
+            answers = policy.scores(moved) if kind == "reward" else policy.logprobs(moved)
+        del answers
         return saved.release()
     finally:
         model.train(training)
 
 
-def _one_segment(length: int, vocab_size: int, device: torch.device) -> Batch:
-    generator = torch.Generator().manual_seed(0)
-    return Batch(
-        input_ids=torch.randint(0, vocab_size, (1, length), generator=generator),
-        position_ids=torch.arange(length)[None],
-        cu_seqlens=torch.tensor([0, length], dtype=torch.int32),
-        targets=torch.full((length,), IGNORE_INDEX),
-        target_weights=torch.zeros(length),
-        parent=torch.full((1,), -1),
-        max_length=length,
-    ).to(device)
+def _untaught(length: int, vocab_size: int, pairs: bool) -> Batch:
+    """A pass of about `length` random tokens without targets."""
+    ids = np.random.default_rng(0).integers(0, vocab_size, length, dtype=np.int32)
+    third = length // 3
+    branches = (length - 2 * third, length - third) if pairs else ()
+    sample = Sample(ids, np.zeros(length, np.float32), branches=branches)
+    return branch_batch([sample], share_prompts=True) if pairs else flat_batch([sample])
 
 
 @contextmanager
@@ -210,12 +228,23 @@ def without_checkpointing(model: nn.Module) -> Iterator[None]:
 
 @dataclass(frozen=True, slots=True)
 class PassShape:
-    """One pass through the model: its positions (padding included), the sum of the squared lengths of its rows, and
-    its targets."""
+    """One pass through the model. `squares` sums, over its segments, their length times that of what they attend to:
+    themselves and the segment that they continue. `positions` and `squares` include padding."""
 
     positions: int
     squares: int
     targets: int
+
+
+def shape_of(batch: Batch, *, padded: bool = False) -> PassShape:
+    """The shape of a pass; `padded` where each segment becomes a row as long as the longest."""
+    lengths_S = batch.cu_seqlens.diff().long()
+    targets = int((batch.targets != IGNORE_INDEX).sum())
+    if padded:
+        rows, longest = len(lengths_S), int(lengths_S.max())
+        return PassShape(rows * longest, rows * longest**2, targets)
+    before_S = torch.where(batch.parent >= 0, lengths_S[batch.parent.clamp(min=0)], 0)
+    return PassShape(batch.num_tokens, int((lengths_S * (lengths_S + before_S)).sum()), targets)
 
 
 def layer_bytes(plain: Growth, shape: PassShape, num_layers: int, *, checkpointed: bool) -> int:
@@ -280,6 +309,7 @@ PARTS = {
     "weights": "weights",
     "gradients": "gradients",
     "optimizer": "optimizer states",
+    "reference": "reference model",
     "activations": "activations of the longest pass",
     "logits": "logits and loss, one chunk",
     "workspace": "gradients of activations, one layer",
@@ -295,7 +325,8 @@ class Sizes:
     """Every part by itself.
 
     `transient` is the larger of what the head and a layer's backward need for a moment; `converted` is the size of
-    weight files whose type is not that of the weights, `copied` what a checkpoint copies to host memory.
+    weight files whose type is not that of the weights, `copied` what a checkpoint copies to host memory. `reference`
+    stays beside the policy; `asked` is that of a reference that is gone when training begins.
     """
 
     process: int
@@ -309,6 +340,8 @@ class Sizes:
     head_gradient: int = 0
     copied: int = 0
     converted: int = 0
+    reference: int = 0
+    asked: int = 0
 
 
 def at_its_fullest(sizes: Sizes, limit: int, *, several_passes: bool, copies_remain: bool) -> Memory:
@@ -318,7 +351,7 @@ def at_its_fullest(sizes: Sizes, limit: int, *, several_passes: bool, copies_rem
     copies_remain: a checkpoint was copied before training ends, and its buffers stay.
     """
     base = {"process": sizes.process, "weights": sizes.weights}
-    kept = {**base, "optimizer": sizes.optimizer}
+    kept = {**base, "optimizer": sizes.optimizer, "reference": sizes.reference}
     copies = {"checkpoint": sizes.copied}
     training = kept | (copies if copies_remain else {})
     backward = {"activations": sizes.activations, "logits": sizes.logits}
@@ -330,6 +363,8 @@ def at_its_fullest(sizes: Sizes, limit: int, *, several_passes: bool, copies_rem
         | {"gradients": sizes.gradients, "logits": 2 * sizes.head_gradient, "allocator": sizes.allocator},
         "saving": kept | copies | {"allocator": sizes.allocator},
     }
+    if sizes.asked:
+        moments["asking the reference"] = base | {"reference": sizes.asked}
     totals = {name: sum(parts.values()) for name, parts in moments.items()}
     fullest = max(totals, key=lambda name: totals[name])
     parts = {name: moments[fullest].get(name, 0) for name in PARTS}

@@ -146,9 +146,19 @@ _LEGEND = (
 
 def _sample(sample: ShownSample) -> str:
     head = f"{escape(sample.dataset)}, row {sample.row}"
-    count = f"{sample.learnt} of {len(sample.tokens)} tokens are learnt"
-    tokens = "".join(_token(token) for token in sample.tokens)
-    return f'<article><h3>{head} <small>{count}</small></h3><div class="tokens">{tokens}</div></article>'
+    if sample.answers:
+        count = f"a prompt of {len(sample.tokens)} tokens, and its answers"
+    else:
+        count = f"{sample.learnt} of {len(sample.tokens)} tokens are learnt"
+    answers = "".join(
+        f"<h4>{escape(answer.name)} <small>{len(answer.tokens)} tokens</small></h4>{_tokens(answer.tokens)}"
+        for answer in sample.answers
+    )
+    return f"<article><h3>{head} <small>{count}</small></h3>{_tokens(sample.tokens)}{answers}</article>"
+
+
+def _tokens(tokens: Sequence[Token]) -> str:
+    return f'<div class="tokens">{"".join(map(_token, tokens))}</div>'
 
 
 def _token(token: Token) -> str:

@@ -11,13 +11,15 @@ from typing import Any
 import torch
 from torch import nn
 
-from luthier.check.estimate import arithmetic_of
 from luthier.check.schedule import Schedule
 from luthier.model.logprobs import ModelPolicy
+from luthier.model.reference import Reference
 from luthier.optim.build import build_optimizer
 from luthier.recipe.schema import Recipe
+from luthier.trainer.evaluation import observe
 from luthier.trainer.memory import running_out
 from luthier.trainer.pace import peak_memory
+from luthier.trainer.precision import autocast_type
 from luthier.trainer.steps import StepDataset
 from luthier.types import Batch, Method, Stage
 
@@ -46,15 +48,22 @@ class Probe:
 
 
 def run_probe(
-    settings: Recipe, model: nn.Module, method: Method, stage: Stage, steps: StepDataset, schedule: Schedule
+    settings: Recipe,
+    model: nn.Module,
+    method: Method,
+    stage: Stage,
+    steps: StepDataset,
+    schedule: Schedule,
+    reference: Reference | None = None,
 ) -> Probe:
     """Measure on the recipe's own passes: the longest one first, then an optimizer step, then passes for time.
 
-    The first step makes the optimizer's states and is not timed; then the longest pass runs again beside them, as
-    every later step of a run does. The weights change; use the model for nothing afterwards.
+    reference: what the stage compares with, where it does. The first step makes the optimizer's states and is not
+    timed; then the longest pass runs again beside them, as every later step of a run does. Tokens are those of the
+    data: a prompt counts once, however often it is computed. The weights change; use the model for nothing afterwards.
     """
     device = next(model.parameters()).device
-    runner = _Runner(settings, model, method, stage, device)
+    runner = _Runner(settings, model, method, stage, device, reference)
     longest = _longest(steps, schedule)
     knows_peak = reset_peak(device)
     runner.run([longest])
@@ -62,11 +71,11 @@ def run_probe(
     if schedule.several_passes:
         runner.run([longest])
     tokens, seconds, passes = 0, 0.0, 0
-    for batch in _spread(steps):
+    for batch, size in _spread(steps):
         started = time.perf_counter()
         runner.run([batch])
         seconds += time.perf_counter() - started
-        tokens, passes = tokens + batch.num_tokens, passes + 1
+        tokens, passes = tokens + size, passes + 1
         if seconds > TIMED_SECONDS:
             break
     runner.run([longest])
@@ -89,10 +98,17 @@ class _Runner:
     """Forward, backward and optimizer steps as training does them, but for what only a long run needs."""
 
     def __init__(
-        self, settings: Recipe, model: nn.Module, method: Method, stage: Stage, device: torch.device
+        self,
+        settings: Recipe,
+        model: nn.Module,
+        method: Method,
+        stage: Stage,
+        device: torch.device,
+        reference: Reference | None,
     ) -> None:
         self._model, self._stage, self._device = model.train(), stage, device
-        self._arithmetic, self._norm = arithmetic_of(settings), settings.optim.max_grad_norm
+        self._policy = ModelPolicy(model, reference=reference)
+        self._arithmetic, self._norm = autocast_type(settings.train.precision), settings.optim.max_grad_norm
         groups = method.parameter_groups(model, settings.optim.weight_decay)
         self._trained = [parameter for group in groups for parameter in group["params"]]
         self._optimizer = build_optimizer(settings.optim, groups)
@@ -102,7 +118,8 @@ class _Runner:
             moved, mixed = batch.to(self._device), self._arithmetic is not None
             with running_out(batch):
                 with torch.autocast(self._device.type, dtype=self._arithmetic, enabled=mixed):
-                    loss = self._stage.loss(ModelPolicy(self._model), moved)
+                    observed = observe(self._stage, self._policy, [moved], self._model)
+                    loss = self._stage.loss(self._policy, moved, observed)
                     total = torch.stack([term.total / moved.num_tokens for term in loss.terms.values()])
                 total.sum().backward()  # type: ignore[no-untyped-call]
         self._wait()
@@ -124,12 +141,14 @@ def _longest(steps: StepDataset, schedule: Schedule) -> Batch:
     return steps[step][number]
 
 
-def _spread(steps: StepDataset) -> Iterator[Batch]:
-    """Passes of steps that lie evenly in the epoch."""
+def _spread(steps: StepDataset) -> Iterator[tuple[Batch, int]]:
+    """Passes of steps that lie evenly in the epoch, each with its tokens."""
     wanted = min(TIMED_PASSES, len(steps))
     for turn in range(TIMED_PASSES):
-        passes = steps[(turn % wanted) * len(steps) // wanted]
-        yield passes[(turn // wanted) % len(passes)]
+        step = (turn % wanted) * len(steps) // wanted
+        passes = steps[step]
+        number = (turn // wanted) % len(passes)
+        yield passes[number], int(steps.plan.lengths[steps.plan[step][0][number]].sum())
 
 
 def reset_peak(device: torch.device) -> bool:

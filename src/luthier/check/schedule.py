@@ -9,11 +9,10 @@ from typing import Any
 
 import numpy as np
 
-from luthier.check.memory import PassShape
+from luthier.check.memory import PassShape, shape_of
 from luthier.data.batching import EpochPlan
 from luthier.recipe.schema import TrainSpec
 from luthier.trainer.steps import StepDataset
-from luthier.types import IGNORE_INDEX
 
 EXAMINED = 1000
 """Steps of an epoch that are cut into passes here; in a longer epoch they are spread over it evenly."""
@@ -58,7 +57,7 @@ def schedule_of(steps: StepDataset, spec: TrainSpec) -> Schedule:
         passes = plan[step][0]
         counts.append(len(passes))
         for number, indices in enumerate(passes):
-            positions, _ = pass_size(plan, indices)
+            positions = pass_positions(plan, indices)
             if positions > longest:
                 longest, longest_at = positions, (step, number)
     return Schedule(
@@ -77,20 +76,15 @@ def schedule_of(steps: StepDataset, spec: TrainSpec) -> Schedule:
     )
 
 
-def pass_size(plan: EpochPlan, indices: Sequence[int]) -> tuple[int, int]:
-    """Positions of a pass, and the sum of the squared lengths of its rows."""
-    lengths = plan.lengths[list(indices)]
-    if not len(lengths):
-        return 1, 1
-    if plan.padded:
-        longest = int(lengths.max())
-        return len(lengths) * longest, len(lengths) * longest**2
-    return int(lengths.sum()), int((lengths**2).sum())
+def pass_positions(plan: EpochPlan, indices: Sequence[int]) -> int:
+    """Positions of a pass, padding included; what answers share of a prompt as often as it is computed."""
+    sizes = (plan.lengths if plan.sizes is None else plan.sizes)[list(indices)]
+    if not len(sizes):
+        return 1
+    return len(sizes) * int(sizes.max()) if plan.padded else int(sizes.sum())
 
 
 def longest_shape(steps: StepDataset, schedule: Schedule) -> PassShape:
     """The longest pass with its number of targets."""
     step, number = schedule.longest_at
-    batch = steps[step][number]
-    positions, squares = pass_size(steps.plan, steps.plan[step][0][number])
-    return PassShape(positions, squares, int((batch.targets != IGNORE_INDEX).sum()))
+    return shape_of(steps[step][number], padded=steps.plan.padded)

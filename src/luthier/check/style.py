@@ -17,7 +17,8 @@ header p { margin: 0; color: var(--quiet); font-size: 13px; }
 h1 { margin: 0 0 20px; font-size: 26px; overflow-wrap: anywhere; }
 h2 { margin: 0 0 12px; font-size: 18px; }
 h3 { margin: 0 0 8px; font-size: 15px; overflow-wrap: anywhere; }
-h3 small, .quiet { color: var(--quiet); font-weight: 400; font-size: 13px; }
+h4 { margin: 12px 0 4px; font-size: 14px; }
+h3 small, h4 small, .quiet { color: var(--quiet); font-weight: 400; font-size: 13px; }
 section { margin-top: 24px; padding: 20px; background: var(--card); border: 1px solid var(--line);
   border-radius: 10px; }
 article + article { margin-top: 24px; padding-top: 20px; border-top: 1px solid var(--line); }

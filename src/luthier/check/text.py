@@ -88,17 +88,29 @@ def recipe_text(settings: Sequence[Setting]) -> str:
 
 
 def sample_text(sample: ShownSample) -> str:
-    """Tokens between bars; learnt ones green between brackets, with their weight where it is not 1."""
-    head = (
-        f"  {escape(sample.dataset)}, row {sample.row}: {sample.learnt} of {len(sample.tokens)} tokens are "
-        "learnt, in ⟦ ⟧"
-    )
-    tokens: Sequence[Token] = sample.tokens
-    if len(tokens) <= MOST_TOKENS:
-        return f"{head}\n{_marked(tokens)}"
-    first, last = tokens[: MOST_TOKENS * 2 // 3], tokens[-MOST_TOKENS // 3 :]
+    """Tokens between bars; learnt ones green between brackets, with their weight where it is not 1. A prompt that
+    answers continue stands once, and each answer under its name."""
+    where = f"  {escape(sample.dataset)}, row {sample.row}"
+    if not sample.answers:
+        counts = f"{sample.learnt} of {len(sample.tokens)} tokens are learnt"
+        return f"{where}: {counts}, in ⟦ ⟧\n{_clipped(sample.tokens, MOST_TOKENS)}"
+    most = MOST_TOKENS // (1 + len(sample.answers))
+    parts = [
+        f"{where}: a prompt of {len(sample.tokens)} tokens, answers in ⟦ ⟧\n{_clipped(sample.tokens, most)}"
+    ]
+    for answer in sample.answers:
+        head = f"  {answer.name}, {len(answer.tokens)} tokens"
+        parts.append(f"{head}\n{_clipped(answer.tokens, most)}")
+    return "\n".join(parts)
+
+
+def _clipped(tokens: Sequence[Token], most: int) -> str:
+    """All tokens; of more than `most` the beginning and the end."""
+    if len(tokens) <= most:
+        return _marked(tokens)
+    first, last = tokens[: most * 2 // 3], tokens[-(most // 3) :]
     hidden = len(tokens) - len(first) - len(last)
-    return f"{head}\n{_marked(first)}\n  … {hidden} more tokens …\n{_marked(last)}"
+    return f"{_marked(first)}\n  … {hidden} more tokens …\n{_marked(last)}"
 
 
 def _marked(tokens: Sequence[Token]) -> str:
@@ -110,7 +122,12 @@ def _marked(tokens: Sequence[Token]) -> str:
         else:
             note = "" if weight == 1 else f"×{weight:g}"
             parts.append(f"[bold green]⟦{text}⟧{note}[/]")
-    return "|".join(parts).rstrip("\n")
+    text = "|".join(parts)
+    return f"{text.removesuffix(_BREAK)}[/]" if text.endswith(_BREAK) else text
+
+
+_BREAK = "\n[/]"
+"""The end of a context that ends with a line break: what comes next begins a line anyway."""
 
 
 def _broken(text: str) -> str:

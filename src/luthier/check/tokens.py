@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from luthier.data.template import ChatTemplate
+from luthier.show import answer_bounds, answer_titles
 from luthier.types import Sample
 
 REPLACEMENT = "\ufffd"
@@ -31,11 +32,10 @@ class Token:
 
 
 @dataclass(frozen=True, slots=True)
-class ShownSample:
-    """One sample of a data set."""
+class ShownAnswer:
+    """One of the answers that continue a prompt; `name` is what the data calls it, such as `chosen`."""
 
-    dataset: str
-    row: int
+    name: str
     tokens: tuple[Token, ...]
 
     @property
@@ -43,9 +43,35 @@ class ShownSample:
         return sum(token.learnt for token in self.tokens)
 
     def to_dict(self) -> dict[str, Any]:
-        tree = asdict(self)
-        tree["tokens"] = [asdict(token) | {"learnt": token.learnt} for token in self.tokens]
-        return tree | {"learnt": self.learnt}
+        return {"name": self.name, "learnt": self.learnt, "tokens": _dicts(self.tokens)}
+
+
+@dataclass(frozen=True, slots=True)
+class ShownSample:
+    """One sample of a data set: a sequence, or a prompt and the answers that continue it."""
+
+    dataset: str
+    row: int
+    tokens: tuple[Token, ...]
+    answers: tuple[ShownAnswer, ...] = ()
+
+    @property
+    def learnt(self) -> int:
+        own = sum(token.learnt for token in self.tokens)
+        return own + sum(answer.learnt for answer in self.answers)
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "dataset": self.dataset,
+            "row": self.row,
+            "learnt": self.learnt,
+            "tokens": _dicts(self.tokens),
+            "answers": [answer.to_dict() for answer in self.answers],
+        }
+
+
+def _dicts(tokens: Sequence[Token]) -> list[dict[str, Any]]:
+    return [asdict(token) | {"learnt": token.learnt} for token in tokens]
 
 
 def chosen(samples: Sequence[Sample], number: int) -> list[Sample]:
@@ -59,7 +85,10 @@ def show_sample(sample: Sample, template: ChatTemplate) -> ShownSample:
         Token(int(token), token_text(int(token), template), round(float(weight), 6) if place else 0.0)
         for place, (token, weight) in enumerate(zip(sample.input_ids, sample.weights, strict=True))
     )
-    return ShownSample(sample.source, sample.index, tokens)
+    prompt = sample.branches[0] if sample.branches else len(sample)
+    answers = zip(answer_titles(sample), answer_bounds(sample), strict=True)
+    shown = tuple(ShownAnswer(title, tokens[start:stop]) for title, (start, stop) in answers)
+    return ShownSample(sample.source, sample.index, tokens[:prompt], shown)
 
 
 def token_text(token: int, template: ChatTemplate) -> str:

@@ -52,6 +52,8 @@ class EpochPlan(Sequence[Step]):
     tokens_per_pass: int | None
     padded: bool = False
     """Whether each sample becomes a row as long as the longest of its pass; `tokens_per_pass` then counts padding."""
+    sizes: Lengths | None = None
+    """What each sample takes of `tokens_per_pass` where that is not its length (`branch_sizes`)."""
 
     def __len__(self) -> int:
         return len(self.units)
@@ -75,9 +77,11 @@ class EpochPlan(Sequence[Step]):
         """The part of all positions that is padding, 0 to 1; 0 where rows are flat."""
         if not self.padded:
             return 0.0
-        passes = [self.lengths[indices] for step in self for rank in step for indices in rank if indices]
-        positions = sum(len(lengths) * int(lengths.max()) for lengths in passes)
-        return 1.0 - sum(int(lengths.sum()) for lengths in passes) / positions if positions else 0.0
+        sizes = self.lengths if self.sizes is None else self.sizes
+        passes = [indices for step in self for rank in step for indices in rank if indices]
+        positions = sum(len(indices) * int(sizes[indices].max()) for indices in passes)
+        real = sum(int(self.lengths[indices].sum()) for indices in passes)
+        return 1.0 - real / positions if positions else 0.0
 
     def _ranks(self, batches: list[list[int]]) -> list[list[list[int]]]:
         if isinstance(self.rule, RowsRule):
@@ -91,7 +95,8 @@ class EpochPlan(Sequence[Step]):
         if self.tokens_per_pass is None:
             return batches
         samples = [index for batch in batches for index in batch]
-        lengths = [int(self.lengths[i]) for i in samples]
+        sizes = self.lengths if self.sizes is None else self.sizes
+        lengths = [int(sizes[i]) for i in samples]
         groups = (by_length if self.padded else best_fit)(lengths, self.tokens_per_pass)
         return [[samples[i] for i in group] for group in groups]
 
@@ -107,6 +112,7 @@ def plan_epoch(
     tokens_per_pass: int | None = None,
     groups: Sequence[Sequence[int]] | None = None,
     padded: bool = False,
+    sizes: Lengths | None = None,
 ) -> EpochPlan:
     """The plan of epoch `epoch` (from 0) over samples of the given lengths.
 
@@ -124,7 +130,8 @@ def plan_epoch(
     tokens.
 
     Both rules count real tokens. With `padded`, samples of like length share a pass, so that its rows times its
-    longest row stay within `tokens_per_pass`; what is in a step does not change.
+    longest row stay within `tokens_per_pass`; what is in a step does not change. `sizes` (n,) says what samples take
+    of a pass where that is not their length.
     """
     lengths = np.asarray(lengths, dtype=np.int64)
     units = (
@@ -132,7 +139,29 @@ def plan_epoch(
         if isinstance(rule, RowsRule)
         else _token_steps(lengths, rule, epoch, seed, shuffle)
     )
-    return EpochPlan(lengths, units, rule, world_size, tokens_per_pass, padded)
+    return EpochPlan(lengths, units, rule, world_size, tokens_per_pass, padded, sizes)
+
+
+def branch_sizes(
+    lengths: Lengths,
+    prompt_lengths: Lengths,
+    row_lengths: Lengths,
+    num_branches: Lengths,
+    *,
+    shared: bool,
+    padded: bool = False,
+) -> Lengths:
+    """(n,) tokens that samples with branches take in a flat row, their prompts computed once (`shared`) or for every
+    branch; with `padded`, the positions of their rows. The arrays are those of a `SampleTable`."""
+    branches = np.maximum(num_branches, 1)
+    answers = lengths - prompt_lengths
+    if padded:
+        sizes = branches * row_lengths
+    elif shared:
+        sizes = np.where(num_branches > 0, lengths + branches - 1, lengths)
+    else:
+        sizes = np.where(num_branches > 0, branches * prompt_lengths + answers, lengths)
+    return sizes.astype(np.int64)
 
 
 def _row_steps(

@@ -1,13 +1,35 @@
-"""Samples -> the flat batch that every stage hands the model."""
+"""Samples -> the flat batch that every stage hands the model.
+
+flat_batch(samples)                  plain samples, one segment each
+branch_batch(samples, share_prompts) samples with branches: their prompts once, or once for each branch
+rows_of(sample)                      a sample's branches as plain samples
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
 
 import numpy as np
 import torch
 
 from luthier.types import IGNORE_INDEX, Batch, DataError, Sample
+
+Array = np.ndarray[Any, np.dtype[Any]]
+
+
+@dataclass(frozen=True, slots=True)
+class _Segment:
+    """Tokens of a sample and their loss weights as targets; `start` is the position of the first, and `parent` the
+    number of the segment that they continue, or -1."""
+
+    sample: Sample
+    ids: Array
+    weights: Array
+    start: int = 0
+    parent: int = -1
 
 
 def flat_batch(samples: Sequence[Sample]) -> Batch:
@@ -17,23 +39,103 @@ def flat_batch(samples: Sequence[Sample]) -> Batch:
     position of a segment never has one. Raises DataError for no samples: an empty pass is the trainer's
     dummy, not a batch.
     """
-    if not samples:
+    segments = [_Segment(sample, sample.input_ids, sample.weights) for sample in samples]
+    return _batch(segments, range(len(segments)), samples)
+
+
+def branch_batch(
+    samples: Sequence[Sample], *, share_prompts: bool, branches: Sequence[int] | None = None
+) -> Batch:
+    """Samples with branches, all with equally many: the first branches of all samples, then the second ones.
+
+    With `share_prompts` each prompt is a segment before them, but for its last token: that one begins every branch,
+    because it predicts the first token of each. Without, every branch follows a copy of its prompt. `branches` takes
+    some of them alone. A prompt of one token is not shared.
+    """
+    chosen = range(len(samples[0].branches)) if branches is None and samples else (branches or ())
+    prompts: dict[int, int] = {}
+    segments: list[_Segment] = []
+    for number, sample in enumerate(samples):
+        length = _prompt_length(sample)
+        if share_prompts and length > 1:
+            prompts[number] = len(segments)
+            segments.append(_Segment(sample, sample.input_ids[: length - 1], sample.weights[: length - 1]))
+    first = len(segments)
+    for k in chosen:
+        for number, sample in enumerate(samples):
+            length = _prompt_length(sample)
+            kept = length - 1 if number in prompts else 0
+            answer = slice(*_bounds(sample)[k])
+            segments.append(
+                _Segment(
+                    sample,
+                    np.concatenate((sample.input_ids[kept:length], sample.input_ids[answer])),
+                    np.concatenate((sample.weights[kept:length], sample.weights[answer])),
+                    kept,
+                    prompts.get(number, -1),
+                )
+            )
+    batch = _batch(segments, range(first, len(segments)), samples)
+    reference = [_reference_of(sample, k) for k in chosen for sample in samples]
+    if all(part is not None for part in reference) and reference:
+        batch.reference = torch.from_numpy(np.concatenate(reference).astype(np.float32))  # type: ignore[arg-type]
+    return batch
+
+
+def rows_of(sample: Sample) -> list[Sample]:
+    """The branches of a sample, each after its prompt, as plain samples; a plain sample as it is."""
+    if not sample.branches:
+        return [sample]
+    prompt = slice(0, _prompt_length(sample))
+    rows = []
+    for k, bounds in enumerate(_bounds(sample)):
+        answer = slice(*bounds)
+        ids = np.concatenate((sample.input_ids[prompt], sample.input_ids[answer]))
+        weights = np.concatenate((sample.weights[prompt], sample.weights[answer]))
+        rows.append(
+            Sample(ids, weights, sample.source, sample.index, (), sample.label, _reference_of(sample, k))
+        )
+    return rows
+
+
+def _prompt_length(sample: Sample) -> int:
+    return sample.branches[0]
+
+
+def _bounds(sample: Sample) -> list[tuple[int, int]]:
+    return list(pairwise((*sample.branches, len(sample))))
+
+
+def _reference_of(sample: Sample, branch: int) -> Array | None:
+    """The part of `sample.reference` that belongs to one branch. Prompts have no targets of their own there."""
+    if sample.reference is None:
+        return None
+    counts = [int((sample.weights[start:stop] > 0).sum()) for start, stop in _bounds(sample)]
+    start = sum(counts[:branch])
+    return sample.reference[start : start + counts[branch]]
+
+
+def _batch(segments: Sequence[_Segment], rows: range, samples: Sequence[Sample]) -> Batch:
+    if not segments:
         raise DataError("a batch needs at least one sample")
-    lengths = np.array([len(sample) for sample in samples], np.int64)
+    lengths = np.array([len(segment.ids) for segment in segments], np.int64)
     bounds = np.concatenate(([0], np.cumsum(lengths)))
-    ids = np.concatenate([sample.input_ids for sample in samples]).astype(np.int64)
-    weights = np.concatenate([sample.weights for sample in samples]).astype(np.float32)
+    ids = np.concatenate([segment.ids for segment in segments]).astype(np.int64)
+    weights = np.concatenate([segment.weights for segment in segments]).astype(np.float32)
     next_weights = np.append(weights[1:], np.float32(0))
     next_weights[bounds[1:] - 1] = 0
     targets = np.where(next_weights > 0, np.append(ids[1:], 0), IGNORE_INDEX)
-    positions = np.arange(len(ids)) - np.repeat(bounds[:-1], lengths)
+    starts = np.array([segment.start for segment in segments], np.int64)
+    positions = np.arange(len(ids)) - np.repeat(bounds[:-1] - starts, lengths)
     return Batch(
         input_ids=torch.from_numpy(ids)[None],
         position_ids=torch.from_numpy(positions)[None],
         cu_seqlens=torch.from_numpy(bounds.astype(np.int32)),
         targets=torch.from_numpy(targets),
         target_weights=torch.from_numpy(next_weights),
-        parent=torch.full((len(samples),), -1, dtype=torch.int64),
+        parent=torch.tensor([segment.parent for segment in segments], dtype=torch.int64),
         max_length=int(lengths.max()),
-        samples=[(sample.source, sample.index) for sample in samples],
+        samples=[(segment.sample.source, segment.sample.index) for segment in segments],
+        rows=torch.arange(rows.start, rows.stop),
+        labels=torch.tensor([sample.label for sample in samples], dtype=torch.float32),
     )

@@ -92,7 +92,7 @@ def sft_sample(row: Row, template: Template, options: EncodeOptions) -> Encoded:
         raise DataError(f"{row.source}, row {row.index}: a conversation was expected, found plain text")
     try:
         if options.llamafactory:
-            _check_alternation(row.conversation)
+            check_alternation(row.conversation)
         parts = _encode_parts(row.conversation, template, options)
     except RowError as error:
         return Encoded(lost=Lost(dropped=error.reason))
@@ -137,11 +137,16 @@ def _weights(
 def _weight_of(message: Message, options: EncodeOptions) -> float:
     if message.weight is not None:
         return message.weight
-    has_content = bool(message.content.strip() or message.tool_calls or message.reasoning)
-    return 1.0 if has_content or options.llamafactory else 0.0
+    return 1.0 if has_content(message) or options.llamafactory else 0.0
 
 
-def _check_alternation(conversation: Conversation) -> None:
+def has_content(message: Message) -> bool:
+    """Whether an answer says anything."""
+    return bool(message.content.strip() or message.tool_calls or message.reasoning)
+
+
+def check_alternation(conversation: Conversation) -> None:
+    """Raise RowError for roles that LLaMA-Factory leaves out."""
     turns = [message.role for message in conversation.messages if message.role != "system"]
     asks, answers = turns[0::2], turns[1::2]
     if len(turns) % 2 or set(asks) - {"user", "tool"} or set(answers) - {"assistant"}:
@@ -159,7 +164,7 @@ def _fit(row: Row, parts: Sequence[_Part], options: EncodeOptions) -> Encoded:
         if len(ids) <= options.max_length:
             samples.append(Sample(ids, weights, row.source, row.index))
             continue
-        _refuse(row, len(ids), options)
+        refuse_long(row, len(ids), options)
         if options.overflow == "drop":
             return Encoded(lost=Lost("longer than max_length"))
         if options.overflow == "split":
@@ -176,11 +181,14 @@ def _fit(row: Row, parts: Sequence[_Part], options: EncodeOptions) -> Encoded:
     return Encoded(tuple(samples), Lost(dropped, tokens, answers))
 
 
-def _refuse(row: Row, length: int, options: EncodeOptions) -> None:
+def refuse_long(
+    row: Row, length: int, options: EncodeOptions, others: str = "drop, truncate or split"
+) -> None:
+    """Raise DataError where the recipe wants longer rows to be errors; `others` are the policies to choose from."""
     if options.overflow == "error":
         raise DataError(
             f"{row.source}, row {row.index}: {length} tokens, more than data.max_length "
-            f"({options.max_length}); raise it, or choose data.overflow: drop, truncate or split"
+            f"({options.max_length}); raise it, or choose data.overflow: {others}"
         )
 
 
@@ -242,7 +250,7 @@ def pt_samples(row: Row, template: Template, options: EncodeOptions) -> Encoded:
     sample = Sample(ids, weights, row.source, row.index)
     if len(ids) <= options.max_length or options.whole_documents:
         return Encoded((sample,))
-    _refuse(row, len(ids), options)
+    refuse_long(row, len(ids), options)
     if options.overflow == "drop":
         return Encoded(lost=Lost("longer than max_length"))
     if options.overflow == "split":

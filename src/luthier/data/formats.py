@@ -1,6 +1,7 @@
-"""Raw rows -> `Row`: alpaca, sharegpt, openai messages, and plain text.
+"""Raw rows -> `Row`: alpaca, sharegpt, openai messages, and plain text; pairs of answers and answers with a label.
 
-    to_row(raw, attr, "conversation" | "text") -> Row
+    to_row(raw, attr, kind)         -> Row
+    require_kind(attr, kind, stage)    raises where the description cannot give such rows
 
 Two kinds of trouble. A row that cannot be used (no answer, unknown role, a tool call that is not JSON) raises
 `RowError`: it is dropped and counted. A file that is not what its description says (missing column, a number
@@ -13,26 +14,56 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any, Literal
+from collections.abc import Iterator
 
+from luthier.data.answers import answered, is_desirable, margin_of, pair
+from luthier.data.chats import cell, history
 from luthier.data.read import RawRow
 from luthier.data.registry import DatasetAttr
-from luthier.types import Conversation, DataError, Message, Row, RowError, ToolCall
-
-RowKind = Literal["conversation", "text"]
+from luthier.types import DataError, Row, RowError, RowKind
 
 _HALF_PAIR = re.compile("[\ud800-\udfff]")
 """What a JSON escape can write and no text can hold: one half of a surrogate pair."""
 
 
+def require_kind(attr: DatasetAttr, kind: RowKind, stage: str) -> None:
+    """Raise DataError where a data set cannot give what `stage` learns from, saying what its description lacks."""
+    columns, name = attr.columns, f"data set {attr.name!r}"
+    if attr.ranking and kind in ("text", "conversation"):
+        raise DataError(
+            f"{name} holds preference pairs (ranking: true), which stage {stage!r} does not learn from"
+        )
+    if attr.ranking and (columns.chosen is None or columns.rejected is None):
+        raise DataError(
+            f"{name} holds preference pairs (ranking: true) and does not say where: name columns.chosen and "
+            "columns.rejected"
+        )
+    if kind == "pair" and not attr.ranking:
+        raise DataError(
+            f"{name} is not said to hold pairs of answers, which stage {stage!r} learns from: add ranking: true and "
+            "name columns.chosen and columns.rejected"
+        )
+    if kind == "feedback" and not attr.ranking and columns.kto_tag is None:
+        raise DataError(
+            f"{name} has no labels, which stage {stage!r} learns from: name the column that says whether an answer "
+            "is desirable in columns.kto_tag"
+        )
+
+
 def to_row(raw: RawRow, attr: DatasetAttr, kind: RowKind) -> Row:
-    """A raw row in the format `attr.formatting`; `kind` says what the stage learns from."""
+    """A raw row in the format `attr.formatting`; `kind` says what the stage learns from.
+
+    Of a data set of pairs, rows of kind `feedback` are pairs, too: one answer desirable, the other not.
+    """
     if kind == "text":
         row = Row(attr.name, raw.index, text=_text(raw, attr))
+    elif kind == "pair" or (kind == "feedback" and attr.ranking):
+        chosen, rejected = pair(raw, attr)
+        row = Row(attr.name, raw.index, chosen, rejected=rejected, margin=margin_of(raw, attr))
+    elif kind == "feedback":
+        row = Row(attr.name, raw.index, answered(raw, attr), desirable=is_desirable(raw, attr))
     else:
-        read = _alpaca if attr.formatting == "alpaca" else _messages
-        row = Row(attr.name, raw.index, conversation=read(raw, attr))
+        row = Row(attr.name, raw.index, answered(raw, attr))
     if any(_HALF_PAIR.search(text) for text in _texts(row)):
         raise RowError("text holds half of a surrogate pair", raw.place)
     return row
@@ -40,21 +71,22 @@ def to_row(raw: RawRow, attr: DatasetAttr, kind: RowKind) -> Row:
 
 def _texts(row: Row) -> Iterator[str]:
     yield row.text or ""
-    if row.conversation is None:
-        return
-    if row.conversation.tools:
-        yield json.dumps(row.conversation.tools, ensure_ascii=False, default=str)
-    for message in row.conversation.messages:
-        yield message.content
-        yield message.reasoning or ""
-        for call in message.tool_calls:
-            yield call.name + json.dumps(call.arguments, ensure_ascii=False, default=str)
+    for conversation in (row.conversation, row.rejected):
+        if conversation is None:
+            continue
+        if conversation.tools:
+            yield json.dumps(conversation.tools, ensure_ascii=False, default=str)
+        for message in conversation.messages:
+            yield message.content
+            yield message.reasoning or ""
+            for call in message.tool_calls:
+                yield call.name + json.dumps(call.arguments, ensure_ascii=False, default=str)
 
 
 def _text(raw: RawRow, attr: DatasetAttr) -> str:
     """The first message's text: the prompt column, or the first user turn of a conversation."""
     if attr.formatting != "alpaca":
-        messages = _messages(raw, attr).messages
+        messages = history(raw, attr).messages
         first = next((m.content for m in messages if m.role != "system"), None)
         if first is None:
             raise RowError("no message")
@@ -64,193 +96,5 @@ def _text(raw: RawRow, attr: DatasetAttr) -> str:
         column = "text"
     if column is None:
         raise DataError(f"{raw.place}: columns.prompt should name the column of the text")
-    parts = [_cell(raw, column, required=True), _cell(raw, attr.columns.query)]
+    parts = [cell(raw, column, required=True), cell(raw, attr.columns.query)]
     return "\n".join(part for part in parts if part)
-
-
-def _alpaca(raw: RawRow, attr: DatasetAttr) -> Conversation:
-    columns = attr.columns
-    messages: list[Message] = []
-    system = _cell(raw, columns.system)
-    if system:
-        messages.append(Message("system", system))
-    for question, answer in _history(raw, columns.history):
-        messages += [Message("user", question), Message("assistant", answer)]
-    parts = [_cell(raw, columns.prompt, required=True), _cell(raw, columns.query)]
-    messages.append(Message("user", "\n".join(part for part in parts if part)))
-    reply = raw.columns.get(columns.response) if columns.response else None
-    if columns.response is None:
-        raise RowError("no column for the answer: name it in columns.response", raw.place)
-    if columns.response not in raw.columns:
-        raise RowError(f"no column {columns.response!r} with the answer", raw.place)
-    if reply is None:
-        raise RowError("no answer", raw.place)
-    if not isinstance(reply, str):
-        raise RowError("answer is not text", f"{raw.place}: {columns.response!r} is {type(reply).__name__}")
-    messages.append(Message("assistant", reply))
-    return Conversation(tuple(messages), _tools(raw, columns.tools))
-
-
-def _history(raw: RawRow, column: str | None) -> list[tuple[str, str]]:
-    turns = raw.columns.get(column) if column else None
-    if turns is None:
-        return []
-    if not isinstance(turns, Sequence) or isinstance(turns, str):
-        raise DataError(
-            f"{raw.place}: {column!r} should be a list of [question, answer], not {type(turns).__name__}"
-        )
-    for turn in turns:
-        if (
-            not isinstance(turn, Sequence)
-            or len(turn) != 2
-            or not all(isinstance(text, str) for text in turn)
-        ):
-            raise RowError("history is not [question, answer] pairs", raw.place)
-    return [(question, answer) for question, answer in turns]
-
-
-def _messages(raw: RawRow, attr: DatasetAttr) -> Conversation:
-    column = attr.columns.messages
-    turns = raw.columns.get(column) if column else None
-    if turns is None:
-        if column in raw.columns:
-            raise RowError("no messages", raw.place)
-        raise DataError(
-            f"{raw.place}: no column {column!r} with the messages; its columns are {', '.join(raw.columns)}. "
-            "Name it in columns.messages"
-        )
-    if isinstance(turns, str) or not isinstance(turns, Sequence):
-        raise DataError(f"{raw.place}: {column!r} should be a list of messages, not {type(turns).__name__}")
-    if not turns:
-        raise RowError("no messages", raw.place)
-    messages = [_message(turn, i, raw, attr) for i, turn in enumerate(turns)]
-    system = _cell(raw, attr.columns.system)
-    if messages[0].role == "system":
-        if not messages[0].content:
-            messages = messages[1:]
-    elif system:
-        messages = [Message("system", system), *messages]
-    return Conversation(tuple(messages), _tools(raw, attr.columns.tools))
-
-
-def _message(turn: Any, position: int, raw: RawRow, attr: DatasetAttr) -> Message:
-    tags = attr.tags
-    place = f"{raw.place}, message {position}"
-    if not isinstance(turn, Mapping) or tags.role_tag not in turn:
-        keys = ", ".join(turn) if isinstance(turn, Mapping) else type(turn).__name__
-        raise DataError(
-            f"{place}: no {tags.role_tag!r} in it (it has {keys}); set tags.role_tag and tags.content_tag"
-        )
-    role = {
-        tags.user_tag: "user",
-        tags.assistant_tag: "assistant",
-        tags.observation_tag: "tool",
-        tags.function_tag: "function",
-        tags.system_tag: "system",
-    }.get(str(turn[tags.role_tag]))
-    if role is None:
-        named = repr(turn[tags.role_tag])[:40]
-        raise RowError(f"unknown role {named}", f"{place}; set tags if it is meant to be one")
-    content = turn.get(tags.content_tag)
-    calls = _tool_calls(turn.get("tool_calls") or [], place)
-    if role == "function" and not calls:
-        calls, content = _tool_calls(_json(content, place), place), ""
-    if content is None and calls:
-        content = ""
-    content = _joined_text(content, place)
-    reasoning = turn.get("reasoning_content") or turn.get("reasoning")
-    if reasoning is not None and not isinstance(reasoning, str):
-        raise RowError("reasoning is not text", place)
-    role = "assistant" if role == "function" else role
-    return Message(role, content, reasoning, calls, _weight(turn.get("weight"), role, place))
-
-
-def _joined_text(content: Any, place: str) -> str:
-    """Text, or the text parts of OpenAI's list form."""
-    if isinstance(content, str):
-        return content
-    if isinstance(content, Sequence) and all(
-        isinstance(p, Mapping) and p.get("type") == "text" for p in content
-    ):
-        return "".join(str(part.get("text", "")) for part in content)
-    raise RowError("content is not text", f"{place}: {type(content).__name__}")
-
-
-def _weight(weight: Any, role: str, place: str) -> float | None:
-    if weight is None:
-        return None
-    if isinstance(weight, bool) or not isinstance(weight, int | float) or weight < 0:
-        raise DataError(f"{place}: weight should be a number of 0 or more, not {weight!r}")
-    if role != "assistant" and weight > 0:
-        raise DataError(f"{place}: a weight belongs to an assistant's message; this one is a {role}'s")
-    return float(weight)
-
-
-def _json(text: Any, place: str) -> Any:
-    if not isinstance(text, str):
-        return text
-    try:
-        return json.loads(text)
-    except json.JSONDecodeError as error:
-        raise RowError("tool call is not JSON", f"{place}: {error.msg}") from error
-
-
-def _tool_calls(calls: Any, place: str) -> tuple[ToolCall, ...]:
-    """One call or a list: {name, arguments}, or OpenAI's {id, type, function: {name, arguments}}."""
-    found = []
-    for call in [calls] if isinstance(calls, Mapping) else calls:
-        body = call.get("function", call) if isinstance(call, Mapping) else None
-        if not isinstance(body, Mapping) or not isinstance(body.get("name"), str):
-            raise RowError("tool call without a name", place)
-        arguments = body.get("arguments", {})
-        if isinstance(arguments, str):
-            arguments = _object_or_text(arguments)
-        if not isinstance(arguments, Mapping | str):
-            raise RowError("tool call arguments are no object", place)
-        found.append(ToolCall(body["name"], arguments, call.get("id")))
-    return tuple(found)
-
-
-def _object_or_text(text: str) -> Mapping[str, Any] | str:
-    try:
-        value = json.loads(text)
-    except json.JSONDecodeError:
-        return text
-    return value if isinstance(value, dict) else text
-
-
-def _tools(raw: RawRow, column: str | None) -> tuple[Mapping[str, Any], ...]:
-    """Tool descriptions in the form that chat templates expect: {type: function, function: {...}}."""
-    value = raw.columns.get(column) if column else None
-    if not value:
-        return ()
-    tools = _json(value, f"{raw.place}, {column}") if isinstance(value, str) else value
-    tools = [tools] if isinstance(tools, Mapping) else tools
-    if not _are_objects(tools):
-        raise RowError("tools are not a list of objects", raw.place)
-    return tuple(tool if "function" in tool else {"type": "function", "function": tool} for tool in tools)
-
-
-def _are_objects(values: Any) -> bool:
-    return (
-        isinstance(values, Iterable)
-        and not isinstance(values, str)
-        and all(isinstance(v, Mapping) for v in values)
-    )
-
-
-def _cell(raw: RawRow, column: str | None, *, required: bool = False) -> str:
-    """A text column; "" where it is empty or, unless required, absent."""
-    if column is None:
-        return ""
-    if required and column not in raw.columns:
-        raise DataError(
-            f"{raw.place}: no column {column!r}; its columns are {', '.join(raw.columns)}. "
-            "Name the right one in columns.prompt, or set formatting"
-        )
-    value = raw.columns.get(column)
-    if value is None:
-        return ""
-    if not isinstance(value, str):
-        raise RowError(f"{column} is not text", f"{raw.place}: {type(value).__name__}")
-    return value

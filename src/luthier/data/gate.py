@@ -10,19 +10,22 @@ from luthier.types import Conversation, DataError, Row, RowError
 
 
 def gate(template: ChatTemplate, rows: Iterable[Row]) -> int:
-    """Check conversations against the chat template that will be saved; returns how many were checked.
+    """Check conversations against the chat template that will be saved; returns how many rows were checked.
 
-    For each row: the installed template renders the text that is trained; the trained tokens read back as
-    that text; the prompt of every answer, tokenized on its own as generation does, is a true prefix; each
-    answer's last supervised tokens hold a stop token; the supervised tokens read back as the answer. Raises
-    DataError naming data set and row. Rows that cannot be encoded at all are left to be counted as dropped.
+    For each row, of a pair for both answers: the installed template renders the text that is trained; the
+    trained tokens read back as that text; the prompt of every answer, tokenized on its own as generation does,
+    is a true prefix; each answer's last supervised tokens hold a stop token; the supervised tokens read back as
+    the answer. Raises DataError naming data set and row. Rows that cannot be encoded at all are left to be
+    counted as dropped.
     """
     checked = 0
     for row in rows:
-        if row.conversation is None:
+        conversations = [c for c in (row.conversation, row.rejected) if c is not None]
+        if not conversations:
             continue
         try:
-            _check(template, row.conversation)
+            for conversation in conversations:
+                _check(template, conversation)
         except RowError:
             continue
         except DataError as error:

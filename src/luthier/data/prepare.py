@@ -20,7 +20,7 @@ import numpy as np
 from luthier import __version__
 from luthier.data.cache import CODE_VERSION, TokenCache, content_key, default_folder
 from luthier.data.encode import blocks
-from luthier.data.formats import RowKind, to_row
+from luthier.data.formats import require_kind, to_row
 from luthier.data.gate import gate
 from luthier.data.packing import best_fit, greedy_groups
 from luthier.data.read import RawRow, data_fingerprint, read_rows
@@ -30,7 +30,7 @@ from luthier.data.table import SampleTable
 from luthier.data.template import ChatTemplate
 from luthier.data.workers import map_ordered
 from luthier.recipe.schema import DataSpec
-from luthier.types import DataError, Encoded, Lost, Row, RowError
+from luthier.types import DataError, Encoded, Lost, Row, RowError, RowKind
 
 EncodeRow = Callable[[Row, ChatTemplate], Encoded]
 Progress = Callable[[str, int], None]
@@ -60,7 +60,7 @@ class PreparedData:
 class Preparation:
     """What turns rows into samples.
 
-    encode: a stage's `encode`. kind: whether the stage learns from conversations or from plain text.
+    encode: a stage's `encode`. kind: what the stage learns from.
     identity: everything that decides what `encode` does (stage, its options), as JSON-like values: part of
     the cache's key. seed: of `dev_split` and `num_samples`. llamafactory: rows are grouped, and texts
     concatenated, as that tool does, for recipes translated from it.
@@ -154,11 +154,7 @@ def cache_key(attr: DatasetAttr, spec: DataSpec, how: Preparation) -> str:
 def _one_dataset(
     attr: DatasetAttr, spec: DataSpec, how: Preparation, cache: TokenCache, progress: Progress | None
 ) -> tuple[SampleTable, DataReport, str]:
-    if attr.ranking:
-        raise DataError(
-            f"data set {attr.name!r} holds preference pairs (ranking: true), which stage "
-            f"{how.identity.get('stage', how.kind)!r} does not learn from"
-        )
+    require_kind(attr, how.kind, how.identity.get("stage", how.kind))
     key = cache_key(attr, spec, how)
     found = cache.get(key, attr.name)
     if found is None:
@@ -185,7 +181,7 @@ class _EncodeRaw:
             row = to_row(raw, self.attr, self.how.kind)
         except RowError as error:
             return raw.index, Encoded(lost=Lost(dropped=error.reason))
-        if self.how.kind == "conversation" and (raw.index < _GATE_FIRST or raw.index % _GATE_EVERY == 0):
+        if self.how.kind != "text" and (raw.index < _GATE_FIRST or raw.index % _GATE_EVERY == 0):
             gate(self.how.template, [row])
         return raw.index, self.how.encode(row, self.how.template)
 

@@ -257,6 +257,8 @@ def _from_spec(spec: DatasetSpec, directory: Path) -> DatasetAttr:
 
 def _with_defaults(spec: DatasetSpec, name: str, path: Path | None) -> DatasetAttr:
     defaults = DEFAULT_COLUMNS[spec.formatting]
+    if spec.ranking:
+        defaults = defaults.model_copy(update={"chosen": "chosen", "rejected": "rejected"})
     named = {key for key, value in spec.columns if value is not None}
     columns = defaults.model_copy(update={key: getattr(spec.columns, key) for key in named})
     if path is not None and path.suffix.lower() == ".txt" and "prompt" not in named:

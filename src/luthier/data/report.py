@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
 
-from luthier.types import DataError, Encoded
+from luthier.types import DataError, Encoded, Sample
 
 PERCENTILES = (50, 90, 99, 100)
 _EXAMPLES = 3
@@ -21,7 +22,8 @@ class DataReport:
     `dropped` counts rows by reason, `examples` gives the first row numbers of each reason. `cut_rows` are
     rows that lost `cut_tokens` tokens to `data.max_length`, `lost_answers` answers of them entirely.
     `unsupervised` counts rows that are kept without any target. `lost_rows` counts each row once that is
-    dropped, cut or unsupervised. `lengths` are percentiles of the samples' tokens.
+    dropped, cut or unsupervised. `lengths` are percentiles of the samples' tokens; where answers continue a prompt,
+    those of the prompt with the longest of them.
     """
 
     dataset: str
@@ -71,7 +73,17 @@ class ReportBuilder:
     def __init__(self, dataset: str) -> None:
         self._dataset = dataset
         self._counts = dict.fromkeys(
-            ("rows", "targets", "cut_rows", "cut_tokens", "lost_answers", "unsupervised", "lost_rows"), 0
+            (
+                "rows",
+                "tokens",
+                "targets",
+                "cut_rows",
+                "cut_tokens",
+                "lost_answers",
+                "unsupervised",
+                "lost_rows",
+            ),
+            0,
         )
         self._dropped: dict[str, int] = {}
         self._examples: dict[str, list[int]] = {}
@@ -83,13 +95,14 @@ class ReportBuilder:
         targets = sum(int((sample.weights[1:] > 0).sum()) for sample in encoded.samples)
         unsupervised = bool(encoded.samples) and targets == 0
         counts["rows"] += 1
+        counts["tokens"] += sum(len(sample) for sample in encoded.samples)
         counts["targets"] += targets
         counts["unsupervised"] += unsupervised
         counts["cut_rows"] += lost.dropped is None and lost.tokens > 0
         counts["cut_tokens"] += lost.tokens
         counts["lost_answers"] += lost.answers
         counts["lost_rows"] += lost.dropped is not None or lost.tokens > 0 or unsupervised
-        self._lengths += [len(sample) for sample in encoded.samples]
+        self._lengths += [_longest_row(sample) for sample in encoded.samples]
         if lost.dropped is not None:
             self._dropped[lost.dropped] = self._dropped.get(lost.dropped, 0) + 1
             rows = self._examples.setdefault(lost.dropped, [])
@@ -104,7 +117,6 @@ class ReportBuilder:
         return DataReport(
             dataset=self._dataset,
             samples=len(lengths),
-            tokens=int(lengths.sum()),
             dropped=self._dropped,
             examples=self._examples,
             lengths=percentiles,
@@ -155,6 +167,12 @@ def format_reports(reports: Sequence[DataReport]) -> str:
         for line in lines
     ]
     return "\n".join([*table, *(text for report in reports if (text := report.losses()))])
+
+
+def _longest_row(sample: Sample) -> int:
+    """Tokens of the sample, or of its prompt with the longest of its answers."""
+    ends = (*sample.branches, len(sample))
+    return ends[0] + max((stop - start for start, stop in pairwise(ends)), default=0)
 
 
 def _rows(rows: Sequence[int]) -> str:

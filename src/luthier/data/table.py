@@ -22,6 +22,8 @@ SCHEMA = pa.schema(
         ("weights", pa.list_(pa.float32())),
         ("index", pa.int64()),
         ("row", pa.int64()),
+        ("branches", pa.list_(pa.int32())),
+        ("label", pa.float32()),
     ]
 )
 _CHUNK = 1000
@@ -40,6 +42,12 @@ class _Chunk:
     weights: np.ndarray[Any, np.dtype[np.float32]]
     index: Int64
     row: Int64
+    branch_offsets: np.ndarray[Any, np.dtype[np.int32]]
+    branches: np.ndarray[Any, np.dtype[np.int32]]
+    label: np.ndarray[Any, np.dtype[np.float32]]
+
+    def branches_of(self, k: int) -> tuple[int, ...]:
+        return tuple(self.branches[self.branch_offsets[k] : self.branch_offsets[k + 1]].tolist())
 
 
 class SampleTable(Sequence[Sample]):
@@ -125,17 +133,39 @@ class SampleTable(Sequence[Sample]):
         chunk = self._chunks[number]
         k = stored - int(self._starts[number])
         span = slice(int(chunk.offsets[k]), int(chunk.offsets[k + 1]))
-        return Sample(chunk.input_ids[span], chunk.weights[span], chunk.source, int(chunk.index[k]))
+        return Sample(
+            chunk.input_ids[span],
+            chunk.weights[span],
+            chunk.source,
+            int(chunk.index[k]),
+            chunk.branches_of(k),
+            float(chunk.label[k]),
+        )
 
     @cached_property
     def lengths(self) -> Int64:
         return self._gather([np.diff(chunk.offsets) for chunk in self._chunks])
 
     def lengths_of(self, source: str) -> Int64:
-        """Tokens of each sample that comes from this data set."""
+        """`row_lengths` of each sample that comes from this data set."""
         chosen = self._gather([np.full(len(chunk.index), chunk.source == source) for chunk in self._chunks])
-        lengths: Int64 = self.lengths[chosen.astype(bool)]
+        lengths: Int64 = self.row_lengths[chosen.astype(bool)]
         return lengths
+
+    @cached_property
+    def prompt_lengths(self) -> Int64:
+        """Tokens of the prompt of each sample that has branches; 0 of others."""
+        return self._gather([_first_branches(chunk) for chunk in self._chunks])
+
+    @cached_property
+    def row_lengths(self) -> Int64:
+        """Tokens of the longest row that each sample makes: its prompt with its longest branch."""
+        return self._gather([_longest_rows(chunk) for chunk in self._chunks])
+
+    @cached_property
+    def num_branches(self) -> Int64:
+        """Branches of each sample; 0 of one that is a single sequence."""
+        return self._gather([np.diff(chunk.branch_offsets) for chunk in self._chunks])
 
     @cached_property
     def rows(self) -> Int64:
@@ -165,12 +195,14 @@ def _batches(samples: Iterable[Placed]) -> Iterator[pa.RecordBatch]:
             pa.ListArray.from_arrays(offsets, np.concatenate([sample.weights for _, sample in batch])),
             pa.array([sample.index for _, sample in batch], pa.int64()),
             pa.array([row for row, _ in batch], pa.int64()),
+            pa.array([sample.branches for _, sample in batch], pa.list_(pa.int32())),
+            pa.array([sample.label for _, sample in batch], pa.float32()),
         ]
         yield pa.record_batch(columns, schema=SCHEMA)
 
 
 def _chunk(batch: pa.RecordBatch, source: str) -> _Chunk:
-    ids, weights = batch.column("input_ids"), batch.column("weights")
+    ids, weights, branches = (batch.column(name) for name in ("input_ids", "weights", "branches"))
     return _Chunk(
         source,
         ids.offsets.to_numpy(),
@@ -178,4 +210,22 @@ def _chunk(batch: pa.RecordBatch, source: str) -> _Chunk:
         weights.values.to_numpy(),
         batch.column("index").to_numpy(),
         batch.column("row").to_numpy(),
+        branches.offsets.to_numpy(),
+        branches.values.to_numpy(),
+        batch.column("label").to_numpy(),
     )
+
+
+def _longest_rows(chunk: _Chunk) -> Int64:
+    longest = np.diff(chunk.offsets).astype(np.int64)
+    for k in np.flatnonzero(np.diff(chunk.branch_offsets)).tolist():
+        bounds = np.asarray((*chunk.branches_of(k), longest[k]))
+        longest[k] = bounds[0] + np.diff(bounds).max()
+    return longest
+
+
+def _first_branches(chunk: _Chunk) -> Int64:
+    first = np.zeros(len(chunk.index), np.int64)
+    with_branches = np.flatnonzero(np.diff(chunk.branch_offsets))
+    first[with_branches] = chunk.branches[chunk.branch_offsets[:-1][with_branches]]
+    return first

@@ -6,7 +6,7 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-from peft import PeftModel, set_peft_model_state_dict
+from peft import PeftConfig, PeftModel, TaskType, set_peft_model_state_dict
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from peft.utils import load_peft_weights
 from safetensors import SafetensorError
@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from luthier.model.faults import LOAD_ERRORS, read_json, reason
+from luthier.model.value_head import value_head
 from luthier.types import ModelError
 
 PARTS = (".lora_", ".modules_to_save.", ".trainable_tokens_delta.")
@@ -31,7 +32,8 @@ def attach_adapter(model: PreTrainedModel, folder: str, *, trainable: bool) -> P
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)  # of the keys that are counted below
-            attached = PeftModel.from_pretrained(model, folder, is_trainable=trainable)
+            config = _config_for(model, PeftConfig.from_pretrained(folder), label, trainable=trainable)
+            attached = PeftModel.from_pretrained(model, folder, is_trainable=trainable, config=config)
         # PEFT leaves what it does not find as it was drawn, and drops what has no place.
         result: Any = set_peft_model_state_dict(attached, load_peft_weights(folder, device="cpu"))
     except KeyError as error:  # PEFT looks saved modules up by name
@@ -48,6 +50,26 @@ def attach_adapter(model: PreTrainedModel, folder: str, *, trainable: bool) -> P
             f"({[*missing, *result.unexpected_keys][0]} for one)"
         )
     return attached
+
+
+def _config_for(model: PreTrainedModel, config: PeftConfig, label: str, *, trainable: bool) -> PeftConfig:
+    """The adapter's config as this kind of model takes it. Raises ModelError for an adapter of the other kind that
+    cannot be one of this model."""
+    scores, settings = config.task_type == TaskType.SEQ_CLS, vars(config)
+    if scores and value_head(model) is None:
+        raise ModelError(f"{label} is an adapter of a reward model, and stage.type asks for a language model")
+    if not scores and value_head(model) is not None:
+        if trainable:
+            raise ModelError(
+                f"{label} is an adapter of a language model and has no value head; set method.create_new_adapter: true "
+                "to train a reward model on top of it"
+            )
+        config.task_type = None  # PEFT would ask the model how it generates
+    if scores:
+        # PEFT adds the names of heads once more.
+        named = settings.get("modules_to_save") or ()
+        settings["modules_to_save"] = [name for name in named if name not in ("classifier", "score")]
+    return config
 
 
 def linear_names(model: nn.Module) -> list[str]:

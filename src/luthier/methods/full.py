@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from luthier.methods.groups import checkpoints_activations, decay_groups
+from luthier.model.value_head import VALUE_HEAD_NAME, value_head, write_value_head
 from luthier.model.vocabulary import VocabularyChange, token_modules
 from luthier.recipe.schema import FreezeSpec, FullSpec
 from luthier.types import CheckpointError, ModelError
@@ -32,10 +33,12 @@ class Full:
 
     def save(self, model: PreTrainedModel, folder: Path, state: Mapping[str, Tensor] | None = None) -> None:
         model.save_pretrained(folder, state_dict=None if state is None else dict(state))
+        if value_head(model) is not None:
+            write_value_head(folder, model.state_dict() if state is None else state)
 
     def load(self, model: PreTrainedModel, folder: Path) -> None:
         """Put the weights of `folder` into `model`. Raises CheckpointError where they do not fit exactly."""
-        files = sorted(folder.glob("*.safetensors"))
+        files = sorted(file for file in folder.glob("*.safetensors") if file.name != VALUE_HEAD_NAME)
         if not files:
             raise CheckpointError(f"{folder} holds no model weights (*.safetensors)")
         state = {name: tensor for file in files for name, tensor in load_file(file).items()}
@@ -59,8 +62,8 @@ class Full:
 class Freeze(Full):
     """A few decoder layers, or named modules in them, train; everything else is frozen.
 
-    Where the vocabulary was extended, the embeddings and the output head train too: new rows are noise until
-    they do.
+    The value head of a reward model trains too, and where the vocabulary was extended the embeddings and the output
+    head: they are noise until they do.
     """
 
     spec: FreezeSpec
@@ -72,8 +75,9 @@ class Freeze(Full):
             self._train_layer(f"{prefix}.{index}", layers[index])
         for name in self.spec.extra_modules:
             self._train_extra(model, name, prefix)
-        if self.vocabulary.new_ids:
-            for module in token_modules(model):
+        trained = token_modules(model) if self.vocabulary.new_ids else ()
+        for module in (value_head(model), *trained):
+            if module is not None:
                 module.requires_grad_(True)
         if not any(parameter.requires_grad for parameter in model.parameters()):
             raise ModelError("method.freeze trains nothing: layers is 0 and extra_modules is empty")

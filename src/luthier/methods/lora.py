@@ -19,6 +19,7 @@ from luthier.methods.groups import checkpoints_activations, decay_groups
 from luthier.methods.token_rows import fuse_token_rows
 from luthier.model.faults import reason
 from luthier.model.positions import loaded_positions, read_positions, stretch_loaded, write_positions
+from luthier.model.value_head import value_head, write_value_head
 from luthier.model.vocabulary import (
     VocabularyChange,
     is_tied,
@@ -70,9 +71,11 @@ class Lora:
         return self._attach(model, folder, trainable=True)
 
     def _new(self, model: PreTrainedModel) -> PeftModel:
-        spec = self.spec
+        spec, scored = self.spec, value_head(model) is not None
+        if scored:
+            self._refuse_adapter_on("score", "where the value head trains as a whole")
         config = LoraConfig(
-            task_type=TaskType.CAUSAL_LM,
+            task_type=TaskType.SEQ_CLS if scored else TaskType.CAUSAL_LM,
             r=spec.rank,
             lora_alpha=spec.alpha if spec.alpha is not None else 2 * spec.rank,  # type: ignore[arg-type]
             lora_dropout=spec.dropout,
@@ -106,16 +109,22 @@ class Lora:
         """What of the embeddings and the head trains, as arguments of a `LoraConfig`: the rows of new tokens,
         or a whole matrix that the recipe names."""
         saved, ids = list(self.spec.modules_to_save), list(self.vocabulary.new_ids)
+        if value_head(model) is not None:
+            saved = [name for name in saved if name != "score"]  # PEFT names it by itself
         if not ids:
             return {"modules_to_save": saved or None}
         names = {module: name for name, module in model.named_modules()}
         embedding, head = token_modules(model)
-        matrices = [names[embedding], names[head]]
+        matrices = [names[module] for module in (embedding, head) if module is not None]
         for name in matrices:
-            self._refuse_adapter_on(name)
+            self._refuse_adapter_on(
+                name,
+                "where the rows of the new tokens of model.vocabulary train",
+                ", or name it in method.modules_to_save to train all of it",
+            )
         whole = [name for name in matrices if any(_ends_with(name, module) for module in saved)]
         others = [module for module in saved if not any(_ends_with(name, module) for name in whole)]
-        if head.bias is not None and matrices[1] not in whole:
+        if head is not None and head.bias is not None and matrices[1] not in whole:
             # PEFT's trained rows forget the bias of a head, wherever the adapter is loaded.
             whole.append(matrices[1])
         if is_tied(model):
@@ -126,8 +135,8 @@ class Lora:
         rows = {name: ids for name in matrices if name not in whole}
         return {"modules_to_save": [*others, *whole] or None, "trainable_token_indices": rows or None}
 
-    def _refuse_adapter_on(self, name: str) -> None:
-        """The rows of new tokens train by themselves; a low-rank adapter on the same matrix is one too many."""
+    def _refuse_adapter_on(self, name: str, why: str, otherwise: str = "") -> None:
+        """What trains by itself takes no low-rank adapter: it would be one too many."""
         targets = self.spec.targets
         if targets == "all-linear":  # the output head is not among them
             return
@@ -137,8 +146,7 @@ class Lora:
             hit = any(_ends_with(name, target) for target in targets)
         if hit:
             raise ModelError(
-                f"method.targets={targets!r} puts an adapter on {name}, where the rows of the new tokens of "
-                f"model.vocabulary train; leave it out, or name it in method.modules_to_save to train all of it"
+                f"method.targets={targets!r} puts an adapter on {name}, {why}; leave it out{otherwise}"
             )
 
     def _attach(self, model: PreTrainedModel, folder: str, *, trainable: bool) -> PeftModel:
@@ -155,6 +163,8 @@ class Lora:
         # it asks a hub for the base model's vocabulary size.
         given: dict[str, Any] = {} if state is None else {"state_dict": dict(state)}
         model.save_pretrained(str(folder), save_embedding_layers=False, **given)
+        if value_head(model) is not None:
+            write_value_head(folder, model.state_dict() if state is None else state)
         if self.vocabulary.is_needed:
             write_record(folder, self.vocabulary)
         positions = loaded_positions(model)

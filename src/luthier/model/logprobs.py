@@ -1,11 +1,11 @@
-"""The one numeric kernel: hidden states -> log-probabilities of the targets, in chunks, never T x V logits.
+"""What a model is asked for its targets: the hook that calls the numeric kernel, and the policy around it.
 
 `install_target_forward` gives a loaded model a forward that accepts `targets=`. It changes the classes of the
 model and of its output head to subclasses that behave as before when `targets` is absent, so `generate` and
 `save_pretrained` are untouched. The head is called exactly once per forward and chunks inside that call, so
 DDP and FSDP see one ordinary module call.
 
-Shapes: T tokens, N supervised positions, D hidden, V vocabulary, C rows of one chunk.
+Shapes: T tokens, N supervised positions, D hidden, V vocabulary.
 """
 
 from __future__ import annotations
@@ -16,153 +16,13 @@ from functools import cache
 from typing import Any
 
 import torch
+from accelerate.utils import extract_model_from_parallel
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
+from luthier.model.kernel import Anchor, Logits, token_logprobs
+from luthier.model.reference import Reference
 from luthier.model.rows import FLAT, Rows, padded_rows
 from luthier.types import IGNORE_INDEX, Batch, ModelError, TokenLogprobs
-
-Logits = Callable[[Tensor], Tensor]
-
-LOGITS_PER_CHUNK = 2**23
-"""Logits (C x V) that exist at one time: 32 MiB in float32; larger chunks were not faster on CPU."""
-LOGITS_PER_CHUNK_CUDA = 2**27
-
-
-def chunk_rows(num_rows: int, vocab_size: int, device: torch.device) -> int:
-    """Rows of a chunk, so that its logits stay within the limit of the device; at least 16."""
-    limit = LOGITS_PER_CHUNK_CUDA if device.type == "cuda" else LOGITS_PER_CHUNK
-    return max(16, min(num_rows, limit // vocab_size))
-
-
-def token_logprobs(
-    hidden_ND: Tensor,
-    logits_of: Logits,
-    targets_N: Tensor,
-    *,
-    vocab_size: int,
-    entropy: bool,
-    mean_logprobs: bool,
-    head_trains: bool,
-    predictions: bool = False,
-) -> dict[str, Tensor]:
-    """Log-probabilities of `targets_N` under `logits_of(hidden)`, each (N,) float32; differentiable.
-
-    `entropy` is -sum p log p of each position; `mean_logprobs` is the mean log-probability of the vocabulary;
-    `predictions` is the most likely token, (N,) int64.
-    Where the head does not train, each row's gradient with respect to its own hidden state is computed
-    together with its value, because a log-probability depends on no other row: the logits are then computed
-    once. Where the head trains, every chunk is checkpointed and its logits are computed again in backward.
-    """
-    rows = chunk_rows(len(targets_N), vocab_size, hidden_ND.device)
-    if torch.is_grad_enabled() and hidden_ND.requires_grad and not head_trains and not predictions:
-        arguments = (hidden_ND, targets_N, logits_of, rows, entropy, mean_logprobs)
-        outputs = _RowwiseLogprobs.apply(*arguments)  # type: ignore[no-untyped-call]
-        assert isinstance(outputs, tuple)
-    else:
-        chunks = [
-            _chunk(hidden, targets, logits_of, entropy, mean_logprobs, predictions)
-            for hidden, targets in zip(
-                torch.split(hidden_ND, rows), torch.split(targets_N, rows), strict=True
-            )
-        ]
-        outputs = tuple(torch.cat(column) for column in zip(*chunks, strict=True))
-    names = ["logprobs"] + ["entropy"] * entropy + ["mean_logprobs"] * mean_logprobs
-    names += ["predictions"] * predictions
-    return dict(zip(names, outputs, strict=True))
-
-
-def _chunk(
-    hidden: Tensor,
-    targets: Tensor,
-    logits_of: Logits,
-    entropy: bool,
-    mean_logprobs: bool,
-    predictions: bool,
-) -> tuple[Tensor, ...]:
-    def run(hidden: Tensor, targets: Tensor) -> tuple[Tensor, ...]:
-        return _statistics(logits_of(hidden).float(), targets, entropy, mean_logprobs, predictions)
-
-    if not torch.is_grad_enabled():
-        return run(hidden, targets)
-    return tuple(checkpoint(run, hidden, targets, use_reentrant=False))
-
-
-def _statistics(
-    logits_CV: Tensor, targets_C: Tensor, entropy: bool, mean_logprobs: bool, predictions: bool = False
-) -> tuple[Tensor, ...]:
-    normaliser_C = logits_CV.logsumexp(dim=-1)
-    outputs = [logits_CV.gather(-1, targets_C[:, None])[:, 0] - normaliser_C]
-    if entropy:
-        probabilities = (logits_CV - normaliser_C[:, None]).exp()
-        outputs.append(normaliser_C - (probabilities * logits_CV).sum(-1))
-    if mean_logprobs:
-        outputs.append(logits_CV.mean(dim=-1) - normaliser_C)
-    if predictions:
-        outputs.append(logits_CV.argmax(dim=-1))
-    return tuple(outputs)
-
-
-class _RowwiseLogprobs(torch.autograd.Function):
-    """Values and per-row gradients in one pass over the chunks, for a head that does not train."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        hidden_ND: Tensor,
-        targets_N: Tensor,
-        logits_of: Logits,
-        rows: int,
-        entropy: bool,
-        mean: bool,
-    ) -> tuple[Tensor, ...]:
-        values: list[tuple[Tensor, ...]] = []
-        num_outputs = 1 + entropy + mean
-        gradients = [torch.empty_like(hidden_ND) for _ in range(num_outputs)]
-        start = 0
-        for hidden, targets in zip(torch.split(hidden_ND, rows), torch.split(targets_N, rows), strict=True):
-            stop = start + len(targets)
-            with torch.enable_grad():
-                leaf = hidden.detach().requires_grad_()
-                raw = logits_of(leaf)
-            logits = raw.detach().float()
-            values.append(_statistics(logits, targets, entropy, mean))
-            slopes = _slopes(logits, targets, values[-1], entropy, mean)
-            for index, slope in enumerate(slopes):
-                last = index == num_outputs - 1
-                (grad,) = torch.autograd.grad(raw, leaf, slope.to(raw.dtype), retain_graph=not last)
-                gradients[index][start:stop] = grad
-                del slope, grad
-            start = stop
-        ctx.save_for_backward(*gradients)
-        return tuple(torch.cat(column) for column in zip(*values, strict=True))
-
-    @staticmethod
-    def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
-        total: Tensor | None = None
-        for up_N, gradient_ND in zip(upstream, ctx.saved_tensors, strict=True):
-            part = gradient_ND * up_N[:, None].to(gradient_ND.dtype)
-            total = part if total is None else total.add_(part)
-        return total, None, None, None, None, None
-
-
-def _slopes(
-    logits_CV: Tensor, targets_C: Tensor, values: tuple[Tensor, ...], entropy: bool, mean: bool
-) -> list[Tensor]:
-    """d output / d logits (C, V) of each output of `_statistics`, in its order; overwrites `logits_CV`."""
-    normaliser_C = logits_CV.gather(-1, targets_C[:, None])[:, 0] - values[0]
-    probabilities = logits_CV.sub_(normaliser_C[:, None])
-    slopes: list[Tensor] = []
-    if entropy:
-        # dH/dz_v = -p_v (log p_v + H)
-        slopes.append(-probabilities.exp() * (probabilities + values[1][:, None]))
-    probabilities = probabilities.exp_()
-    if mean:
-        slopes.append(1.0 / probabilities.shape[-1] - probabilities)
-    of_target = probabilities.neg_()
-    of_target[torch.arange(len(targets_C), device=targets_C.device), targets_C] += 1.0
-    return [of_target, *slopes]
-
 
 # --------------------------------------------------------------------------------------------------
 # What a family does to its logits after the head
@@ -219,6 +79,8 @@ class _TargetForward(nn.Module):
     """Mixed into the class of the model: `forward(targets=...)` runs the backbone, then the head once.
 
     `arithmetic` is the type of an autocast around both, float32 for none at all; without it the caller's holds.
+    With `only_hidden` it stops before the head: {"hidden": (N, D)} of the targets, or of one position where there are
+    none.
     """
 
     luthier_rows: Rows = FLAT
@@ -236,39 +98,43 @@ class _TargetForward(nn.Module):
             with torch.autocast(kind, dtype=arithmetic if mixed else None, enabled=mixed):
                 return _TargetForward.forward(self, *args, targets=targets, **kwargs)
         if targets is None:
-            return super().forward(*args, **_with_explicit_mask(args, kwargs))
+            return super().forward(*args, **with_explicit_mask(args, kwargs))
         request = {
             "entropy": kwargs.pop("entropy", False),
             "mean_logprobs": kwargs.pop("mean_logprobs", False),
             "predictions": kwargs.pop("predictions", False),
+            "top_entropy": kwargs.pop("top_entropy", False),
+            "anchor": kwargs.pop("anchor", None),
             "vocab_size": self.config.get_text_config().vocab_size,  # type: ignore[union-attr, operator]
             "transform": logits_transform(self.config),
         }
-        kwargs.pop("return_dict", None)
-        # PEFT's wrapper always passes these on; a flat row has no use for them.
-        for unused in (
-            "labels",
-            "attention_mask",
-            "inputs_embeds",
-            "output_attentions",
-            "output_hidden_states",
-        ):
-            if kwargs.pop(unused, None) is not None:
-                raise ModelError(f"a forward pass with targets takes no {unused}")
+        only_hidden = kwargs.pop("only_hidden", False)
+        require_flat(kwargs)
         backbone, head = self.base_model, self.get_output_embeddings()  # type: ignore[operator]
-        inputs, targets = _backbone_inputs(self.luthier_rows, backbone, args, kwargs, targets)
+        inputs, targets = backbone_inputs(self.luthier_rows, backbone, args, kwargs, targets)
         hidden = backbone(**inputs).last_hidden_state  # type: ignore[operator]
         hidden_TD = hidden.reshape(-1, hidden.shape[-1])
         supervised = (targets != IGNORE_INDEX).nonzero()[:, 0]
-        if len(supervised):
-            return head(hidden_TD[supervised], luthier_request={"targets": targets[supervised], **request})
-        # The head must run on every rank; one position (a real token) is computed and none of it is kept.
-        one_D = hidden_TD[-1:] if self.luthier_rows.side == "left" else hidden_TD[:1]
-        answers = head(one_D, luthier_request={"targets": torch.zeros_like(targets[:1]), **request})
-        return {name: values[:0] for name, values in answers.items()}
+        num_targets = len(supervised)
+        if not num_targets:
+            # The head must run on every rank; one position (a real token) is computed and none of it is kept.
+            supervised = targets.new_full((1,), len(targets) - 1 if self.luthier_rows.side == "left" else 0)
+        if only_hidden:
+            return {"hidden": hidden_TD[supervised]}
+        request["targets"] = targets[supervised].clamp(min=0)
+        answers = head(hidden_TD[supervised], luthier_request=request)
+        return {name: values[:num_targets] for name, values in answers.items()}
 
 
-def _backbone_inputs(
+def require_flat(kwargs: dict[str, Any]) -> None:
+    """Take out what PEFT's wrapper always passes on and a flat row has no use for; ModelError where it is set."""
+    kwargs.pop("return_dict", None)
+    for unused in ("labels", "attention_mask", "inputs_embeds", "output_attentions", "output_hidden_states"):
+        if kwargs.pop(unused, None) is not None:
+            raise ModelError(f"a forward pass with targets or positions takes no {unused}")
+
+
+def backbone_inputs(
     rows: Rows, backbone: Any, args: tuple[Any, ...], kwargs: dict[str, Any], targets: Tensor
 ) -> tuple[dict[str, Any], Tensor]:
     """What the backbone is called with for a flat batch, and the targets (positions,) in the order of its output.
@@ -276,6 +142,8 @@ def _backbone_inputs(
     Models without positions of their own (Mamba, Bloom) take none; the self-test shows whether that is right.
     """
     inputs = dict(zip(("input_ids",), args, strict=False)) | kwargs
+    if inputs.get("segment_parents") is not None and not rows.shares_prompts:
+        raise ModelError("a batch whose answers share prompts needs a model that is proven to share them")
     if rows.padded:
         spread = padded_rows(
             inputs["input_ids"], inputs["position_ids"], inputs["cu_seq_lens_q"], targets, rows.side
@@ -304,7 +172,7 @@ def _accepted(forward: Callable[..., Any]) -> tuple[frozenset[str], bool]:
     return frozenset(parameters), any(one.kind is one.VAR_KEYWORD for one in parameters.values())
 
 
-def _with_explicit_mask(args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+def with_explicit_mask(args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
     """Our attention refuses to guess; a call without a mask means that every token is real, those in a cache too.
 
     `generate` leaves out a mask of ones: with one prompt, or with prompts of equal length.
@@ -316,7 +184,7 @@ def _with_explicit_mask(args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[s
     return {**kwargs, "attention_mask": ids.new_ones(ids.shape[0], seen + ids.shape[1])}
 
 
-def _specialise(module: nn.Module, mixin: type[nn.Module]) -> None:
+def specialise(module: nn.Module, mixin: type[nn.Module]) -> None:
     """Make `module`'s class a subclass with `mixin` in front, of the same name (saved as `architectures`).
 
     Its `forward` shows the signature of the original one: `generate` passes `position_ids` only to models whose
@@ -347,15 +215,22 @@ def install_target_forward(model: nn.Module, rows: Rows = FLAT) -> None:
         raise ModelError(
             f"{type(model).__name__} has no backbone apart from its head, so it cannot be trained"
         )
-    _specialise(head, _TargetHead)
-    _specialise(model, _TargetForward)
+    specialise(head, _TargetHead)
+    specialise(model, _TargetForward)
     model.luthier_rows = rows  # type: ignore[assignment]
+
+
+def _language_model(model: nn.Module) -> nn.Module:
+    """The model with the target forward, inside what DDP and PEFT wrap around it."""
+    bare: Any = extract_model_from_parallel(model, keep_fp32_wrapper=True)
+    inner = bare.get_base_model() if hasattr(bare, "get_base_model") else bare
+    assert isinstance(inner, nn.Module)
+    return inner
 
 
 def chosen_rows(model: nn.Module) -> Rows:
     """The layout that was installed in a model, or in the one inside its PEFT wrapper."""
-    inner = model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
-    rows = inner.luthier_rows
+    rows = _language_model(model).luthier_rows
     assert isinstance(rows, Rows)
     return rows
 
@@ -363,27 +238,88 @@ def chosen_rows(model: nn.Module) -> Rows:
 class ModelPolicy:
     """`types.Policy` over a model with the target forward, wrapped by DDP or FSDP or bare."""
 
-    def __init__(self, model: nn.Module, arithmetic: torch.dtype | None = None) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        arithmetic: torch.dtype | None = None,
+        *,
+        reference: Reference | None = None,
+    ) -> None:
         """`arithmetic` is the type that the model computes in by autocast, float32 for none at all; without it
-        the model's wrapper decides."""
+        the model's wrapper decides. `reference` is the model to compare with."""
         self._model = model
         self._arithmetic = arithmetic
+        self._reference = reference
 
     def logprobs(
-        self, batch: Batch, *, entropy: bool = False, mean_logprobs: bool = False, predictions: bool = False
+        self,
+        batch: Batch,
+        *,
+        entropy: bool = False,
+        mean_logprobs: bool = False,
+        predictions: bool = False,
+        top_entropy: bool = False,
+        divergence: bool = False,
     ) -> TokenLogprobs:
         """Statistics of the supervised targets of `batch`, in the order of their positions."""
         answers = self._model(
-            input_ids=batch.input_ids,
-            position_ids=batch.position_ids,
-            cu_seq_lens_q=batch.cu_seqlens,
-            cu_seq_lens_k=batch.cu_seqlens,
-            max_length_q=batch.max_length,
-            max_length_k=batch.max_length,
+            **model_inputs(batch),
             targets=batch.targets,
             arithmetic=self._arithmetic,
             entropy=entropy,
             mean_logprobs=mean_logprobs,
             predictions=predictions,
+            top_entropy=top_entropy,
+            anchor=self._anchor(batch) if divergence else None,
         )
         return TokenLogprobs(**answers)
+
+    def _anchor(self, batch: Batch) -> Anchor:
+        """The reference's distribution at the targets: its backbone runs now, its head later, chunk by chunk."""
+        reference = self._live_reference()
+
+        def logits_of(hidden_CD: Tensor) -> Tensor:
+            with torch.no_grad(), reference.active(self._model) as model:
+                inner = _language_model(model)
+                head = inner.get_output_embeddings()  # type: ignore[operator]
+                return logits_transform(inner.config)(head(hidden_CD))
+
+        with torch.no_grad(), reference.active(self._model) as model:
+            answers = model(
+                **model_inputs(batch), targets=batch.targets, arithmetic=self._arithmetic, only_hidden=True
+            )
+        return Anchor(answers["hidden"], logits_of)
+
+    def reference_logprobs(self, batch: Batch) -> Tensor:
+        """Those that the batch brings along, or what the reference says; (N,) float32, without a graph."""
+        if batch.reference is not None:
+            return batch.reference
+        with torch.no_grad(), self._live_reference().active(self._model) as model:
+            return ModelPolicy(model, self._arithmetic).logprobs(batch).logprobs
+
+    def _live_reference(self) -> Reference:
+        if self._reference is None:
+            raise ModelError("this stage compares with a reference model, and none was built")
+        return self._reference
+
+    def scores(self, batch: Batch) -> Tensor:
+        """What a reward model says at the last token of each row; (R,) float32."""
+        assert batch.rows is not None
+        last_R = batch.cu_seqlens[1:].long()[batch.rows] - 1
+        scores: Tensor = self._model(**model_inputs(batch), positions=last_R, arithmetic=self._arithmetic)
+        return scores
+
+
+def model_inputs(batch: Batch) -> dict[str, Any]:
+    """What the forward pass of a flat batch takes, besides what is asked of it."""
+    inputs: dict[str, Any] = {
+        "input_ids": batch.input_ids,
+        "position_ids": batch.position_ids,
+        "cu_seq_lens_q": batch.cu_seqlens,
+        "cu_seq_lens_k": batch.cu_seqlens,
+        "max_length_q": batch.max_length,
+        "max_length_k": batch.max_length,
+    }
+    if bool((batch.parent >= 0).any()):
+        inputs["segment_parents"] = batch.parent
+    return inputs

@@ -38,6 +38,19 @@ class SelfTest:
 
 
 @dataclass(frozen=True, slots=True)
+class SharingTest:
+    """What was measured of prompts that are computed once; differences from rows with a prompt of their own."""
+
+    difference: float
+    """Of log-probabilities, in nats, or of scores."""
+    gradient: float
+    """Of gradients at the embeddings of prompts, as a part of the largest there."""
+    reach: float
+    """Largest gradient of a branch where none should go (the other branches, other prompts, later tokens), as a part
+    of that at its own prompt and itself."""
+
+
+@dataclass(frozen=True, slots=True)
 class Rows:
     """The layout that was chosen for a model, why, and what the self-test measured of it."""
 
@@ -45,14 +58,22 @@ class Rows:
     side: Side = "right"
     reason: str = ""
     """Why rows are padded; empty where they are flat."""
-    tests: Mapping[str, SelfTest] = field(default_factory=dict)
-    """`flat` and `padded`, as far as each could be measured."""
+    tests: Mapping[str, SelfTest | SharingTest] = field(default_factory=dict)
+    """`flat`, `padded` and `shared`, as far as each could be measured."""
+    shares_prompts: bool = False
+    """Whether several answers may continue one prompt in a flat row, computed once."""
+    unshared_reason: str = ""
+    """Why not, where it was tried."""
 
     def record(self) -> dict[str, Any]:
         """For the run's manifest."""
         return {
             "layout": "padded" if self.padded else "flat",
             **({"padding_side": self.side, "reason": self.reason} if self.padded else {}),
+            **(
+                {"shares_prompts": self.shares_prompts} if self.shares_prompts or self.unshared_reason else {}
+            ),
+            **({"unshared_reason": self.unshared_reason} if self.unshared_reason else {}),
             "self_test": {name: asdict(test) for name, test in self.tests.items()},
         }
 

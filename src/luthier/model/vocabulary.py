@@ -238,16 +238,19 @@ def resize_embeddings(model: PreTrainedModel, change: VocabularyChange) -> Vocab
 
 
 def _grow(model: PreTrainedModel, rows: int) -> None:
-    _, head = token_modules(model)
-    if not isinstance(head, nn.Linear):
+    embedding, head = token_modules(model)
+    if head is not None and not isinstance(head, nn.Linear):
         raise ModelError(
             f"the output head of {type(model).__name__} is a {type(head).__name__}, which cannot get new rows"
         )
-    bias = head.bias
+    bias, weight = getattr(head, "bias", None), embedding.weight
     # transformers fills the new rows from the global generators; they are filled again below.
-    with torch.random.fork_rng(devices=[head.weight.device] if head.weight.is_cuda else []):
+    with torch.random.fork_rng(devices=[weight.device] if weight.is_cuda else []):
         model.resize_token_embeddings(rows, mean_resizing=False)
-    _, head = token_modules(model)
+    embedding, head = token_modules(model)
+    assert embedding.weight.shape[0] == rows
+    if head is None:  # a reward model's has no rows for tokens
+        return
     if bias is not None and len(head.bias) != rows:  # tied heads keep the old one
         longer = torch.cat([bias.data, bias.data.new_zeros(rows - len(bias))])
         head.bias = nn.Parameter(longer, requires_grad=bias.requires_grad)
@@ -264,7 +267,8 @@ def _start(model: PreTrainedModel, change: VocabularyChange, fresh: Sequence[int
         token_ids[token]: [index for index in words if index < known] for token, words in change.descriptions
     }
     generator = torch.Generator().manual_seed(change.seed)
-    matrices = token_modules(model)[: 1 if is_tied(model) else 2]
+    embedding, head = token_modules(model)
+    matrices = [embedding] if head is None or is_tied(model) else [embedding, head]
     for weight in (module.weight for module in matrices):
         dim = weight.shape[1]
         mean_D = _mean(weight[:known])
@@ -273,13 +277,13 @@ def _start(model: PreTrainedModel, change: VocabularyChange, fresh: Sequence[int
         )
         noise_RD = torch.randn(len(fresh), dim, generator=generator) * (change.noise / math.sqrt(dim))
         weight[torch.tensor(fresh, device=weight.device)] = (start_RD + noise_RD).to(weight)
-    bias = getattr(token_modules(model)[1], "bias", None)
+    bias = getattr(head, "bias", None)
     if bias is not None:
         bias[torch.tensor(fresh, device=bias.device)] = _mean(bias[:known, None]).to(bias)
 
 
 def token_modules(model: PreTrainedModel) -> tuple[Any, Any]:
-    """The input embeddings and the output head: the modules with one row per token."""
+    """The input embeddings and the output head: the modules with one row per token; no head of a reward model."""
     return model.get_input_embeddings(), model.get_output_embeddings()  # type: ignore[no-untyped-call]
 
 

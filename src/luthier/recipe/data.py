@@ -22,6 +22,8 @@ class ColumnSpec(Spec):
     chosen: str | None = None
     rejected: str | None = None
     kto_tag: str | None = None
+    margin: str | None = None
+    """A number: by how much the better answer is better (rm)."""
     images: str | None = None
     videos: str | None = None
     audios: str | None = None

@@ -17,7 +17,7 @@ _METHODS = (
         lora_target=("method.targets", "all"),
         pure_bf16=("model.dtype", False),
     )
-    | read("pt and sft; rm, ppo, dpo and kto come later", stage=("stage.type", "sft"))
+    | read("pt, sft, rm, dpo and kto; ppo comes later", stage=("stage.type", "sft"))
     | read("lora, freeze and full; oft comes later", finetuning_type=("method.type", "lora"))
     | keys(
         Rule.REFUSED,
@@ -57,39 +57,61 @@ _METHODS = (
     )
 )
 
+NO_EFFECT = "belongs to preference or reinforcement learning and has no effect on this stage"
+
 _LOSSES = (
-    keys(
-        Rule.REFUSED,
-        "this loss comes in a later version; remove it for cross-entropy",
-        use_dft_loss=False,
-        use_asft_loss=False,
-        use_eaft_loss=False,
+    read(
+        "of stage: sft",
+        use_dft_loss=("stage.loss", False),
+        use_asft_loss=("stage.loss", False),
+        use_eaft_loss=("stage.loss", False),
     )
-    | keys(Rule.SILENT, asft_alpha=0.1, eaft_alpha=1.0, include_effective_tokens_per_second=False)
+    | read("with use_asft_loss", asft_alpha=("stage.kl_weight", 0.1))
+    | read("with use_eaft_loss", eaft_alpha=("stage.entropy_power", 1.0))
+    | keys(Rule.SILENT, include_effective_tokens_per_second=False)
+)
+
+_PREFERENCES = (
+    read("of dpo and kto", pref_beta=("stage.beta", 0.1), pref_ftx=("stage.sft_weight", 0.0))
+    | read(
+        "of dpo; hinge, ipo and kto_pair train the sigmoid loss there, and what they say here",
+        pref_loss=("stage.loss", "sigmoid"),
+    )
+    | read(
+        "of dpo: w becomes {<pref_loss>: 1 / (1 + w), bco_pair: w / (1 + w)}",
+        pref_bco_weight=("stage.loss", 0.0),
+    )
+    | read("of dpo with pref_loss: sigmoid", dpo_label_smoothing=("stage.label_smoothing", 0.0))
+    | read("of dpo with pref_loss: simpo", simpo_gamma=("stage.gamma", 0.5))
+    | read(
+        "of dpo; for the policy alone there, for the reference too here", ld_alpha=("stage.ld_alpha", None)
+    )
+    | read(
+        "of kto",
+        kto_chosen_weight=("stage.desirable_weight", 1.0),
+        kto_rejected_weight=("stage.undesirable_weight", 1.0),
+    )
+    | read(
+        "of dpo (not orpo, simpo), kto and use_asft_loss",
+        ref_model=("stage.reference.path", None),
+        ref_model_adapters=("stage.reference.adapters", None),
+    )
+    | read(
+        "refused: a quantized reference comes later",
+        ref_model_quantization_bit=("stage.reference", None),
+    )
     | keys(
         Rule.NOTED,
-        "belongs to preference or reinforcement learning and has no effect on this stage",
-        pref_beta=0.1,
-        pref_ftx=0.0,
-        pref_bco_weight=0.0,
-        pref_loss="sigmoid",
-        dpo_label_smoothing=0.0,
-        kto_chosen_weight=1.0,
-        kto_rejected_weight=1.0,
-        simpo_gamma=0.5,
+        NO_EFFECT,
         ppo_buffer_size=1,
         ppo_epochs=4,
         ppo_score_norm=False,
         ppo_target=6.0,
         ppo_whiten_rewards=False,
-        ref_model=None,
-        ref_model_adapters=None,
-        ref_model_quantization_bit=None,
         reward_model=None,
         reward_model_adapters=None,
         reward_model_quantization_bit=None,
         reward_model_type="lora",
-        ld_alpha=None,
     )
 )
 
@@ -147,4 +169,4 @@ _WATCHING = (
     | _swanlab("lark_secret", None, "messages to Lark are not part of Luthier; remove it")
 )
 
-FINETUNING_KEYS: dict[str, Key] = _METHODS | _LOSSES | _OPTIMIZERS | _WATCHING
+FINETUNING_KEYS: dict[str, Key] = _METHODS | _LOSSES | _PREFERENCES | _OPTIMIZERS | _WATCHING

@@ -15,6 +15,7 @@ from luthier.recipe.known_keys import KEYS
 from luthier.recipe.llamafactory_data import DATA_SUBJECTS
 from luthier.recipe.llamafactory_keys import EXPORT_KEYS
 from luthier.recipe.llamafactory_model import MODEL_SUBJECTS
+from luthier.recipe.llamafactory_stage import STAGE_SUBJECTS
 from luthier.recipe.llamafactory_train import TRAIN_SUBJECTS
 from luthier.recipe.problems import nearest, specs, tag
 from luthier.recipe.schema import Recipe, Spec
@@ -45,7 +46,7 @@ def translate(document: Document) -> Document:
             flat.put(rule.target, flat.get(key), key)
         elif rule.rule is Rule.EXTRA and flat.changed(key):
             flat.put(f"train.extra.{key}", flat.get(key), key)
-    for subject in (*MODEL_SUBJECTS, *DATA_SUBJECTS, *TRAIN_SUBJECTS):
+    for subject in (*MODEL_SUBJECTS, *STAGE_SUBJECTS, *DATA_SUBJECTS, *TRAIN_SUBJECTS):
         subject(flat)
     flat.refuse()
     _forget_our_defaults(flat)

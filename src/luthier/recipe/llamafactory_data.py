@@ -9,6 +9,7 @@ from luthier.recipe.flat import Flat
 from luthier.recipe.known_keys import KEYS
 
 _COLUMNS = {f"{name}_column": name for name in ("prompt", "query", "response", "history")}
+_PREFERENCES = ("rm", "dpo", "kto")
 _SUFFIXES = (".arrow", ".csv", ".json", ".jsonl", ".parquet", ".txt")
 
 
@@ -58,9 +59,10 @@ def _entry(name: str, online: bool, details: dict[str, Any]) -> str | dict[str, 
 
 def _length(flat: Flat) -> None:
     """Length, truncation and packing: exactly the rows that LLaMA-Factory would cut."""
-    pt = flat.get("stage") == "pt"
+    stage = flat.get("stage")
+    pt, preferences = stage == "pt", stage in _PREFERENCES
     asked = flat.flag("packing") or flat.flag("neat_packing")
-    packing = asked or (pt and not flat.given("packing"))
+    packing = (asked or (pt and not flat.given("packing"))) and not preferences
     cutoff = flat.get("cutoff_len")
     if asked and isinstance(cutoff, int) and not isinstance(cutoff, bool):
         cutoff -= 1  # packing, where a file asks for it, keeps one token of the row for padding there
@@ -70,14 +72,16 @@ def _length(flat: Flat) -> None:
     flat.put("data.overflow", "split" if pt and packing else "truncate")
     flat.put("data.max_lost", None)
     flat.put("data.packing", packing, "neat_packing" if flat.flag("neat_packing") else "packing")
-    if packing and pt:
+    if preferences and flat.flag("packing"):
+        flat.note(f"packing: nothing is packed with stage: {stage}, as there")
+    elif packing and pt:
         flat.note("packing: documents in a block see each other, as there; a native recipe keeps them apart")
     elif packing and not flat.flag("neat_packing"):
         flat.note("packing: what shares a row does not see each other here (there only with neat_packing)")
     for key in ("neat_packing", "train_on_prompt", "mask_history"):
         if flat.flag(key) and not pt and key == "mask_history" and flat.flag("train_on_prompt"):
             flat.problem(key, "mask_history and train_on_prompt exclude each other; keep one")
-        elif flat.flag(key) and pt:
+        elif flat.flag(key) and (pt or preferences):
             flat.problem(key, "goes with stage: sft only")
 
 

@@ -11,7 +11,6 @@ from luthier.recipe.problems import found
 from luthier.recipe.source import read_file
 from luthier.types import RecipeError
 
-_NEXT_STAGES = ("rm", "ppo", "dpo", "kto")
 _ATTENTION = {"auto": "auto", "disabled": "sdpa", "sdpa": "sdpa", "fa2": "auto", "fa3": "auto"}
 _ROPE = ("linear", "dynamic", "yarn", "llama3")
 _TOKENS = ("it names new tokens and what each means", "expected a mapping from new tokens to what each means")
@@ -139,11 +138,7 @@ def _targets(names: list[str]) -> str | list[str]:
 
 
 def _method(flat: Flat) -> None:
-    stage, kind = flat.get("stage"), flat.get("finetuning_type")
-    if stage in _NEXT_STAGES:
-        flat.problem("stage", f"{stage} comes in a later version; this one has pt and sft")
-    else:
-        flat.put("stage.type", flat.choice("stage", ("pt", "sft")), "stage")
+    kind = flat.get("finetuning_type")
     if kind == "oft":
         flat.problem("finetuning_type", "oft comes in a later version; this one has lora, freeze and full")
         return

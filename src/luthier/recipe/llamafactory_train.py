@@ -147,7 +147,11 @@ def _evaluation(flat: Flat) -> None:
     metric = flat.get("metric_for_best_model") or "loss"
     metric = metric if str(metric).startswith("eval_") else f"eval_{metric}"
     flat.put("train.best_metric", metric, "metric_for_best_model")
-    if flat.flag("compute_accuracy"):
+    stage = flat.get("stage")
+    if stage in ("rm", "dpo", "kto"):
+        if flat.flag("compute_accuracy"):
+            flat.note(f"compute_accuracy: no effect with stage: {stage}")
+    elif flat.flag("compute_accuracy"):
         flat.put("train.metrics", ["accuracy"], "compute_accuracy")
     elif metric == "eval_accuracy":
         flat.problem("metric_for_best_model", "accuracy needs compute_accuracy: true")

@@ -125,7 +125,7 @@ def expected(annotation: Any) -> str:
             inner = expected(arguments[0]).removeprefix("a ").removeprefix("mapping of keys")
             plural = {"text": "texts", "number": "numbers", "whole number": "whole numbers"}.get(inner)
             words.append(f"a list of {count}{plural}" if plural else "a list")
-        elif get_origin(kind) is dict or (isinstance(kind, type) and issubclass(kind, Spec)):
+        elif _is_mapping(kind):
             words.append("a mapping of keys")
         else:
             plain = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}
@@ -227,10 +227,13 @@ def _sentences(error: ValidationError, document: Document, root: type[Spec]) -> 
     lines: dict[tuple[int, str], None] = {}
     for problem in error.errors(include_url=False):
         path, annotation, value = _locate(problem["loc"], document.tree, root)
-        if problem["type"].endswith("_type") and _suits(annotation, value):
+        if problem["type"].endswith(("_type", "literal_error")) and _suits(annotation, value):
             continue  # another branch of the union takes such values, and says what is wrong with this one
         if problem["type"] == "extra_forbidden":
             text = _unknown(path, document, root)
+        elif path and path[-1] == "[key]":
+            path = path[:-1]
+            text = _unknown_key_of_mapping(path, document, root)
         else:
             text = _sentence(problem, annotation, value)
         lines[document.place(path).line or 0, document.problem(path, text)] = None
@@ -239,8 +242,26 @@ def _sentences(error: ValidationError, document: Document, root: type[Spec]) -> 
 
 def _suits(annotation: Any, value: Any) -> bool:
     if isinstance(value, dict):
-        return bool(specs(annotation))
+        return any(_is_mapping(kind) for kind in members(annotation))
     return isinstance(value, list) and any(get_origin(kind) is tuple for kind in members(annotation))
+
+
+def _is_mapping(kind: Any) -> bool:
+    return get_origin(kind) is dict or (isinstance(kind, type) and issubclass(kind, Spec))
+
+
+def _words(annotation: Any) -> list[str]:
+    """The words that an annotation admits where it admits no other plain value."""
+    kinds = [kind for kind in members(annotation) if not _is_mapping(kind)]
+    literal = bool(kinds) and all(get_origin(kind) is Literal for kind in kinds)
+    return [str(choice) for kind in kinds for choice in get_args(kind)] if literal else []
+
+
+def _unknown_key_of_mapping(path: KeyPath, document: Document, root: type[Spec]) -> str:
+    """The sentence about a key of a mapping whose keys are certain words."""
+    annotation = annotation_at(path[:-1], document.tree, root)
+    kinds = [kind for kind in members(annotation) if get_origin(kind) is dict]
+    return f"unknown key; {_choose(str(path[-1]), _words(get_args(kinds[0])[0]))}"
 
 
 def _sentence(problem: Any, annotation: Any, value: Any) -> str:
@@ -258,11 +279,8 @@ def _sentence(problem: Any, annotation: Any, value: Any) -> str:
         return str(problem["ctx"]["error"])
     if kind == "too_long" or kind == "too_short":
         return f"expected {expected(annotation)}, found {len(value)}"
-    if kind == "literal_error" and isinstance(value, str):
-        kinds = members(annotation)
-        if len(kinds) == 1:
-            choices = [str(choice) for choice in get_args(kinds[0])]
-            return f"{value!r} is none of its values; {_choose(value, choices)}"
+    if isinstance(value, str) and (words := _words(annotation)):
+        return f"{value!r} is none of its values; {_choose(value, words)}"
     if any(mark in kind for mark in _TYPE_ERRORS) or kind in ("model_type", "dict_type", "tuple_type"):
         return f"expected {expected(annotation)}, found {found(value)}{_advice(annotation, value)}"
     message = str(problem["msg"]).removeprefix("Input ")

@@ -148,4 +148,5 @@ def _greater_is_better(recipe: Recipe) -> bool:
 
 def lower_is_better(metric: str) -> bool:
     """What the name of a metric says of its direction."""
-    return metric.endswith(("loss", "perplexity", "nll"))
+    # `loss/ipo` is one loss of several; what is said of rejected answers should sink.
+    return metric.endswith(("loss", "perplexity", "nll", "/rejected")) or "loss/" in metric

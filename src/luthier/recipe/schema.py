@@ -13,7 +13,15 @@ from luthier.recipe.data import ColumnSpec, DatasetSpec, DataSpec, TagSpec, Temp
 from luthier.recipe.method import FreezeSpec, FullSpec, LoraSpec, MethodSpec
 from luthier.recipe.model import EMBEDDED_MODEL, ModelSpec, RopeScalingSpec, VocabularySpec
 from luthier.recipe.optim import AdamwSpec, AnyOptimSpec, OptimSpec, ScheduleName, SgdSpec
-from luthier.recipe.stage import PtSpec, SftSpec, StageSpec
+from luthier.recipe.stage import (
+    DpoSpec,
+    KtoSpec,
+    PtSpec,
+    ReferenceSpec,
+    RmSpec,
+    SftSpec,
+    StageSpec,
+)
 from luthier.recipe.train import BadNumbersSpec, CompileSpec, EarlyStoppingSpec, HubSpec, TrainSpec
 
 __all__ = [
@@ -25,16 +33,20 @@ __all__ = [
     "CompileSpec",
     "DataSpec",
     "DatasetSpec",
+    "DpoSpec",
     "EarlyStoppingSpec",
     "FreezeSpec",
     "FullSpec",
     "HubSpec",
+    "KtoSpec",
     "LoraSpec",
     "MethodSpec",
     "ModelSpec",
     "OptimSpec",
     "PtSpec",
     "Recipe",
+    "ReferenceSpec",
+    "RmSpec",
     "RopeScalingSpec",
     "ScheduleName",
     "SftSpec",
@@ -75,4 +87,19 @@ class Recipe(Spec):
                 raise ValueError(
                     "train.load_best needs checkpoints at evaluations: make save_every equal to eval_every"
                 )
+        return self
+
+    @model_validator(mode="after")
+    def _what_the_stage_has(self) -> Recipe:
+        stage = self.stage
+        if isinstance(stage, RmSpec) and self.train.metrics:
+            raise ValueError(
+                "train.metrics does not go with stage: rm, which predicts no tokens; evaluations report the accuracy "
+                "and the margin of the scores of themselves"
+            )
+        if getattr(stage, "reference", None) == "base" and not isinstance(self.method, LoraSpec):
+            raise ValueError(
+                f"stage.reference: base is the model below adapters, and method: {self.method.type} has none; "
+                "leave it out"
+            )
         return self

@@ -102,7 +102,7 @@ class SweepSpec(Spec):
     metric: str = "eval_loss"
     """A number that a run ends with (`all_results.json`)."""
     direction: Literal["minimize", "maximize"] | None = None
-    """Absent: minimize metrics that end in `loss` or `perplexity`, maximize others."""
+    """Absent: minimize losses, perplexity and what ends in `/rejected`, maximize others."""
     space: dict[str, RangeSpec | tuple[Any, ...]]
     """Keys of the recipe, and for each a list of values or a range."""
     overrides: tuple[str, ...] = ()

@@ -105,8 +105,9 @@ class TrainSpec(Spec):
     load_best: bool = False
     """Finish with the best checkpoint by `best_metric` instead of the last weights."""
     best_metric: str = "eval_loss"
+    """A number that evaluations report, such as `eval_loss` or `eval_rewards/accuracies`."""
     greater_is_better: bool | None = None
-    """Absent: false for metrics that end in `loss`, `perplexity` or `nll`, true for others."""
+    """Absent: false for losses, `perplexity`, `nll` and what ends in `/rejected`, true for others."""
     early_stopping: EarlyStoppingSpec | None = None
     """Stop early; needs `load_best`."""
     metrics: tuple[str, ...] = ()

@@ -13,7 +13,6 @@ _TRANSLATED = (
         learning_rate=("optim.lr", 5e-5),
         weight_decay=("optim.weight_decay", 0.0),
         max_grad_norm=("optim.max_grad_norm", 1.0),
-        label_smoothing_factor=("stage.label_smoothing", 0.0),
         save_total_limit=("train.save_total_limit", None),
         save_only_model=("train.save_only_model", False),
         load_best_model_at_end=("train.load_best", False),
@@ -53,6 +52,7 @@ _TRANSLATED = (
         hub_revision=("train.push_to_hub.revision", None),
         hub_token=("model.token", None),
     )
+    | read("of pt and sft", label_smoothing_factor=("stage.label_smoothing", 0.0))
     | read("warmup_stable_decay needs its steps or max_steps", lr_scheduler_type=("optim.schedule", "linear"))
     | read("adamw_torch, adamw_torch_fused, adamw_hf and sgd", optim=("optim.type", "adamw_torch_fused"))
     | read("a share of all steps needs max_steps", logging_steps=("train.log_every", 500))

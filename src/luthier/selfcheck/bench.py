@@ -12,17 +12,21 @@ from peft import PeftModel
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-from luthier.assemble import Material, build_model, load_tokens, read_material
-from luthier.data.formats import RowKind, to_row
+from luthier.arrange import Material, samples_of
+from luthier.assemble import build_model, fitted, load_tokens, read_material
+from luthier.data.collate import rows_of
+from luthier.data.formats import to_row
 from luthier.data.read import read_rows
 from luthier.data.registry import resolve_datasets
 from luthier.model.load import ModelSource, locate
+from luthier.model.reference import Reference, StartingPoint
 from luthier.model.vocabulary import VocabularyChange
 from luthier.recipe.load import LoadedRecipe
 from luthier.recipe.resolve import Hardware
 from luthier.recipe.schema import Recipe
+from luthier.references import build_reference
 from luthier.show import Say
-from luthier.types import DataError, Method, Row, Sample
+from luthier.types import DataError, Method, Row, Sample, Stage
 
 MAX_TOKENS = 1024
 """Tokens of the rows that the numeric checks run on: enough for several chunks, minutes on a laptop."""
@@ -30,6 +34,8 @@ MAX_ROWS = 24
 
 BOUNDS = {torch.float32: 1e-3, torch.bfloat16: 0.25, torch.float16: 0.1}
 """Largest difference of one log-probability, in nats. A leak or a shifted mask moves them by whole nats."""
+AWAY = 0.01
+"""How far the policy is moved from a reference that is a copy of it, as a part of the spread of each weight."""
 GRADIENT_BOUNDS = {torch.float32: 1e-3, torch.bfloat16: 0.1, torch.float16: 0.05}
 """Largest difference of a gradient, relative to its norm."""
 
@@ -60,20 +66,32 @@ class Bench:
         return read_material(self.settings, self.tokens[0], self.say)
 
     @cached_property
-    def built(self) -> tuple[PreTrainedModel | PeftModel, Method]:
-        """The model ready to train; where an adapter starts as zero it is given weights, so that it counts."""
+    def stage(self) -> Stage:
+        """The stage as this model trains it: prompts of several answers computed once where it allows that."""
+        return fitted(self.settings, self.material, self.model).stage
+
+    @property
+    def scores(self) -> bool:
+        """Whether the model is a reward model, which gives a row one number."""
+        return self.material.stage.model == "reward"
+
+    @cached_property
+    def built(self) -> tuple[PreTrainedModel | PeftModel, Method, Reference | None]:
+        """The model ready to train, and what it is compared with.
+
+        Where an adapter starts as zero it is given weights, and where the reference is a copy of the policy the policy
+        is moved away from it: so both count.
+        """
         # A check that needs no gradient may be the first to ask, and the self-test follows gradients.
         with torch.enable_grad():
             model, method = build_model(self.settings, self.source, self.hardware, self.tokens[1])
-        generator = torch.Generator().manual_seed(0)
-        with torch.no_grad():
-            for parameter in model.parameters():
-                if parameter.requires_grad and parameter.ndim > 1 and not parameter.any():
-                    noise = torch.randn(parameter.shape, generator=generator) * 0.02
-                    parameter.copy_(noise.to(parameter))
+        reference = None
+        if self.material.stage.needs_reference:
+            reference = build_reference(self.settings, self.hardware, model)
+        _shake(model, AWAY if isinstance(reference, StartingPoint) else 0.0)
         _without_dropout(model)
         model.eval()
-        return model, method
+        return model, method, reference
 
     @property
     def model(self) -> PreTrainedModel | PeftModel:
@@ -82,6 +100,10 @@ class Bench:
     @property
     def method(self) -> Method:
         return self.built[1]
+
+    @property
+    def reference(self) -> Reference | None:
+        return self.built[2]
 
     @property
     def device(self) -> torch.device:
@@ -109,7 +131,8 @@ class Bench:
     @cached_property
     def samples(self) -> list[Sample]:
         """Supervised samples from all over the training data, `MAX_TOKENS` in all, two at least."""
-        table = self.material.data.train
+        spec = self.settings.data
+        table = samples_of(self.material.stage, self.material.data.train, spec.max_length)
         chosen: list[Sample] = []
         step = max(1, len(table) // MAX_ROWS)
         for index in range(0, len(table), step):
@@ -122,16 +145,20 @@ class Bench:
         return chosen
 
     @cached_property
+    def sequences(self) -> list[Sample]:
+        """The samples as plain rows: of answers that continue a prompt, each with a copy of it."""
+        return [row for sample in self.samples for row in rows_of(sample)]
+
+    @cached_property
     def rows(self) -> list[Row]:
         """The first training rows as they are before tokens; rows that cannot be used are left out."""
         spec = self.settings.data
-        kind: RowKind = "text" if self.settings.stage.type == "pt" else "conversation"
         found: list[Row] = []
         for attr in resolve_datasets(spec.train, spec):
             first = replace(attr, num_samples=None)
             for raw in read_rows(first, max_samples=MAX_ROWS):
                 try:
-                    found.append(to_row(raw, attr, kind))
+                    found.append(to_row(raw, attr, self.material.stage.kind))
                 except DataError:
                     continue
         return found
@@ -144,6 +171,20 @@ class Bench:
                 found[name] = parameter.grad.detach().double().cpu()
                 parameter.grad = None
         return found
+
+
+def _shake(model: nn.Module, away: float) -> None:
+    """Weights for matrices that train and are all zero; `away` times their spread of noise for all that train."""
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if not parameter.requires_grad:
+                continue
+            zero = parameter.ndim > 1 and not parameter.any()
+            size = 0.02 if zero else away * float(parameter.float().std(correction=0))
+            if size:
+                noise = torch.randn(parameter.shape, generator=generator) * size
+                parameter.add_(noise.to(parameter))
 
 
 def _without_dropout(model: nn.Module) -> None:

@@ -7,10 +7,12 @@ from itertools import takewhile
 
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
+from luthier.data.collate import rows_of
+from luthier.data.partners import Mismatched
 from luthier.data.template import ChatTemplate, load_template
 from luthier.selfcheck.bench import Bench
-from luthier.selfcheck.outcome import Outcome
-from luthier.types import IGNORE_INDEX, Conversation, Row, RowError
+from luthier.selfcheck.outcome import Outcome, left_out
+from luthier.types import IGNORE_INDEX, Conversation, Encoded, Row, RowError, Sample
 
 
 def prompts(bench: Bench) -> Outcome:
@@ -20,12 +22,17 @@ def prompts(bench: Bench) -> Outcome:
     """
     claim = "train prompt = generation prompt"
     if bench.settings.stage.type == "pt":
-        return Outcome("prompts", claim, 0.0, 0.0, "rows", "stage pt has no prompts")
+        return left_out("prompts", claim, "stage pt has no prompts")
     served = _reloaded(bench)
     checked, wrong = 0, []
     for row in bench.rows:
         try:
-            apart = _where_they_part(bench.material.template, served, row)
+            parts = [
+                _where_they_part(bench.material.template, served, conversation)
+                for conversation in (row.conversation, row.rejected)
+                if conversation is not None
+            ]
+            apart = next(filter(None, parts), "")
         except RowError:
             continue  # the data report counts it as dropped
         checked += 1
@@ -45,11 +52,10 @@ def _reloaded(bench: Bench) -> ChatTemplate:
     return ChatTemplate(tokenizer, parse_special_tokens=trained.parse_special_tokens)
 
 
-def _where_they_part(trained: ChatTemplate, served: ChatTemplate, row: Row) -> str:
-    """Where training and serving part for this row; "" where they do not."""
-    assert row.conversation is not None
-    messages, tools = row.conversation.messages, row.conversation.tools
-    encoded = trained.encode(row.conversation)
+def _where_they_part(trained: ChatTemplate, served: ChatTemplate, conversation: Conversation) -> str:
+    """Where training and serving part for this conversation; "" where they do not."""
+    messages, tools = conversation.messages, conversation.tools
+    encoded = trained.encode(conversation)
     for span in encoded.answers:
         asked = served.prompt(Conversation(messages[: span.message], tools))
         shown = encoded.input_ids[: span.start]
@@ -64,25 +70,67 @@ def _where_they_part(trained: ChatTemplate, served: ChatTemplate, row: Row) -> s
 def learnt(bench: Bench) -> Outcome:
     """The targets of a batch are the answers as the model is to generate them, each with its stop token.
 
-    For pt they are all tokens of the document. Rows that were cut, or that become several samples, are left
-    out.
+    For pt they are all tokens of the document. Of answers that are compared, each is learnt as a whole after its
+    prompt, and the rows themselves must be that prompt and that answer. Rows that were cut, or of which several
+    samples come, are left out.
     """
     claim = "learnt tokens = the answers"
+    compares = bench.material.stage.kind in ("pair", "feedback")
     checked, wrong = 0, []
     for row in bench.rows:
         try:
-            expected = _expected_targets(bench, row)
+            expected = _expected_answers(bench, row) if compares else [_expected_targets(bench, row)]
         except RowError:
             continue
         encoded = bench.material.stage.encode(row, bench.material.template)
-        if len(encoded.samples) != 1 or encoded.lost.tokens:
+        if encoded.lost.tokens or not encoded.samples or (len(encoded.samples) != 1 and not compares):
             continue
-        batch = bench.material.stage.collate(encoded.samples)
-        found = [int(token) for token in batch.targets if token != IGNORE_INDEX]
+        found = _compared_tokens(bench, encoded) if compares else [_targets(bench, encoded.samples)]
         checked += 1
         if found != expected:
-            wrong.append(f"row {row.index} of {row.source}: {_apart(bench, found, expected)}")
+            apart = next(
+                (_apart(bench, *pair) for pair in zip(found, expected, strict=False) if pair[0] != pair[1]),
+                f"{len(found)} token lists instead of {len(expected)}",
+            )
+            wrong.append(f"row {row.index} of {row.source}: {apart}")
     return _counted("learnt", claim, checked, wrong)
+
+
+def _targets(bench: Bench, samples: Sequence[Sample]) -> list[int]:
+    """The targets of a batch of these samples, in their order."""
+    stage = bench.material.stage
+    batch = stage.collate(Mismatched(samples)[:] if stage.needs_mismatched else samples)
+    return [int(token) for token in batch.targets if token != IGNORE_INDEX]
+
+
+def _compared_tokens(bench: Bench, encoded: Encoded) -> list[list[int]]:
+    """All tokens of every answer's row, and then all targets."""
+    rows = [row.input_ids.tolist() for sample in encoded.samples for row in rows_of(sample)]
+    return [*rows, _targets(bench, encoded.samples)]
+
+
+def _expected_answers(bench: Bench, row: Row) -> list[list[int]]:
+    """The same from generation prompts alone: each prompt with what the template goes on with."""
+    rows, targets = [], []
+    for conversation in (row.conversation, row.rejected):
+        if conversation is not None:
+            prompt = bench.material.template.prompt(
+                Conversation(conversation.messages[:-1], conversation.tools)
+            )
+            answer = _answer(bench, prompt, conversation)
+            rows.append(prompt + answer)
+            targets += answer
+    return [*rows, targets]
+
+
+def _answer(bench: Bench, prompt: Sequence[int], conversation: Conversation) -> list[int]:
+    """What the template goes on with after this prompt: up to the token that ends an answer, or, where a reward model
+    reads the whole turn, up to the next one."""
+    template = bench.material.template
+    answer = template.encode(conversation).input_ids[len(prompt) :]
+    until = list(takewhile(lambda token: token not in template.end_token_ids, answer))
+    whole = bench.settings.data.train_after_stop or bench.scores
+    return answer if whole else answer[: len(until) + 1]
 
 
 def _expected_targets(bench: Bench, row: Row) -> list[int]:
@@ -104,10 +152,7 @@ def _expected_targets(bench: Bench, row: Row) -> list[int]:
         if not weight or not (message.content.strip() or message.tool_calls or message.reasoning):
             continue
         prompt = template.prompt(Conversation(messages[:k], tools))
-        whole = template.encode(Conversation(messages[: k + 1], tools)).input_ids
-        answer = whole[len(prompt) :]
-        until = list(takewhile(lambda token: token not in template.end_token_ids, answer))
-        expected += answer if spec.train_after_stop else answer[: len(until) + 1]
+        expected += _answer(bench, prompt, Conversation(messages[: k + 1], tools))
     return expected
 
 

@@ -1,70 +1,83 @@
-"""Claims about numbers: fast paths change nothing, and what is saved is what was trained."""
+"""Claims about numbers: fast paths change nothing, and what is saved is what was trained.
+
+What is compared are the log-probabilities of targets, or, of a reward model, the score of each row; those in units of
+their spread, so that a bound means the same for every head.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from peft import PeftModel
 from torch import Tensor
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
-from luthier.assemble import training_steps
-from luthier.model.logprobs import ModelPolicy, chosen_rows, chunk_rows, logits_transform
+from luthier.data.collate import branch_batch, flat_batch
+from luthier.model.kernel import chunk_rows
+from luthier.model.logprobs import ModelPolicy, chosen_rows, logits_transform
 from luthier.selfcheck.bench import Bench, largest, relative_difference
-from luthier.selfcheck.outcome import Outcome
-from luthier.trainer.arguments import training_arguments
-from luthier.trainer.trainer import PeftTrainer
+from luthier.selfcheck.outcome import Outcome, left_out
 from luthier.types import IGNORE_INDEX, Batch, Sample
 
 
-def _dense_logprobs(bench: Bench, sample: Sample, model: Any = None) -> Tensor:
-    """(N,) log-probabilities of a sample's targets by an ordinary forward of it alone, with dense logits."""
+def alone_numbers(bench: Bench, sample: Sample, model: Any = None) -> Tensor:
+    """What an ordinary forward of one plain sample says: (N,) log-probabilities of its targets, by dense logits, or
+    the (1,) score at its last token. `model` is another one than the bench's."""
     ids = torch.from_numpy(sample.input_ids.astype("int64"))[None].to(bench.device)
-    learnt = torch.from_numpy(sample.weights[1:] > 0).to(bench.device)
     with bench.autocast():
         answer = (model or bench.model)(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False)
+    if bench.scores:
+        score: Tensor = answer.logits[0].double()
+        return score
+    learnt = torch.from_numpy(sample.weights[1:] > 0).to(bench.device)
     logits = answer.logits[0, :-1][learnt].double()
     chosen: Tensor = logits.log_softmax(-1).gather(-1, ids[0, 1:][learnt][:, None])[:, 0]
     return chosen
 
 
-def _flat_logprobs(bench: Bench, samples: Sequence[Sample]) -> tuple[Tensor, Batch]:
-    batch = bench.material.stage.collate(samples).to(bench.device)
+def _batch_numbers(bench: Bench, batch: Batch) -> Tensor:
+    """The same numbers of all rows of a flat batch."""
+    moved, policy = batch.to(bench.device), ModelPolicy(bench.model)
     with bench.autocast():
-        return ModelPolicy(bench.model).logprobs(batch).logprobs, batch
+        return policy.scores(moved) if bench.scores else policy.logprobs(moved).logprobs
+
+
+def _unit(bench: Bench, numbers: Tensor) -> tuple[float, str]:
+    """What differences are measured in, and how that is called."""
+    return (float(numbers.std()) or 1.0, "of their spread") if bench.scores else (1.0, "nats")
 
 
 def packed(bench: Bench) -> Outcome:
-    """Samples in one batch have the log-probabilities that each has alone."""
+    """Rows in one batch say what each says alone."""
+    claim = "packed = padded, one by one"
     with torch.no_grad():
-        together, _ = _flat_logprobs(bench, bench.samples)
-        alone = torch.cat([_dense_logprobs(bench, sample) for sample in bench.samples])
+        together = _batch_numbers(bench, flat_batch(bench.sequences))
+        alone = torch.cat([alone_numbers(bench, row) for row in bench.sequences])
+    size, unit = _unit(bench, alone)
     if together.shape != alone.shape:
-        return Outcome(
-            "packed",
-            "packed = padded, one by one",
-            float("inf"),
-            bench.bound,
-            "nats",
-            f"{len(together)} targets in the batch, {len(alone)} in the samples",
-        )
-    measured = float((together.double() - alone).abs().max())
-    detail = f"{len(bench.samples)} samples, {len(alone)} targets"
-    return Outcome("packed", "packed = padded, one by one", measured, bench.bound, "nats", detail)
+        detail = f"{len(together)} numbers in the batch, {len(alone)} in the rows"
+        return Outcome("packed", claim, float("inf"), bench.bound, unit, detail)
+    measured = float((together.double() - alone).abs().max()) / size
+    detail = f"{len(bench.sequences)} rows, {len(alone)} {_names(bench)}"
+    return Outcome("packed", claim, measured, bench.bound, unit, detail)
+
+
+def _names(bench: Bench) -> str:
+    return "scores" if bench.scores else "targets"
 
 
 def gradients(bench: Bench) -> Outcome:
-    """The gradient of a packed batch is the sum of those of its samples alone."""
-    weights = [torch.from_numpy(sample.weights[1:][sample.weights[1:] > 0]) for sample in bench.samples]
-    logprobs, _ = _flat_logprobs(bench, bench.samples)
-    torch.autograd.backward((logprobs * torch.cat(weights).to(logprobs)).sum())
+    """The gradient of a packed batch is the sum of those of its rows alone."""
+    weights = [_weights(bench, row) for row in bench.sequences]
+    numbers = _batch_numbers(bench, flat_batch(bench.sequences))
+    torch.autograd.backward((numbers * torch.cat(weights).to(numbers)).sum())
     together = bench.gradients()
-    for sample, weight in zip(bench.samples, weights, strict=True):
-        alone = _dense_logprobs(bench, sample)
+    for row, weight in zip(bench.sequences, weights, strict=True):
+        alone = alone_numbers(bench, row)
         torch.autograd.backward((alone * weight.to(alone)).sum())
     measured = relative_difference(together, bench.gradients())
     detail = f"{len(together)} parameters that train"
@@ -72,14 +85,50 @@ def gradients(bench: Bench) -> Outcome:
     return Outcome("gradients", claim, measured, bench.gradient_bound, "of its norm", detail)
 
 
+def _weights(bench: Bench, row: Sample) -> Tensor:
+    """The weight of each number of a row in a sum."""
+    return torch.ones(1) if bench.scores else torch.from_numpy(row.weights[1:][row.weights[1:] > 0])
+
+
+def shared(bench: Bench) -> Outcome:
+    """A prompt that is computed once for its answers gives them what a copy for each gives: numbers and gradients."""
+    claim, rows = "prompts once = prompts copied", chosen_rows(bench.model)
+    if not bench.stage.share_prompts:
+        return left_out("shared", claim, rows.unshared_reason or "every row has a prompt of its own here")
+    found: list[Tensor] = []
+    gradients_of: list[Mapping[str, Tensor]] = []
+    batches = [branch_batch(bench.samples, share_prompts=once) for once in (True, False)]
+    for batch in batches:
+        numbers = _batch_numbers(bench, batch)
+        # Unlike weights: what goes to a wrong answer must not cancel.
+        torch.autograd.backward((numbers * torch.linspace(1, 2, len(numbers)).to(numbers)).sum())
+        found.append(numbers.detach().double())
+        gradients_of.append(bench.gradients())
+    once, copied = found
+    size, unit = _unit(bench, copied)
+    apart = float((once - copied).abs().max()) / size if once.shape == copied.shape else float("inf")
+    gradient = relative_difference(*gradients_of)
+    tokens = [batch.num_tokens for batch in batches]
+    detail = (
+        f"{_names(bench)} differ by {apart:.3g} {unit}, gradients by {gradient:.3g} of their norm; {tokens[0]} tokens "
+        f"instead of {tokens[1]}"
+    )
+    measured = max(apart / bench.bound, gradient / bench.gradient_bound)
+    return Outcome("shared", claim, measured, 1.0, "of what is allowed", detail)
+
+
 def chunked(bench: Bench) -> Outcome:
     """The kernel that never holds all logits gives what dense logits of the same hidden states give."""
+    claim = "chunked = dense"
+    if bench.scores:
+        return left_out("chunked", claim, "a value head has no vocabulary to go through in chunks")
     head = bench.model.get_output_embeddings()
+    batch = flat_batch(bench.sequences).to(bench.device)
     seen: list[Tensor] = []
     hook = head.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0].detach()))
     try:
         with torch.no_grad():
-            found, batch = _flat_logprobs(bench, bench.samples)
+            found = _batch_numbers(bench, batch)
     finally:
         hook.remove()
     targets_N = batch.targets[batch.targets != IGNORE_INDEX]
@@ -90,64 +139,7 @@ def chunked(bench: Bench) -> Outcome:
     vocabulary = logits_NV.shape[-1]
     chunks = math.ceil(len(targets_N) / chunk_rows(len(targets_N), vocabulary, bench.device))
     detail = f"{len(targets_N)} targets over {vocabulary} tokens in {chunks} chunks"
-    return Outcome("chunked", "chunked = dense", measured, bench.bound, "nats", detail)
-
-
-def accumulation(bench: Bench) -> Outcome:
-    """The gradient of a step does not depend on how it is cut into passes: all at once, or row by row."""
-    trainer = _trainer(bench)
-    collate = bench.material.stage.collate
-    cuts = {"one pass": [collate(bench.samples)], "row by row": [collate([one]) for one in bench.samples]}
-    found, losses = {}, {}
-    for name, batches in cuts.items():
-        losses[name] = float(trainer.training_step(bench.model, batches))
-        found[name] = bench.gradients()
-    bench.model.eval()
-    measured = relative_difference(found["row by row"], found["one pass"])
-    apart = abs(losses["row by row"] - losses["one pass"]) / max(abs(losses["one pass"]), 1e-12)
-    detail = f"{len(bench.samples)} passes against 1: losses {losses['row by row']:.8g} and {losses['one pass']:.8g}"
-    claim = "1 pass = many passes"
-    return Outcome("accumulation", claim, max(measured, apart), bench.gradient_bound, "of its norm", detail)
-
-
-def mean(bench: Bench) -> Outcome:
-    """The loss of a step is the weighted mean over its targets, by dense logits."""
-    if getattr(bench.settings.stage, "label_smoothing", 0.0):
-        return Outcome("mean", "loss = mean over targets", 0.0, 0.0, "nats", "not with label smoothing")
-    trainer = _trainer(bench)
-    batches = [bench.material.stage.collate([one]) for one in bench.samples]
-    found = float(trainer.training_step(bench.model, batches))
-    bench.gradients()
-    bench.model.eval()
-    total = weight = 0.0
-    with torch.no_grad():
-        for sample in bench.samples:
-            weights = torch.from_numpy(sample.weights[1:][sample.weights[1:] > 0]).double()
-            total -= float((_dense_logprobs(bench, sample).cpu() * weights).sum())
-            weight += float(weights.sum())
-    expected = total / weight
-    detail = f"{found:.8g} against {expected:.8g}"
-    return Outcome("mean", "loss = mean over targets", abs(found - expected), bench.bound, "nats", detail)
-
-
-def _trainer(bench: Bench) -> PeftTrainer:
-    """The training loop of this recipe around the model, without noise: nothing random may differ."""
-    recipe = bench.settings
-    quiet = recipe.train.model_copy(
-        update={"output": str(bench.folder / "loop"), "report_to": (), "neftune_alpha": 0.0, "callbacks": ()}
-    )
-    recipe = recipe.model_copy(update={"train": quiet})
-    return PeftTrainer(
-        model=bench.model,
-        args=training_arguments(recipe, use_cpu=bench.hardware.device == "cpu"),
-        stage=bench.material.stage,
-        method=bench.method,
-        optim=recipe.optim,
-        steps=training_steps(recipe, bench.material, 1, 0, padded=chosen_rows(bench.model).padded),
-        eval_sets={},
-        tokenizer=bench.material.template.tokenizer,
-        callbacks=[],
-    )
+    return Outcome("chunked", claim, measured, bench.bound, "nats", detail)
 
 
 def saved(bench: Bench) -> Outcome:
@@ -157,20 +149,25 @@ def saved(bench: Bench) -> Outcome:
     bench.method.save(bench.model, folder)
     bench.material.template.tokenizer.save_pretrained(folder)
     again = _load_plain(bench, folder)
+    rows: Sequence[Sample] = bench.sequences[:4]
     with torch.no_grad():
-        differences = []
-        for sample in bench.samples[:4]:
-            expected = _dense_logprobs(bench, sample)
-            differences.append(float((_dense_logprobs(bench, sample, again) - expected).abs().max()))
-    detail = f"{len(differences)} samples by the files of {len(list(folder.iterdir()))} names"
-    return Outcome("saved", "saved = reloaded", largest(differences), bench.bound, "nats", detail)
+        expected = [alone_numbers(bench, row) for row in rows]
+        differences = [
+            float((alone_numbers(bench, row, again) - numbers).abs().max())
+            for row, numbers in zip(rows, expected, strict=True)
+        ]
+    size, unit = _unit(bench, torch.cat(expected))
+    detail = f"{len(rows)} rows by the files of {len(list(folder.iterdir()))} names"
+    return Outcome("saved", "saved = reloaded", largest(differences) / size, bench.bound, unit, detail)
 
 
 def _load_plain(bench: Bench, folder: Path) -> Any:
     dtype = next(bench.model.parameters()).dtype
+    loader: Any = AutoModelForSequenceClassification if bench.scores else AutoModelForCausalLM
+    labels = {"num_labels": 1} if bench.scores else {}
     if not isinstance(bench.model, PeftModel):
-        model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
+        model: Any = loader.from_pretrained(folder, dtype=dtype)
     else:
-        base = AutoModelForCausalLM.from_pretrained(bench.source.path, dtype=dtype)
+        base = loader.from_pretrained(bench.source.path, dtype=dtype, **labels)
         model = PeftModel.from_pretrained(base, str(folder))
     return model.to(bench.device).eval()

@@ -30,6 +30,11 @@ class Outcome:
         return asdict(self) | plain | {"holds": self.holds}
 
 
+def left_out(check: str, claim: str, reason: str) -> Outcome:
+    """A claim that has no meaning here; it holds, and its detail says why nothing was measured."""
+    return Outcome(check, claim, 0.0, 0.0, "", reason)
+
+
 def table(outcomes: Sequence[Outcome]) -> str:
     """The outcomes as plain text, one line each, and the details of those that do not hold."""
     head = ("check", "claim", "measured", "bound", "")

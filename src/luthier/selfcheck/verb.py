@@ -17,9 +17,10 @@ from luthier.recipe.load import load_recipe
 from luthier.recipe.resolve import resolve
 from luthier.selfcheck.bench import Bench
 from luthier.selfcheck.data_checks import learnt, prompts
-from luthier.selfcheck.model_checks import accumulation, chunked, gradients, mean, packed, saved
+from luthier.selfcheck.model_checks import chunked, gradients, packed, saved, shared
 from luthier.selfcheck.outcome import Outcome
 from luthier.selfcheck.resume_check import resumed
+from luthier.selfcheck.step_checks import accumulation, mean
 from luthier.show import quiet_libraries, speaker
 from luthier.types import RecipeError
 
@@ -28,6 +29,7 @@ CHECKS: dict[str, Callable[[Bench], Outcome]] = {
     "learnt": learnt,
     "packed": packed,
     "gradients": gradients,
+    "shared": shared,
     "chunked": chunked,
     "mean": mean,
     "accumulation": accumulation,

@@ -9,16 +9,32 @@ from torch import Tensor
 from luthier.data.collate import flat_batch
 from luthier.data.encode import EncodeOptions, pt_samples
 from luthier.recipe.schema import PtSpec
-from luthier.stages.supervised import negative_log_likelihood, supervised_weights
-from luthier.types import Batch, Encoded, LossSum, Policy, Row, Sample, Template
+from luthier.stages.supervised import Separable, negative_log_likelihood, supervised_weights
+from luthier.types import (
+    Batch,
+    Encoded,
+    LossSum,
+    ModelKind,
+    Observed,
+    Policy,
+    Row,
+    RowKind,
+    Sample,
+    Template,
+)
 
 
-class Pretraining:
+class Pretraining(Separable):
     """Next-token prediction on documents (Radford et al., 2018); each ends with the end token."""
 
     name = "pt"
+    kind: RowKind = "text"
+    model: ModelKind = "language"
+    needs_reference = False
+    terms: tuple[str, ...] = ("loss",)
+    is_likelihood = True
 
-    def __init__(self, spec: PtSpec, options: EncodeOptions) -> None:
+    def __init__(self, spec: PtSpec, options: EncodeOptions, *, share_prompts: bool = False) -> None:
         self.spec, self.options = spec, options
 
     def encode(self, row: Row, template: Template) -> Encoded:
@@ -30,5 +46,5 @@ class Pretraining:
     def weight(self, batch: Batch) -> dict[str, Tensor]:
         return {"loss": supervised_weights(batch).sum()}
 
-    def loss(self, policy: Policy, batch: Batch) -> LossSum:
+    def loss(self, policy: Policy, batch: Batch, observed: Observed) -> LossSum:
         return negative_log_likelihood(policy, batch, self.spec.label_smoothing)

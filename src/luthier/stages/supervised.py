@@ -1,13 +1,25 @@
-"""The loss that pt and sft share: the weighted negative log-likelihood of the targets, as sums.
+"""The losses of supervised targets: their weighted negative log-likelihood and what is made of it, as sums.
 
 Knows nothing of optimizers, devices, accumulation or processes.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from torch import Tensor
 
-from luthier.types import IGNORE_INDEX, Batch, LossSum, Policy, Term
+from luthier.types import IGNORE_INDEX, Batch, LossSum, Observed, Policy, Term
+
+
+class Separable:
+    """A stage whose loss is a sum over rows, so that no pass of a step needs to know of the others."""
+
+    needs_mismatched = False
+    share_prompts = False
+
+    def observe(self, policy: Policy, passes: Sequence[Batch]) -> Observed:
+        return {}
 
 
 def supervised_weights(batch: Batch) -> Tensor:
@@ -30,3 +42,15 @@ def negative_log_likelihood(policy: Policy, batch: Batch, label_smoothing: float
     smoothed = -(weights_N * answers.mean_logprobs).sum()
     total = (1 - label_smoothing) * nll + label_smoothing * smoothed
     return LossSum({"loss": Term(total, weight)}, metrics={"nll": Term(nll.detach(), weight)})
+
+
+def reweighted_likelihood(batch: Batch, logprobs_N: Tensor, factors_N: Tensor) -> LossSum:
+    """sum_t w_t f_t (-log p_t) over the targets, with the weight sum_t w_t: the factors do not divide.
+
+    `factors_N` come without a graph. The metric `nll` is the plain likelihood, of which perplexity is.
+    """
+    weights_N = supervised_weights(batch)
+    weight = weights_N.sum()
+    total = -(weights_N * factors_N * logprobs_N).sum()
+    nll = -(weights_N * logprobs_N.detach()).sum()
+    return LossSum({"loss": Term(total, weight)}, metrics={"nll": Term(nll, weight)})

@@ -166,6 +166,17 @@ def kept_lines(path: Path, step: int) -> list[str]:
 # The terminal
 
 
+_SHORT = {
+    "loss": "loss",
+    "learning_rate": "lr",
+    "grad_norm": "grad",
+    "accuracy": "accuracy",
+    "rewards/accuracies": "accuracy",
+    "rewards/margins": "margin",
+}
+"""What a line of training shows, and what it is called there."""
+
+
 class ProgressCallback(TrainerCallback):
     """Shows training and evaluation: bars on a terminal, else one plain line for each log event.
 
@@ -326,7 +337,7 @@ class ProgressCallback(TrainerCallback):
         return f"step {state.global_step}/{state.max_steps}" if state.max_steps > 0 else ""
 
     def _numbers(self, state: TrainerState, logs: Mapping[str, Any]) -> str:
-        short = {"loss": "loss", "learning_rate": "lr", "grad_norm": "grad"} if "loss" in logs else None
+        short = _SHORT if "loss" in logs else None
         parts = []
         for name, value in logs.items():
             label = name if short is None else short.get(name)

@@ -26,6 +26,8 @@ from luthier.types import CheckpointError
 
 DEFAULT_OUTPUT = Path("runs.png")
 DEFAULT_METRICS = ("loss", "eval_loss")
+REWARD_METRICS = ("accuracy", "rewards/accuracies", "rewards/margins")
+"""Drawn beside the losses, of training and of evaluations, where a run has rewards."""
 FORMATS = {".png": "Software", ".svg": "Creator", ".pdf": "Creator"}
 """The kinds of file, and under which name each keeps the mark of who drew it."""
 
@@ -74,9 +76,9 @@ def plot_runs(
     """Draw runs and return the files written.
 
     One run and nothing else said: the pictures that training draws at its end, in the run's folder. Else one
-    picture of `metrics` (the training loss and, where there is one, the evaluation loss) in `output`
-    (`runs.png`; .svg and .pdf by its ending). Raises CheckpointError, before anything is written, for a folder
-    that is no run or has no log line yet, a metric that no run logged, and an `output` that is in the way.
+    picture of `metrics` (the losses of training and of evaluations; with rewards their accuracies and margins too)
+    in `output` (`runs.png`; .svg and .pdf by its ending). Raises CheckpointError, before anything is written, for a
+    folder that is no run or has no log line yet, a metric that no run logged, and an `output` that is in the way.
     """
     logs = load_runs(runs)
     if len(runs) == 1 and not metrics and axis == "steps" and output is None:
@@ -129,7 +131,9 @@ def _chosen(logs: Sequence[RunLog], wanted: Sequence[str]) -> list[str]:
     """The metrics to draw. Raises CheckpointError, with a list of what there is, for one that no run logged."""
     there = list(dict.fromkeys(name for log in logs for name in log.keys()))  # noqa: SIM118
     if not wanted:
-        found = [name for name in DEFAULT_METRICS if name in there]
+        rewards = REWARD_METRICS if any("rewards/" in name for name in there) else ()
+        both = [name for metric in rewards for name in (metric, f"eval_{metric}")]
+        found = [name for name in (*DEFAULT_METRICS, *both) if name in there]
         if found:
             return found
         raise CheckpointError(f"no loss is logged here; choose with --metric from {', '.join(there)}")

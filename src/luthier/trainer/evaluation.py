@@ -6,16 +6,18 @@ import math
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, overload
 
 import torch
+from torch import nn
 from transformers import Seq2SeqTrainer
 
 from luthier.model.logprobs import ModelPolicy
+from luthier.model.reference import Reference
 from luthier.trainer.ledger import add_terms
 from luthier.trainer.metrics import Metric, RecordingPolicy, joined, measure
 from luthier.trainer.steps import Passes
-from luthier.types import EvalRow, RecipeError, Sample, Stage, Term
+from luthier.types import Batch, EvalRow, Observed, Policy, RecipeError, Sample, Stage, Term
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,6 +28,37 @@ class EvalSet:
     passes: Sequence[Passes]
 
 
+class _Batches(Sequence[Batch]):
+    """The passes of an evaluation set, collated when they are read."""
+
+    def __init__(self, eval_set: EvalSet, passes: Passes, stage: Stage, device: torch.device) -> None:
+        self._eval_set, self._passes, self._stage, self._device = eval_set, passes, stage, device
+
+    def __len__(self) -> int:
+        return len(self._passes)
+
+    @overload
+    def __getitem__(self, i: int) -> Batch: ...
+    @overload
+    def __getitem__(self, i: slice) -> list[Batch]: ...
+    def __getitem__(self, i: int | slice) -> Batch | list[Batch]:
+        if isinstance(i, slice):
+            return [self[k] for k in range(*i.indices(len(self)))]
+        samples = [self._eval_set.samples[index] for index in self._passes[i]]
+        return self._stage.collate(samples).to(self._device)
+
+
+def observe(stage: Stage, policy: Policy, passes: Sequence[Batch], model: nn.Module) -> Observed:
+    """`Stage.observe` of a whole step: without gradients and without dropout, whose draws are not used up."""
+    training = model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            return stage.observe(policy, passes)
+    finally:
+        model.train(training)
+
+
 class Evaluation(Seq2SeqTrainer):
     """The evaluating half of the trainer."""
 
@@ -33,6 +66,7 @@ class Evaluation(Seq2SeqTrainer):
     _eval_sets: dict[str, EvalSet]
     _metrics: tuple[Metric, ...]
     _eval_arithmetic: torch.dtype | None
+    _reference: Reference | None
 
     def evaluate(  # type: ignore[override]
         self,
@@ -78,18 +112,18 @@ class Evaluation(Seq2SeqTrainer):
         model = self.model_wrapped
         training = model.training
         model.eval()
-        plain = ModelPolicy(model, self._eval_arithmetic)
+        plain = ModelPolicy(model, self._eval_arithmetic, reference=self._reference)
         recording = RecordingPolicy(plain) if self._metrics else None
         policy, sums, tokens = recording or plain, dict[str, Term](), 0
         passes = eval_set.passes[self.args.process_index]
         self.callback_handler.eval_dataloader = passes
         try:
-            for indices in passes:
-                batch = self.stage.collate([eval_set.samples[index] for index in indices]).to(
-                    self.args.device
-                )
+            batches = _Batches(eval_set, passes, self.stage, self.args.device)
+            with self.compute_loss_context_manager():
+                observed = self.stage.observe(plain, batches)
+            for batch in batches:
                 with self.compute_loss_context_manager():
-                    loss_sum = self.stage.loss(policy, batch)
+                    loss_sum = self.stage.loss(policy, batch, observed)
                 add_terms(sums, loss_sum.terms)
                 add_terms(sums, loss_sum.metrics)
                 tokens += batch.num_tokens
@@ -99,15 +133,29 @@ class Evaluation(Seq2SeqTrainer):
         return sums, tokens, recording.rows if recording is not None else []
 
     def _report(self, prefix: str, sums: Mapping[str, Term], rows: Sequence[EvalRow]) -> dict[str, float]:
-        means = {name: self._mean(term) for name, term in sums.items()}
+        means = self._means(sums)
+        terms = [name for name in means if name in self.stage.terms]
+        if len(terms) > 1:
+            whole = sum(means[name] for name in terms if not math.isnan(means[name]))
+            means = {"loss": whole, **{_term_name(name, terms): value for name, value in means.items()}}
         report = {f"{prefix}_{name}": value for name, value in means.items()}
-        if "loss" in means:
+        if self.stage.is_likelihood and "loss" in means:
             nll = means.get("nll", means["loss"])
             report[f"{prefix}_perplexity"] = math.exp(nll) if nll < 700 else math.inf
         return joined(report, measure(self._metrics, rows, prefix)) if rows else report
+
+    def _means(self, sums: Mapping[str, Term]) -> dict[str, float]:
+        """The mean of each sum. A metric that no row counts for has none: rewards of desirable answers where none is."""
+        means = {name: self._mean(term) for name, term in sums.items()}
+        terms = self.stage.terms
+        return {name: mean for name, mean in means.items() if name in terms or float(sums[name].weight) > 0}
 
     def _mean(self, term: Term) -> float:
         total, weight = term.total, term.weight
         if self.args.world_size > 1:
             total, weight = (self.accelerator.reduce(value, "sum") for value in (total, weight))
         return float(total / weight) if float(weight) else math.nan
+
+
+def _term_name(name: str, terms: Sequence[str]) -> str:
+    return f"{name}_loss" if name in terms else name

@@ -114,8 +114,14 @@ class RecordingPolicy:
         self._policy = policy
         self.rows: list[EvalRow] = []
 
-    def logprobs(self, batch: Batch, *, entropy: bool = False, mean_logprobs: bool = False) -> TokenLogprobs:
-        answers = self._policy.logprobs(batch, entropy=entropy, mean_logprobs=mean_logprobs, predictions=True)
+    def reference_logprobs(self, batch: Batch) -> torch.Tensor:
+        return self._policy.reference_logprobs(batch)
+
+    def scores(self, batch: Batch) -> torch.Tensor:
+        return self._policy.scores(batch)
+
+    def logprobs(self, batch: Batch, **wanted: bool) -> TokenLogprobs:
+        answers = self._policy.logprobs(batch, predictions=True, **wanted)
         self.rows += evaluated_rows(batch, answers)
         return answers
 

@@ -21,6 +21,12 @@ from luthier.types import ModelError
 AUTOCAST = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 """Types of `train.precision` and `train.eval_precision`; float32 is autocast off."""
 
+
+def autocast_type(precision: str) -> torch.dtype | None:
+    """The type of the autocast that training uses; None where there is none."""
+    return None if precision == "fp32" else AUTOCAST[precision]
+
+
 LEAST_SCALE = 1e-4
 """Below it no gradient can be what overflows; the activations themselves are beyond 65504."""
 

@@ -13,6 +13,7 @@ from luthier.types import CheckpointError
 FREE = {
     "model": {"path", "revision", "cache_dir", "token", "gguf_file", "trust_remote_code"},  # fingerprinted
     "data": {"train", "eval", "directory", "cache", "workers", "max_lost"},  # the training data, too
+    "stage": {"share_prompts"},
     "train": {
         "output",
         "overwrite",

@@ -30,11 +30,12 @@ from transformers import (
 from transformers.trainer_callback import ExportableState
 
 from luthier.model.logprobs import ModelPolicy
+from luthier.model.reference import Reference
 from luthier.optim.build import build_optimizer, build_schedule
 from luthier.recipe.schema import AdamwSpec, BadNumbersSpec, SgdSpec
 from luthier.trainer.bad_numbers import BadNumbersError, NumberGuard, Rewind
 from luthier.trainer.checkpoint import newest_valid, read_manifest
-from luthier.trainer.evaluation import EvalSet, Evaluation
+from luthier.trainer.evaluation import EvalSet, Evaluation, observe
 from luthier.trainer.ledger import Ledger, add_terms
 from luthier.trainer.memory import FitMemory, running_out
 from luthier.trainer.metrics import Metric
@@ -67,8 +68,11 @@ class PeftTrainer(Evaluation):
         eval_arithmetic: torch.dtype | None = None,
         fit_memory: FitMemory | None = None,
         bad_numbers: BadNumbersSpec | None = None,
+        reference: Reference | None = None,
     ) -> None:
-        """`eval_arithmetic` is the type of evaluations (see `ModelPolicy`), without it that of training."""
+        """`eval_arithmetic` is the type of evaluations (see `ModelPolicy`), without it that of training; `reference` is
+        the model that a stage compares with, where it needs one."""
+        self._reference = reference
         self.stage, self.method, self._optim = stage, method, optim
         self._steps, self._eval_sets = steps, dict(eval_sets)
         self.saver = CheckpointSaver(
@@ -168,18 +172,25 @@ class PeftTrainer(Evaluation):
         """Adds the gradients of a whole step; returns this process's part of its loss, and sums of its metrics."""
         batches = [batch.to(self.args.device) for batch in passes]
         weights = self._global_weights(batches)
-        policy, metrics = ModelPolicy(model), dict[str, Term]()
+        policy, metrics = ModelPolicy(model, reference=self._reference), dict[str, Term]()
+        with (
+            running_out(max(batches, key=lambda batch: batch.num_tokens)),
+            self.compute_loss_context_manager(),
+        ):
+            observed = observe(self.stage, policy, batches, model)
         step_loss = torch.zeros((), device=self.args.device)
         for index, batch in enumerate(batches):
             last = index == len(batches) - 1
             with running_out(batch), contextlib.nullcontext() if last else self.accelerator.no_sync(model):
                 with self.compute_loss_context_manager():
-                    loss_sum = self.stage.loss(policy, batch)
+                    loss_sum = self.stage.loss(policy, batch, observed)
                     # The gradients of all processes are averaged; the loss is a sum over them.
                     loss = _divided(loss_sum, weights) * self.args.world_size
                 self.accelerator.backward(loss)
             step_loss += loss.detach()
             add_terms(metrics, loss_sum.metrics)
+            if len(loss_sum.terms) > 1:
+                add_terms(metrics, {f"{name}_loss": term for name, term in loss_sum.terms.items()})
         return step_loss, metrics
 
     def _clip_grad_norm(self, model: nn.Module) -> Tensor:
@@ -246,9 +257,7 @@ class PeftTrainer(Evaluation):
         if "train_loss" in logs:  # transformers' own covers the steps since the last resume alone
             logs["train_loss"] = self.ledger.mean_loss
         if "loss" in logs:
-            self.ledger.close_window(
-                logs, {name: self._mean(term) for name, term in self.ledger.metrics.items()}
-            )
+            self.ledger.close_window(logs, self._means(self.ledger.metrics))
         if "loss" in logs and self._scaling is not None:
             self._scaling.add_to(logs)
         super().log(logs, start_time)

@@ -1,0 +1,129 @@
+"""The order of a run: which samples make a step, how it is cut into passes, and what travels with each sample."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+
+from luthier.data.batching import EpochPlan, Lengths, RowsRule, TokensRule, branch_sizes, plan_epoch
+from luthier.data.partners import Mismatched
+from luthier.data.prepare import PreparedData
+from luthier.data.table import SampleTable
+from luthier.data.template import ChatTemplate
+from luthier.recipe.resolve import TOKENS_PER_BATCH
+from luthier.recipe.schema import Recipe
+from luthier.trainer.evaluation import EvalSet
+from luthier.trainer.steps import StepDataset
+from luthier.types import Sample, Stage
+
+Attach = Callable[[Sequence[Sample]], Sequence[Sample]]
+"""Gives samples what was computed of them before: the log-probabilities of a reference."""
+
+
+@dataclass(frozen=True, slots=True)
+class Material:
+    """Everything about the data: how it is rendered, what is learnt from it, and its tokens."""
+
+    template: ChatTemplate
+    stage: Stage
+    data: PreparedData
+
+
+def samples_of(stage: Stage, table: SampleTable, max_length: int) -> Sequence[Sample]:
+    """The samples as the stage takes them: of feedback, each with an answer to another prompt."""
+    return Mismatched.of(table, max_length) if stage.needs_mismatched else table
+
+
+def pass_sizes(stage: Stage, table: SampleTable, *, padded: bool) -> Lengths | None:
+    """(n,) tokens that each sample takes of a pass, where that is not its length."""
+    if not table.num_branches.any():
+        return None
+    return branch_sizes(
+        table.lengths,
+        table.prompt_lengths,
+        table.row_lengths,
+        table.num_branches,
+        shared=stage.share_prompts,
+        padded=padded,
+    )
+
+
+def training_steps(
+    settings: Recipe,
+    material: Material,
+    world_size: int,
+    rank: int,
+    *,
+    padded: bool = False,
+    attach: Attach | None = None,
+) -> StepDataset | None:
+    """The steps of training; `padded` where the model's rows are (`model.logprobs.chosen_rows`)."""
+    if settings.train.eval_only:
+        return None
+    stage = material.stage
+    samples = samples_of(stage, material.data.train, settings.data.max_length)
+    plan = partial(_epoch, settings, material, world_size, padded)
+    return StepDataset(samples if attach is None else attach(samples), plan, stage.collate, rank)
+
+
+def batch_rule(settings: Recipe) -> RowsRule | TokensRule:
+    train_spec = settings.train
+    if train_spec.rows_per_device is not None:
+        return RowsRule(train_spec.rows_per_device, train_spec.accumulation)
+    return TokensRule(train_spec.tokens_per_batch or TOKENS_PER_BATCH)
+
+
+def _epoch(settings: Recipe, material: Material, world_size: int, padded: bool, epoch: int) -> EpochPlan:
+    table, rule, train_spec = material.data.train, batch_rule(settings), settings.train
+    return plan_epoch(
+        table.lengths,
+        rule=rule,
+        epoch=epoch,
+        seed=train_spec.seed if train_spec.data_seed is None else train_spec.data_seed,
+        shuffle=settings.data.shuffle,
+        world_size=world_size,
+        tokens_per_pass=train_spec.tokens_per_pass,
+        groups=table.groups if isinstance(rule, RowsRule) else None,
+        padded=padded,
+        sizes=pass_sizes(material.stage, table, padded=padded),
+    )
+
+
+def padding_share(settings: Recipe, material: Material) -> float:
+    """The part of the positions of the first epoch that is padding, where rows are padded."""
+    return _epoch(settings, material, 1, True, 0).padding_share()
+
+
+def eval_sets(
+    settings: Recipe,
+    material: Material,
+    world_size: int,
+    *,
+    padded: bool = False,
+    attach: Attach | None = None,
+) -> dict[str, EvalSet]:
+    """Every evaluation set in passes of the training size, shared out among processes.
+
+    Its rows keep their order, except where `padded` rows of like length go together.
+    """
+    sets = {}
+    for name, table in material.data.eval.items():
+        limit = settings.train.tokens_per_pass or TOKENS_PER_BATCH
+        sizes = pass_sizes(material.stage, table, padded=padded)
+        lengths = table.lengths if sizes is None else sizes
+        rule = TokensRule(max(1, int(lengths.sum())) if padded else limit)
+        plan = plan_epoch(
+            lengths,
+            rule=rule,
+            epoch=0,
+            seed=0,
+            shuffle=False,
+            tokens_per_pass=limit if padded else None,
+            padded=padded,
+        )
+        passes = [indices for step in plan for indices in step[0]]
+        samples = samples_of(material.stage, table, settings.data.max_length)
+        samples = samples if attach is None else attach(samples)
+        sets[name] = EvalSet(samples, [passes[rank::world_size] for rank in range(world_size)])
+    return sets

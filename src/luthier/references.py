@@ -1,0 +1,140 @@
+"""The model that answers are compared with: built beside the policy, or asked once before training."""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+
+import torch
+from peft import PeftModel
+from torch import nn
+from transformers import PreTrainedModel
+
+from luthier.arrange import Material
+from luthier.data.reference_cache import ReferenceCache
+from luthier.methods.adapter_files import attach_adapter
+from luthier.model.load import ModelSource, fingerprint, load_model, locate
+from luthier.model.logprobs import chosen_rows
+from luthier.model.reference import AdaptersOff, AsItIs, OtherModel, Reference, StartingPoint
+from luthier.model.selftest import build_with_rows
+from luthier.recipe.resolve import TOKENS_PER_BATCH, Hardware
+from luthier.recipe.schema import LoraSpec, Recipe, ReferenceSpec
+from luthier.show import Say
+from luthier.trainer.checkpoint import hash_file
+from luthier.trainer.precision import AUTOCAST, autocast_type
+from luthier.trainer.precompute import Precomputation
+from luthier.types import ModelError
+
+
+def live_reference(
+    settings: Recipe, hardware: Hardware, model: PreTrainedModel | PeftModel, material: Material
+) -> Reference | None:
+    """The reference that stays beside the policy; None where the stage has none, or it was asked before."""
+    if not material.stage.needs_reference or reference_spec(settings).precompute:
+        return None
+    return build_reference(settings, hardware, model)
+
+
+def build_reference(
+    settings: Recipe, hardware: Hardware, model: PreTrainedModel | PeftModel, *, before: bool = False
+) -> Reference:
+    """The model that the stage compares with, as the recipe's `stage.reference` says; `before` the first step the
+    policy itself is what it starts from.
+
+    Raises ModelError for another model that cannot be loaded or has another vocabulary.
+    """
+    spec = reference_spec(settings)
+    if spec.path is not None:
+        return OtherModel(_other_model(settings, spec, hardware, model))
+    fresh = isinstance(settings.method, LoraSpec) and (
+        settings.method.create_new_adapter or not settings.method.adapters
+    )
+    if isinstance(model, PeftModel) and (fresh or getattr(settings.stage, "reference", "start") == "base"):
+        return AdaptersOff(model)
+    return AsItIs() if before else StartingPoint(model)
+
+
+def reference_spec(settings: Recipe) -> ReferenceSpec:
+    """The recipe's `stage.reference` in its long form."""
+    short: ReferenceSpec | str = getattr(settings.stage, "reference", "start")
+    return short if isinstance(short, ReferenceSpec) else ReferenceSpec(precompute=short == "precompute")
+
+
+def _other_model(
+    settings: Recipe, spec: ReferenceSpec, hardware: Hardware, policy: PreTrainedModel | PeftModel
+) -> nn.Module:
+    """Another model in the policy's layout of rows, its adapters added into its weights."""
+    label, rows = f"stage.reference.path={spec.path}", chosen_rows(policy)
+    described = settings.model.model_copy(
+        update={"path": spec.path, "revision": None, "gguf_file": None, "gradient_checkpointing": False}
+    )
+    source = locate(described)
+
+    def build(own_attention: bool) -> nn.Module:
+        other = load_model(described, source, torch.device(hardware.device), own_attention=own_attention)
+        for folder in spec.adapters:
+            merged = attach_adapter(other, folder, trainable=False).merge_and_unload()
+            assert isinstance(merged, PreTrainedModel)
+            other = merged
+        return other
+
+    other = build_with_rows(
+        build,
+        "padded" if rows.padded else "flat",
+        rows.side,
+        autocast_type(settings.train.precision),
+        share_prompts=rows.shares_prompts,
+    )
+    sizes = [one.config.get_text_config().vocab_size for one in (other, policy)]  # type: ignore[union-attr, operator]
+    if sizes[0] != sizes[1]:
+        raise ModelError(
+            f"{label} has a vocabulary of {sizes[0]} tokens, and the model of {sizes[1]}; they need the same tokenizer"
+        )
+    if rows.shares_prompts and not chosen_rows(other).shares_prompts:
+        raise ModelError(
+            f"{label} cannot share prompts, which the model does; give stage.share_prompts=false"
+        )
+    return other
+
+
+def precomputation(
+    settings: Recipe,
+    source: ModelSource,
+    hardware: Hardware,
+    model: PreTrainedModel | PeftModel,
+    material: Material,
+    say: Say,
+) -> Precomputation | None:
+    """How the reference's log-probabilities get to the samples before training; None where they are not asked for."""
+    spec = reference_spec(settings)
+    if not (material.stage.needs_reference and spec.precompute):
+        return None
+    rows, adapters = chosen_rows(model), getattr(settings.method, "adapters", ())
+    base = source if spec.path is None else locate(settings.model.model_copy(update={"path": spec.path}))
+    identity = {
+        "base": fingerprint(base),
+        "adapters": [_adapter_hash(folder) for folder in (spec.adapters if spec.path else adapters)],
+        "model": settings.model.model_dump(
+            mode="json", include={"dtype", "rope_scaling", "vocabulary", "upcast_layernorm"}
+        ),
+        "max_length": settings.data.max_length if settings.model.rope_scaling is not None else None,
+        "seed": settings.train.seed if settings.model.vocabulary is not None else None,
+        "precision": settings.train.precision,
+        "device": hardware.device,
+    }
+    return Precomputation(
+        cache=ReferenceCache(settings.data.cache, identity),
+        reference=partial(build_reference, settings, hardware, model, before=True),
+        model=model,
+        device=torch.device(hardware.device),
+        arithmetic=AUTOCAST[settings.train.precision],
+        tokens_per_pass=settings.train.tokens_per_pass or TOKENS_PER_BATCH,
+        share_prompts=material.stage.share_prompts,
+        padded=rows.padded,
+        say=say,
+    )
+
+
+def _adapter_hash(folder: str) -> str:
+    files = sorted(Path(folder).glob("adapter_*"))
+    return " ".join(hash_file(path) for path in files) if files else folder
