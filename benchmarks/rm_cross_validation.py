@@ -163,8 +163,8 @@ def main() -> None:
         arguments.output.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
         low, high = result["interval_95"]
         print(
-            f"{result['pairs']} pairs so far: accuracy {result['accuracy']:.3f} (95 % interval {low:.3f} to {high:.3f}); "
-            f"the shorter answer {result['shorter_answer_accuracy']:.3f}",
+            f"{result['pairs']} pairs so far: accuracy {result['accuracy']:.3f} (95 % interval {low:.3f} to "
+            f"{high:.3f}); the shorter answer {result['shorter_answer_accuracy']:.3f}",
             flush=True,
         )
 

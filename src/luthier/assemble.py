@@ -235,10 +235,17 @@ def build_model(
     return model, methods[-1]
 
 
-def longest_sample(material: Material) -> int:
-    """Tokens of the longest sample of any set."""
-    tables = [material.data.train, *material.data.eval.values()]
-    return max((int(table.row_lengths.max()) for table in tables if len(table)), default=0)
+def longest_sample(settings: Recipe, material: Material) -> int:
+    """Tokens of the longest row of any set."""
+    tables = [table for table in (material.data.train, *material.data.eval.values()) if len(table)]
+    longest = max((int(table.row_lengths.max()) for table in tables), default=0)
+    if not material.stage.needs_mismatched:
+        return longest
+    # The longest answer may come behind the longest prompt, and is cut to the limit there.
+    answers = [
+        int(table.prompt_lengths.max() + (table.lengths - table.prompt_lengths).max()) for table in tables
+    ]
+    return max(longest, min(settings.data.max_length, max(answers, default=0)))
 
 
 def _positions(settings: Recipe, source: ModelSource) -> PositionsChange | None:

@@ -40,6 +40,14 @@ _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 _SHOWN = ("epochs", "max_steps", "tokens_per_batch", "rows_per_device", "accumulation", "seed", "precision")
 
 
+_SCORING = (
+    "\n## Scoring\n",
+    "One number for a whole conversation, read at its last token. `luthier score` computes it. With transformers: one "
+    "label (`num_labels=1`), the text of `tokenizer.apply_chat_template(messages, tokenize=False)` tokenized without "
+    "further special tokens, and `pad_token_id=tokenizer.pad_token_id`, which an adapter's base need not have.",
+)
+
+
 class PublishError(LuthierError):
     """A run that is finished and whole, and could not be uploaded."""
 
@@ -74,6 +82,7 @@ def model_card(settings: Recipe, manifest: Mapping[str, Any], metrics: Mapping[s
             f"`{hub_base or Path(base).name}`, trained with Luthier {__version__}: {_stage_text(settings.stage)}, "
             f"method `{settings.method.type}`. Uses and limits are not described yet. The license is that of the base "
             "model and the data, which this card does not know.",
+            *(_SCORING if scores else ()),
             "\n## Data\n",
             *_data_lines(manifest["reports"]),
             "\n## Recipe\n",

@@ -326,6 +326,10 @@ class Stage(Protocol):
 
     def loss(self, policy: Policy, batch: Batch, observed: Observed) -> LossSum: ...
 
+    def derived(self, means: Mapping[str, float]) -> dict[str, float]:
+        """Numbers for the log that follow from the means of the others, as a difference of two of them does."""
+        ...
+
 
 class Method(Protocol):
     """What may change: which parameters train, how they are saved and merged."""

@@ -225,6 +225,8 @@ def test_kto_learns(recipe: dict[str, Any], tmp_path: Path) -> None:
     result = luthier.train(changed(asked, train={"max_steps": 15}), quiet=True)
     training = [line for line in lines_of(result.output) if "loss" in line]
     assert training[0]["loss"] == pytest.approx(0.5, abs=1e-4)
-    assert result.metrics["eval_rewards/chosen"] > result.metrics["eval_rewards/rejected"]
+    chosen, rejected = result.metrics["eval_rewards/chosen"], result.metrics["eval_rewards/rejected"]
+    assert result.metrics["eval_rewards/margins"] == pytest.approx(chosen - rejected, abs=1e-7)
+    assert chosen > rejected
     assert training[-1]["loss"] < training[0]["loss"]
     assert "kl" in training[0]

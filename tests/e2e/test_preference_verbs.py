@@ -1,10 +1,9 @@
-"""`check`, `selfcheck`, `prepare`, `plot`, `sweep` and the model card of recipes that compare answers."""
+"""`check`, `prepare`, `plot`, `sweep` and the model card of recipes that compare answers."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,82 +13,36 @@ from typer.testing import CliRunner
 
 import luthier
 from luthier.cli import app
-from luthier.data import collate
-from luthier.selfcheck.verb import CHECKS, selfcheck
-from luthier.stages import pair_losses
-from luthier.types import Batch
-from tests.tiny import FEEDBACK_COLUMNS, PAIR_COLUMNS, chat_model, write_feedback, write_pairs
+from tests.compared import FULL, STAGES, padding_model, recipe_for, sharp_model
+from tests.tiny import chat_model
 
-STAGES: dict[str, dict[str, Any]] = {
-    "dpo": {"type": "dpo", "beta": 0.5},
-    "orpo": {"type": "dpo", "loss": "orpo"},
-    "kto": {"type": "kto", "desirable_weight": 2.0},
-    "rm": {"type": "rm", "center": 0.01, "margin": 0.2},
-}
-LORA: dict[str, Any] = {"type": "lora", "rank": 4}
-FULL: dict[str, Any] = {"type": "full"}
+Make = Callable[..., dict[str, Any]]
 
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Its weights are large, so that positions and neighbours show in its numbers."""
-    return chat_model(tmp_path_factory.mktemp("model"), initializer_range=0.2)
-
-
-@pytest.fixture(scope="module")
-def other_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Another model with the same tokenizer, of another size."""
-    return chat_model(tmp_path_factory.mktemp("other"), num_hidden_layers=3)
+    return sharp_model(tmp_path_factory.mktemp("model"))
 
 
 @pytest.fixture(scope="module")
 def bloom(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model whose rows are padded."""
-    from transformers import BloomConfig, BloomForCausalLM
-
-    from tests.tiny import chat_tokenizer
-
-    folder, tokenizer = tmp_path_factory.mktemp("bloom"), chat_tokenizer()
-    BloomForCausalLM(
-        BloomConfig(vocab_size=len(tokenizer), hidden_size=32, n_layer=2, n_head=4)
-    ).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return folder
-
-
-Make = Callable[..., dict[str, Any]]
+    return padding_model(tmp_path_factory.mktemp("bloom"))
 
 
 @pytest.fixture
 def make(model: Path, tmp_path: Path) -> Make:
     """Makes the recipe of a stage, with sections changed."""
 
-    def made(name: str, /, **sections: dict[str, Any]) -> dict[str, Any]:
-        feedback = name == "kto"
-        (write_feedback if feedback else write_pairs)(tmp_path / "rows.json", 16)
-        (write_feedback if feedback else write_pairs)(tmp_path / "held_out.json", 6, seed=1)
-        columns = FEEDBACK_COLUMNS if feedback else PAIR_COLUMNS
-        recipe: dict[str, dict[str, Any]] = {
-            "model": {"path": str(model)},
-            "data": {
-                "train": [{"file_name": "rows.json", **columns}],
-                "eval": [{"file_name": "held_out.json", **columns}],
-                "directory": str(tmp_path),
-                "cache": str(tmp_path / "cache"),
-            },
-            "stage": STAGES[name],
-            "method": LORA,
-            "optim": {"type": "adamw", "lr": 0.01},
-            "train": {
-                "rows_per_device": 2, "accumulation": 2, "max_steps": 4, "log_every": 1,
-                "output": str(tmp_path / "run"),
-            },
-        }  # fmt: skip
-        for section, values in sections.items():
-            recipe[section] = values if "type" in values else {**recipe[section], **values}
-        return recipe
+    def made(stage_name: str, /, **sections: dict[str, Any]) -> dict[str, Any]:
+        return recipe_for(stage_name, tmp_path, model, **sections)
 
     return made
+
+
+@pytest.fixture(scope="module")
+def other_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Another model with the same tokenizer, of another size."""
+    return chat_model(tmp_path_factory.mktemp("other"), num_hidden_layers=3)
 
 
 def written(folder: Path, recipe: dict[str, Any]) -> Path:
@@ -108,117 +61,6 @@ def checked(file: Path, *words: str, status: int = 0) -> dict[str, Any]:
     tree = json.loads(result.stdout)
     assert isinstance(tree, dict)
     return tree
-
-
-# --------------------------------------------------------------------------------------------------
-# selfcheck
-
-
-@pytest.mark.parametrize("method", [LORA, FULL], ids=lambda method: str(method["type"]))
-@pytest.mark.parametrize("stage", ["dpo", "kto", "rm"])
-def test_everything_holds(stage: str, method: dict[str, Any], make: Make, tmp_path: Path) -> None:
-    place = tmp_path / "place"
-    place.mkdir()
-    recipe = {**make(stage), "method": method}
-    result = selfcheck(recipe, folder=place, quiet=True)
-    assert [outcome.check for outcome in result.outcomes] == list(CHECKS)
-    assert result.holds, [outcome for outcome in result.outcomes if not outcome.holds]
-    outcomes = {outcome.check: outcome for outcome in result.outcomes}
-    assert outcomes["prompts"].detail == outcomes["learnt"].detail == "16 rows"
-    assert outcomes["resumed"].measured == 0 and "tensors" in outcomes["resumed"].detail
-    assert 0 < outcomes["gradients"].measured < 1e-5
-    assert outcomes["mean"].measured < 1e-5 and " against " in outcomes["mean"].detail
-    assert list(place.iterdir()) == []
-    if stage == "kto":
-        assert outcomes["shared"].detail == "every row has a prompt of its own here"
-    else:
-        assert 0 < outcomes["shared"].measured < 0.1
-        assert " tokens instead of " in outcomes["shared"].detail
-    if stage == "rm":
-        assert outcomes["chunked"].detail.startswith("a value head")
-
-
-def test_a_policy_beside_its_own_copy_is_moved_away_from_it(make: Make) -> None:
-    """Else every log-ratio would be 0, and a wrong reference could not be seen: the loss would be log 2 anyway."""
-    recipe = make("dpo", method=FULL)
-    (outcome,) = selfcheck(recipe, only=["mean"], quiet=True).outcomes
-    assert outcome.holds
-    assert abs(float(outcome.detail.split()[0]) - 0.693147) > 1e-3
-
-
-def test_what_has_no_formula_here_is_said(make: Make) -> None:
-    only = ["mean", "accumulation", "packed"]
-    result = selfcheck(make("orpo"), only=only, quiet=True)
-    assert result.holds
-    outcomes = {outcome.check: outcome for outcome in result.outcomes}
-    assert "sigmoid alone" in outcomes["mean"].detail
-    assert 0 < outcomes["accumulation"].measured < 1e-5
-
-
-@pytest.mark.parametrize("loss", ["bco_pair", "aot", "kto_pair"])
-def test_a_loss_of_the_whole_step_does_not_depend_on_its_passes(loss: str, make: Make) -> None:
-    recipe = make("dpo", stage={"loss": loss})
-    (outcome,) = selfcheck(recipe, only=["accumulation"], quiet=True).outcomes
-    assert outcome.holds, outcome
-
-
-def test_a_model_without_shared_prompts_says_why(make: Make, bloom: Path) -> None:
-    recipe = make("dpo", model={"path": str(bloom)})
-    (outcome,) = selfcheck(recipe, only=["shared"], quiet=True).outcomes
-    assert outcome.holds and outcome.detail.startswith("rows are padded")
-    (outcome,) = selfcheck(make("dpo", stage={"share_prompts": False}), only=["shared"], quiet=True).outcomes
-    assert outcome.holds and "a prompt of its own" in outcome.detail
-
-
-def _positions_one_too_far(patch: pytest.MonkeyPatch) -> None:
-    """Branches begin one position after their prompt's end: the self-test at start has batches of its own."""
-    right = collate._batch
-
-    def shifted(segments: Any, rows: range, samples: Any) -> Batch:
-        moved = [replace(one, start=one.start + (one.parent >= 0)) for one in segments]
-        return right(moved, rows, samples)
-
-    patch.setattr(collate, "_batch", shifted)
-
-
-def _exchanged_parents(patch: pytest.MonkeyPatch) -> None:
-    """The branches of a pair continue the prompt of the pair before it."""
-    right = collate._batch
-
-    def exchanged(segments: Any, rows: range, samples: Any) -> Batch:
-        batch = right(segments, rows, samples)
-        shares = batch.parent >= 0
-        prompts = int((~shares).sum())
-        batch.parent[shares] = (batch.parent[shares] - 1) % prompts
-        return batch
-
-    patch.setattr(collate, "_batch", exchanged)
-
-
-def _rewards_of_the_policy_alone(patch: pytest.MonkeyPatch) -> None:
-    """The loss forgets the reference."""
-    patch.setattr(pair_losses.Answers, "log_ratio", property(lambda answers: answers.logprobs))
-
-
-Plant = Callable[[pytest.MonkeyPatch], None]
-FAULTS: dict[str, tuple[str, Plant, set[str]]] = {
-    "positions one too far": ("dpo", _positions_one_too_far, {"shared", "mean"}),
-    "exchanged parents": ("dpo", _exchanged_parents, {"shared", "accumulation"}),
-    "exchanged parents of a reward model": ("rm", _exchanged_parents, {"shared", "accumulation"}),
-    "a forgotten reference": ("dpo", _rewards_of_the_policy_alone, {"mean"}),
-}
-
-
-@pytest.mark.parametrize("fault", FAULTS)
-def test_a_planted_fault_fails_the_right_claim(
-    fault: str, make: Make, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    stage, plant, expected = FAULTS[fault]
-    plant(monkeypatch)
-    only = [name for name in CHECKS if name != "resumed"]
-    outcomes = selfcheck(make(stage), only=only, quiet=True).outcomes
-    failed = {outcome.check for outcome in outcomes if not outcome.holds}
-    assert failed == expected, [outcome for outcome in outcomes if not outcome.holds]
 
 
 # --------------------------------------------------------------------------------------------------
@@ -287,7 +129,7 @@ def test_the_memory_of_a_reference(make: Make, other_model: Path, tmp_path: Path
     other = {"path": str(other_model)}
     file = written(tmp_path, make("dpo", stage={"reference": other}))
     layer = 2 * 32 * 32 + 2 * 16 * 32 + 3 * 48 * 32 + 2 * 32
-    weights = 4 * (2 * 260 * 32 + 3 * layer + 32 + 2 * 4)  # two buffers of rotary's frequencies
+    weights = 4 * (2 * 259 * 32 + 3 * layer + 32 + 2 * 4)  # two buffers of rotary's frequencies
     beside = checked(file, *words)["memory"]
     assert beside["parts"]["reference"] == weights
     file = written(tmp_path, make("dpo", stage={"reference": other | {"precompute": True}}))

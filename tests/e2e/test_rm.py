@@ -98,6 +98,14 @@ def test_the_head_lies_beside_it_for_ppo(finished: Finished) -> None:
     assert manifest["rows"]["self_test"]["flat"]["reach"] == 0
 
 
+def test_the_card_says_how_to_score(finished: Finished) -> None:
+    _, folder, _ = finished
+    card = (folder / "run" / "README.md").read_text()
+    assert (
+        "pipeline_tag: text-classification" in card and "## Scoring" in card and "| eval_accuracy |" in card
+    )
+
+
 def test_a_resumed_run_ends_with_the_same_bits(finished: Finished) -> None:
     method, folder, metrics = finished
     again = folder / "again"

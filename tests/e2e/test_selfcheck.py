@@ -60,6 +60,12 @@ def test_everything_holds_and_nothing_is_left(
     assert not (tmp_path / "run").exists()
 
 
+def test_noise_of_the_recipe_is_not_taken_for_a_fault(recipe: dict[str, Any]) -> None:
+    noisy = {**recipe, "train": {**recipe["train"], "neftune_alpha": 5.0}}
+    result = selfcheck(noisy, only=["mean", "accumulation", "resumed"], quiet=True)
+    assert result.holds, result.outcomes
+
+
 def _mask_off_by_one(patch: pytest.MonkeyPatch) -> None:
     right = encode._weights
     patch.setattr(encode, "_weights", lambda *args, **kw: np.roll(right(*args, **kw), -1))

@@ -216,11 +216,18 @@ def test_margins() -> None:
 def test_labels() -> None:
     description = attr("openai", ranking=False, kto_tag="label")
     turns = [turn("user", "q"), turn("assistant", "a")]
-    for label, expected in [(True, True), (False, False), (1, True), (0, False)]:
+    for label, expected in [
+        (True, True),
+        (False, False),
+        (1, True),
+        (0, False),
+        ("TRUE", True),
+        ("0", False),
+    ]:
         row = read({"messages": turns, "label": label}, description, "feedback")
         assert row.desirable is expected and row.rejected is None
         assert said(row.conversation) == [("user", "q"), ("assistant", "a")]
-    for label in (2, -1, 1.0, "true", [True]):
+    for label in (2, -1, 1.0, "yes", [True]):
         columns = {"messages": turns, "label": label}
         assert reason(columns, description, "feedback") == "label is not true or false"
     assert reason({"messages": turns, "label": None}, description, "feedback") == "no label"

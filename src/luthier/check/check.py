@@ -188,7 +188,7 @@ class _Check:
             return
         before = memory_before(hardware.device)
         self._say("loading the model")
-        longest = longest_sample(material) if material is not None else 0
+        longest = longest_sample(settings, material) if material is not None else 0
         built = found.ask(
             "model", lambda: build_model(settings, source, hardware, vocabulary, longest=longest)
         )

@@ -7,9 +7,11 @@ import re
 from torch import nn
 
 from luthier.methods.groups import ParameterCount
+from luthier.model.value_head import value_head
 
 KINDS = ("embeddings", "attention", "mlp", "norm", "mixer", "head", "adapter", "other")
-"""In the order in which they are shown. A tied head is the embeddings; `mixer` is what recurrent layers have."""
+"""In the order in which they are shown. A tied head is the embeddings, a value head a head; `mixer` is what recurrent
+layers have."""
 
 _ADAPTER = re.compile(r"\.(?:lora_\w+|modules_to_save|trainable_tokens_\w+)\.")
 _NAMES = (
@@ -24,7 +26,12 @@ _NAMES = (
 def count_by_kind(model: nn.Module) -> dict[str, ParameterCount]:
     """Parameters by kind, in the order of KINDS, kinds without any left out; tied ones count once."""
     embeddings = {id(parameter) for parameter in _parameters(model, "get_input_embeddings")}
-    head = {id(parameter) for parameter in _parameters(model, "get_output_embeddings")} - embeddings
+    scoring = value_head(model)
+    heads = [
+        *_parameters(model, "get_output_embeddings"),
+        *(scoring.parameters() if scoring is not None else ()),
+    ]
+    head = {id(parameter) for parameter in heads} - embeddings
     modules = dict(model.named_modules())
     total, trainable = dict.fromkeys(KINDS, 0), dict.fromkeys(KINDS, 0)
     for name, parameter in model.named_parameters():

@@ -41,10 +41,12 @@ def pair(raw: RawRow, attr: DatasetAttr) -> tuple[Conversation, Conversation]:
 
 
 def is_desirable(raw: RawRow, attr: DatasetAttr) -> bool:
-    """The label: true or false, or 1 or 0."""
+    """The label: true or false, or 1 or 0; their text where the file knows nothing else (CSV)."""
     value = raw.columns.get(attr.columns.kto_tag) if attr.columns.kto_tag else None
     if value is None:
         raise RowError("no label", f"{raw.place}, {attr.columns.kto_tag}")
+    if isinstance(value, str):
+        value = {"true": 1, "1": 1, "false": 0, "0": 0}.get(value.strip().lower(), value)
     if not isinstance(value, int) or value not in (0, 1):
         raise RowError("label is not true or false", f"{raw.place}: {value!r}")
     return bool(value)

@@ -14,11 +14,12 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from luthier.arrange import Material, samples_of
 from luthier.assemble import build_model, fitted, load_tokens, read_material
-from luthier.data.collate import rows_of
+from luthier.data.collate import flat_batch, rows_of
 from luthier.data.formats import to_row
 from luthier.data.read import read_rows
 from luthier.data.registry import resolve_datasets
 from luthier.model.load import ModelSource, locate
+from luthier.model.logprobs import ModelPolicy
 from luthier.model.reference import Reference, StartingPoint
 from luthier.model.vocabulary import VocabularyChange
 from luthier.recipe.load import LoadedRecipe
@@ -53,6 +54,12 @@ class Bench:
     def settings(self) -> Recipe:
         return self.loaded.recipe
 
+    @property
+    def _quiet(self) -> Recipe:
+        """The recipe without the noise that it puts on embeddings: two forms of one computation are compared."""
+        train = self.settings.train.model_copy(update={"neftune_alpha": 0.0})
+        return self.settings.model_copy(update={"train": train})
+
     @cached_property
     def source(self) -> ModelSource:
         return locate(self.settings.model)
@@ -80,17 +87,20 @@ class Bench:
         """The model ready to train, and what it is compared with.
 
         Where an adapter starts as zero it is given weights, and where the reference is a copy of the policy the policy
-        is moved away from it: so both count.
+        is moved away from it: so both count. Where a divergence is estimated from answers to other prompts, the policy
+        is moved towards them: below 0 the estimate is cut off, and nothing could be seen of it.
         """
         # A check that needs no gradient may be the first to ask, and the self-test follows gradients.
         with torch.enable_grad():
-            model, method = build_model(self.settings, self.source, self.hardware, self.tokens[1])
+            model, method = build_model(self._quiet, self.source, self.hardware, self.tokens[1])
         reference = None
         if self.material.stage.needs_reference:
             reference = build_reference(self.settings, self.hardware, model)
         _shake(model, AWAY if isinstance(reference, StartingPoint) else 0.0)
         _without_dropout(model)
         model.eval()
+        if self.material.stage.needs_mismatched:
+            _favour(model, [rows_of(sample)[1] for sample in self.samples])
         return model, method, reference
 
     @property
@@ -185,6 +195,20 @@ def _shake(model: nn.Module, away: float) -> None:
             if size:
                 noise = torch.randn(parameter.shape, generator=generator) * size
                 parameter.add_(noise.to(parameter))
+
+
+def _favour(model: nn.Module, rows: Sequence[Sample]) -> None:
+    """One step up the gradient of these rows' log-probability, as long as to gain about a nat for each."""
+    device = next(model.parameters()).device
+    with torch.enable_grad():
+        gained = ModelPolicy(model).logprobs(flat_batch(rows).to(device)).logprobs.sum()
+        torch.autograd.backward(gained)
+    moved = [(one, one.grad) for one in model.parameters() if one.grad is not None]
+    size = sum(float(gradient.double().square().sum()) for _, gradient in moved)
+    with torch.no_grad():
+        for parameter, gradient in moved:
+            parameter.add_(gradient, alpha=len(rows) / size if size else 0.0)
+            parameter.grad = None
 
 
 def _without_dropout(model: nn.Module) -> None:

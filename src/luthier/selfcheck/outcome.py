@@ -18,7 +18,9 @@ class Outcome:
     bound: float
     unit: str
     detail: str = ""
-    """On what it was measured, or what went wrong."""
+    """On what it was measured, what went wrong, or why it was left out."""
+    left_out: bool = False
+    """Whether the claim has no meaning here, so that nothing was measured."""
 
     @property
     def holds(self) -> bool:
@@ -31,15 +33,18 @@ class Outcome:
 
 
 def left_out(check: str, claim: str, reason: str) -> Outcome:
-    """A claim that has no meaning here; it holds, and its detail says why nothing was measured."""
-    return Outcome(check, claim, 0.0, 0.0, "", reason)
+    """A claim that has no meaning here."""
+    return Outcome(check, claim, 0.0, 0.0, "", reason, left_out=True)
 
 
 def table(outcomes: Sequence[Outcome]) -> str:
-    """The outcomes as plain text, one line each, and the details of those that do not hold."""
+    """The outcomes as plain text, one line each, and the details of those that do not hold or were left out."""
     head = ("check", "claim", "measured", "bound", "")
     lines = [head]
     for one in outcomes:
+        if one.left_out:
+            lines.append((one.check, one.claim, "-", "-", "left out"))
+            continue
         lines.append(
             (
                 one.check,
@@ -55,5 +60,12 @@ def table(outcomes: Sequence[Outcome]) -> str:
         for line in lines
     ]
     return "\n".join(
-        [*text, *(f"{one.check}: {one.detail}" for one in outcomes if one.detail and not one.holds)]
+        [
+            *text,
+            *(
+                f"{one.check}: {one.detail}"
+                for one in outcomes
+                if one.detail and (one.left_out or not one.holds)
+            ),
+        ]
     )

@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from rich.markup import escape
+
 from luthier.environment import detect_hardware
 from luthier.recipe.load import load_recipe
 from luthier.recipe.resolve import resolve
@@ -88,6 +90,9 @@ def selfcheck(
                 continue
             outcome = check(bench)
             outcomes.append(outcome)
+            if outcome.left_out:
+                say(escape(f"{outcome.claim}: left out ({outcome.detail})"))
+                continue
             state = "holds" if outcome.holds else "[bold red]FAILS[/]"
             say(f"{outcome.claim}: {outcome.measured:.3g} {outcome.unit} (bound {outcome.bound:.3g}) {state}")
     return SelfCheck(tuple(outcomes), hardware.name, time.monotonic() - started)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -83,6 +83,9 @@ class PreferencePairs:
         if len(by_name) > 1:
             metrics |= {f"loss/{name}": value.detach() for name, value in by_name.items()}
         return LossSum(terms, {name: Term(total, _num_pairs(batch)) for name, total in metrics.items()})
+
+    def derived(self, means: Mapping[str, float]) -> dict[str, float]:
+        return {}
 
     def _pairs(self, policy: Policy, batch: Batch) -> Pairs:
         # The reference first: its activations are gone before the policy's are kept for the backward pass.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -90,6 +90,11 @@ class Feedback:
             num = torch.ones_like(desirable).sum()
             metrics["kl"] = Term(divergence * num, num)
         return LossSum(terms, metrics)
+
+    def derived(self, means: Mapping[str, float]) -> dict[str, float]:
+        """The margin, where there are answers of both kinds."""
+        chosen, rejected = means.get("rewards/chosen"), means.get("rewards/rejected")
+        return {} if chosen is None or rejected is None else {"rewards/margins": chosen - rejected}
 
     def _divergence(self, policy: Policy, batch: Batch, observed: Observed) -> Tensor:
         """z, a number; 0 where there is no row at all."""

@@ -5,7 +5,7 @@ Knows nothing of optimizers, devices, accumulation or processes.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from torch import Tensor
 
@@ -19,6 +19,9 @@ class Separable:
     share_prompts = False
 
     def observe(self, policy: Policy, passes: Sequence[Batch]) -> Observed:
+        return {}
+
+    def derived(self, means: Mapping[str, float]) -> dict[str, float]:
         return {}
 
 

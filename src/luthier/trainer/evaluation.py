@@ -145,10 +145,13 @@ class Evaluation(Seq2SeqTrainer):
         return joined(report, measure(self._metrics, rows, prefix)) if rows else report
 
     def _means(self, sums: Mapping[str, Term]) -> dict[str, float]:
-        """The mean of each sum. A metric that no row counts for has none: rewards of desirable answers where none is."""
+        """The mean of each sum; a metric that no row counts for has none, as rewards of desirable answers may."""
         means = {name: self._mean(term) for name, term in sums.items()}
         terms = self.stage.terms
-        return {name: mean for name, mean in means.items() if name in terms or float(sums[name].weight) > 0}
+        counted = {
+            name: mean for name, mean in means.items() if name in terms or float(sums[name].weight) > 0
+        }
+        return counted | self.stage.derived(counted)
 
     def _mean(self, term: Term) -> float:
         total, weight = term.total, term.weight
