@@ -171,7 +171,7 @@ def test_several_problems_stand_on_lines_of_their_own(calls: Calls) -> None:
     assert result.stderr == (
         "error:\n"
         "lf.yaml:6: lora_rnk: LLaMA-Factory has no such key; did you mean lora_rank?\n"
-        "lf.yaml:7: stage: rm comes in a later version; this one has pt, sft, rm, dpo and kto\n"
+        "lf.yaml:7: stage: ppo comes in a later version; this one has pt, sft, rm, dpo and kto\n"
     )
 
 
