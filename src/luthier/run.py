@@ -116,9 +116,11 @@ def _train(loaded: LoadedRecipe, hardware: Hardware, quiet: bool) -> TrainResult
         train_spec.report_to if main else (), output, run_name=arguments.run_name, resumed=resumed
     )
     attach = precomputation(settings, source, hardware, model, material, say)
+    # A signal ends what is computed here at once: there is no step yet to wait for, nor anything to save.
+    rank = arguments.process_index
+    steps = training_steps(settings, material, world_size, rank, padded=padded, attach=attach)
+    held_out = eval_sets(settings, material, world_size, padded=padded, attach=attach)
     with trackers as tracked, ProgressCallback(quiet=quiet) as progress, Interruption() as interruption:
-        rank = arguments.process_index
-        steps = training_steps(settings, material, world_size, rank, padded=padded, attach=attach)
         trainer = PeftTrainer(
             model=model,
             args=arguments,
@@ -126,7 +128,7 @@ def _train(loaded: LoadedRecipe, hardware: Hardware, quiet: bool) -> TrainResult
             method=method,
             optim=settings.optim,
             steps=steps,
-            eval_sets=eval_sets(settings, material, world_size, padded=padded, attach=attach),
+            eval_sets=held_out,
             tokenizer=tokenizer,
             callbacks=[*tracked, LogCallback(output), progress, interruption, *attached.callbacks],
             save_total_limit=train_spec.save_total_limit,

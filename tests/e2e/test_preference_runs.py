@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+import os
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 import luthier
+from luthier.data.reference_cache import ReferenceCache
 from luthier.types import CheckpointError, ModelError
 from tests.tiny import (
     FEEDBACK_COLUMNS,
@@ -185,6 +188,28 @@ def test_resumed_is_uninterrupted(
         quiet=True,
     )
     assert_close_runs(straight.output, resumed.output, atol=0)
+
+
+def test_an_interrupt_ends_the_precomputation(
+    recipe: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At once, not after a first step; the run then starts as if nothing had been."""
+    asked = {**recipe, "stage": {"type": "dpo", "reference": "precompute"}}
+    straight = luthier.train(changed(asked, train={"output": str(tmp_path / "straight")}), quiet=True)
+    asked = changed(asked, data={"cache": str(tmp_path / "other_cache")})
+    add, signals = ReferenceCache.add, [signal.SIGINT]
+
+    def interrupted(cache: ReferenceCache, entries: Any) -> None:
+        add(cache, entries)
+        if signals:  # a second one would end the run in any case
+            os.kill(os.getpid(), signals.pop())
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(ReferenceCache, "add", interrupted)
+        luthier.train(asked, quiet=True)
+    assert not any((tmp_path / "run").glob("checkpoint-*"))
+    again = luthier.train(asked, ["train.resume=auto"], quiet=True)
+    assert_close_runs(straight.output, again.output, atol=0)
 
 
 def test_the_best_model_by_its_accuracy(recipe: dict[str, Any], tmp_path: Path) -> None:
