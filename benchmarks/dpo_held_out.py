@@ -73,9 +73,10 @@ def main() -> None:
             },
         }
         result = luthier.train(recipe)
-        lines = [json.loads(line) for line in (result.output / "train_log.jsonl").read_text().splitlines()]
-    kept = ("step", "eval_loss", "eval_rewards/accuracies", "eval_rewards/margins")
-    evaluations = [{key: line[key] for key in kept} for line in lines if "eval_loss" in line]
+        lines = [json.loads(line) for line in (result.output / "trainer_log.jsonl").read_text().splitlines()]
+    kept = ("current_steps", "eval_loss", "eval_rewards/accuracies", "eval_rewards/margins")
+    at_step = {line["current_steps"]: line for line in lines if "eval_loss" in line}
+    evaluations = [{key: line[key] for key in kept} for line in at_step.values()]
     reached = evaluations[-1]["eval_rewards/accuracies"]
     low, high = wilson(reached * arguments.held_out, arguments.held_out)
     settings = {name: value for name, value in vars(arguments).items() if name not in ("data", "output")}

@@ -121,7 +121,7 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("--pairs", type=int, default=300)
     parser.add_argument("--folds", type=int, default=5)
     parser.add_argument("--only", type=int, nargs="*", help="these folds alone, from 0")
-    parser.add_argument("--max-length", type=int, default=768)
+    parser.add_argument("--max-length", type=int, default=256)
     parser.add_argument("--epochs", type=float, default=1)
     parser.add_argument("--rank", type=int, default=8)
     parser.add_argument("--rows", type=int, default=8, help="pairs of an optimizer step")
