@@ -31,7 +31,7 @@ from luthier.model.vocabulary import (
 from luthier.recipe.schema import AdapterSpec
 from luthier.types import CheckpointError, ModelError
 
-ATTACH_ERRORS = (ValueError, TypeError, RuntimeError, AssertionError, KeyError)
+ATTACH_ERRORS = (UserWarning, ValueError, TypeError, RuntimeError, AssertionError, KeyError)
 """What PEFT raises where a configuration does not fit a model."""
 
 
@@ -106,6 +106,8 @@ class Adapter(ABC):
             with warnings.catch_warnings():
                 for text in ("fan_in_fan_out", "The following (rank|alpha)_pattern"):  # it mends both itself
                     warnings.filterwarnings("ignore", message=text)
+                # Another size than the recipe's, chosen by PEFT, is not what the recipe says.
+                warnings.filterwarnings("error", message=".*[Aa]djusted")
                 peft_model = get_peft_model(model, self.configuration(model, task, trained))
         except ATTACH_ERRORS as error:
             said = re.sub(r"^\[PEFT:.*?\] ", "", reason(error)).split(". ")[0]

@@ -73,6 +73,10 @@ class Lora(Adapter):
             wrong = [number for number in spec.layers if not 0 <= number < len(layers)]
             if wrong:
                 raise ModelError(f"method.layers: no layer {wrong[0]}; the model has 0 to {len(layers) - 1}")
+        own = [name for name, _ in model.named_parameters()]
+        for parameter in spec.target_parameters:
+            if not any(ends_with(name, parameter) for name in own):
+                raise ModelError(f"method.target_parameters: the model has no parameter {parameter!r}")
         peft_model = super()._new(model)
         self._require_patterns(peft_model)
         if spec.init in ("pissa", "olora"):
@@ -130,11 +134,13 @@ class Lora(Adapter):
             return groups
         rates = {}
         for name, parameter in model.named_parameters():
-            if ".lora_B." in name:
-                rates[id(parameter)] = lr * ratio
-            elif ".lora_embedding_B." in name:
+            if ".lora_embedding_B." in name:
                 chosen = self.spec.lora_plus_embedding_lr
                 rates[id(parameter)] = lr * ratio if chosen is None else chosen
+            elif (
+                ".lora_B." in name or parameter.ndim == 1
+            ):  # magnitudes and biases go with B in its authors' code
+                rates[id(parameter)] = lr * ratio
         split = []
         for group in groups:
             for rate in (lr, *sorted(set(rates.values()) - {lr})):
