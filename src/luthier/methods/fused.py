@@ -65,8 +65,9 @@ class _FusedForward(PeftLinear):
         flat_TI = x.reshape(-1, x.shape[-1]).to(dtype)
         a, b = self.lora_A[adapters[0]].weight, self.lora_B[adapters[0]].weight
         if len(adapters) > 1:  # one product of the ranks' sum: what trains, and the start that is taken off
-            a = torch.cat([self.lora_A[name].weight for name in adapters])
-            b = torch.cat([self.lora_B[name].weight for name in adapters], dim=1)
+            layers: list[Any] = [(self.lora_A[name], self.lora_B[name]) for name in adapters]
+            a = torch.cat([low.weight for low, _ in layers])
+            b = torch.cat([high.weight for _, high in layers], dim=1)
         with torch.autocast(device, enabled=False):
             bias = None if base.bias is None else base.bias.to(dtype)
             weight = base.weight.to(dtype)
