@@ -107,7 +107,7 @@ class Luthier:
         self._model = method.apply(base)
         install_target_forward(base)
         self._model.train()
-        groups = method.parameter_groups(self._model, 0.0)
+        groups = method.parameter_groups(self._model, 0.0, LEARNING_RATE)
         self._optimizer = build_optimizer(AdamwSpec(lr=LEARNING_RATE), groups)
         self._policy = ModelPolicy(self._model)
 

@@ -45,7 +45,7 @@ from luthier.model.vocabulary import (
 from luthier.publish import require_hub
 from luthier.recipe.load import LoadedRecipe
 from luthier.recipe.resolve import Hardware
-from luthier.recipe.schema import LoraSpec, Recipe, RmSpec
+from luthier.recipe.schema import AdapterSpec, Recipe, RmSpec
 from luthier.show import Say
 from luthier.stages import build_stage
 from luthier.trainer.compilation import compile_layers
@@ -67,7 +67,7 @@ class Attachments:
 
 
 def attachments(loaded: LoadedRecipe) -> Attachments:
-    """The attachments; whatever else would fail only after the training is asked for here: trackers, the hub.
+    """The attachments; whatever else would fail only later is asked for here: the method, trackers, the hub.
 
     Raises RecipeError for what is missing or refused.
     """
@@ -79,6 +79,7 @@ def attachments(loaded: LoadedRecipe) -> Attachments:
         raise RecipeError(
             "model.token: trackers keep the command line, and the token with it; set HF_TOKEN instead"
         )
+    build_method(loaded.recipe.method)
     callbacks = load_callbacks(train_spec.callbacks, beside)
     if (early := train_spec.early_stopping) is not None:
         callbacks.append(EarlyStopping(early.patience, early.threshold))
@@ -110,7 +111,7 @@ def load_tokens(
     """
     tokenizer = load_tokenizer(settings.model, source)
     spec, seed = settings.model.vocabulary, settings.train.seed
-    record = recorded_change(settings.method.adapters if isinstance(settings.method, LoraSpec) else ())
+    record = recorded_change(settings.method.adapters if isinstance(settings.method, AdapterSpec) else ())
     if record is not None:
         change = replay_tokenizer(tokenizer, record, spec)
     else:
@@ -254,5 +255,5 @@ def _positions(settings: Recipe, source: ModelSource) -> PositionsChange | None:
     wanted = None
     if spec is not None:
         wanted = positions_change(load_config(settings.model, source), spec, settings.data.max_length)
-    adapters = settings.method.adapters if isinstance(settings.method, LoraSpec) else ()
+    adapters = settings.method.adapters if isinstance(settings.method, AdapterSpec) else ()
     return recorded_positions(adapters, wanted, decided=spec is not None)

@@ -21,6 +21,7 @@ from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 from luthier import __version__
 from luthier.recipe.schema import (
     EMBEDDED_MODEL,
+    AdapterSpec,
     DatasetSpec,
     DpoSpec,
     KtoSpec,
@@ -66,7 +67,7 @@ def model_card(settings: Recipe, manifest: Mapping[str, Any], metrics: Mapping[s
     hub_base = EMBEDDED_BASE if base == EMBEDDED_MODEL else _hub_name(base)
     name = Path(settings.train.output).resolve().name
     about: dict[str, Any] = {"base_model": hub_base} if hub_base is not None else {}
-    about["library_name"] = "peft" if settings.method.type == "lora" else "transformers"
+    about["library_name"] = "peft" if isinstance(settings.method, AdapterSpec) else "transformers"
     scores = isinstance(settings.stage, RmSpec)
     about |= {"license": "unknown", "pipeline_tag": "text-classification" if scores else "text-generation"}
     about["tags"] = ["luthier", settings.stage.type, *_loss_tags(settings.stage), settings.method.type]

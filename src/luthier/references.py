@@ -18,7 +18,7 @@ from luthier.model.logprobs import chosen_rows
 from luthier.model.reference import AdaptersOff, AsItIs, OtherModel, Reference, StartingPoint
 from luthier.model.selftest import build_with_rows
 from luthier.recipe.resolve import TOKENS_PER_BATCH, Hardware
-from luthier.recipe.schema import LoraSpec, Recipe, ReferenceSpec
+from luthier.recipe.schema import AdapterSpec, Recipe, ReferenceSpec
 from luthier.show import Say
 from luthier.trainer.checkpoint import hash_file
 from luthier.trainer.precision import AUTOCAST, autocast_type
@@ -46,11 +46,16 @@ def build_reference(
     spec = reference_spec(settings)
     if spec.path is not None:
         return OtherModel(_other_model(settings, spec, hardware, model))
-    fresh = isinstance(settings.method, LoraSpec) and (
-        settings.method.create_new_adapter or not settings.method.adapters
-    )
-    if isinstance(model, PeftModel) and (fresh or getattr(settings.stage, "reference", "start") == "base"):
-        return AdaptersOff(model)
+    fresh = isinstance(settings.method, AdapterSpec) and not settings.method.continues
+    base = getattr(settings.stage, "reference", "start") == "base"
+    if isinstance(model, PeftModel) and (fresh or base):
+        if getattr(model.peft_config["default"], "bias", "none") == "none":
+            return AdaptersOff(model)
+        if not fresh:
+            raise ModelError(
+                "stage.reference: base: the adapter changes biases of the base, which switching it off does not undo; "
+                "name the base in stage.reference.path"
+            )
     return AsItIs() if before else StartingPoint(model)
 
 

@@ -32,7 +32,7 @@ from luthier.model.load import load_config, locate
 from luthier.model.logprobs import ModelPolicy, chosen_rows
 from luthier.recipe.load import load_recipe
 from luthier.recipe.resolve import Hardware, resolve
-from luthier.recipe.schema import ColumnSpec, DatasetSpec, DataSpec, LoraSpec, ModelSpec, Recipe, RmSpec
+from luthier.recipe.schema import AdapterSpec, ColumnSpec, DatasetSpec, DataSpec, ModelSpec, Recipe, RmSpec
 from luthier.show import quiet_libraries
 from luthier.stages import build_stage
 from luthier.trainer.precision import AUTOCAST
@@ -137,7 +137,7 @@ class _Scorer:
         self._folder, self._run = Path(model).expanduser(), _recipe_of(Path(model).expanduser())
         settings = self._settings(str(model), base, max_length, hardware)
         source = locate(settings.model)
-        if not isinstance(settings.method, LoraSpec):
+        if not isinstance(settings.method, AdapterSpec):
             _require_classifier(settings.model, str(model))
         tokenizer, vocabulary = load_tokens(settings, source, lambda text: None)
         compatible = settings.data.rules == "llamafactory"
@@ -192,7 +192,7 @@ class _Scorer:
     def _merged(self) -> Sequence[str]:
         """The adapters that are merged into the base below this one."""
         method = None if self._run is None else self._run.method
-        if not isinstance(method, LoraSpec):
+        if not isinstance(method, AdapterSpec):
             return ()
         return method.adapters if method.create_new_adapter else method.adapters[:-1]
 

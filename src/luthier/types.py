@@ -338,7 +338,9 @@ class Method(Protocol):
         """The model to train: adapters attached, everything that must not change frozen."""
         ...
 
-    def parameter_groups(self, model: nn.Module, weight_decay: float) -> list[dict[str, Any]]: ...
+    def parameter_groups(self, model: nn.Module, weight_decay: float, lr: float) -> list[dict[str, Any]]:
+        """Groups for the optimizer; one with a learning rate other than `lr` says it under `lr`."""
+        ...
 
     def save(self, model: Any, folder: Path, state: Mapping[str, Tensor] | None = None) -> None:
         """Write what was trained, so that `load` on the same base gives the same function.

@@ -16,8 +16,11 @@ from tests.tiny import chat_model, write_alpaca
 
 METHODS: dict[str, dict[str, Any]] = {
     "lora": {"type": "lora", "rank": 4, "dropout": 0.2},
+    "pissa": {"type": "lora", "rank": 4, "init": "pissa", "init_iterations": 2, "dropout": 0.2},
     "full": {"type": "full"},
     "freeze": {"type": "freeze", "layers": 1, "extra_modules": ["embed_tokens"]},
+    "llama_pro": {"type": "llama_pro", "blocks": 2},
+    "oft": {"type": "oft", "block_size": 8, "dropout": 0.2},
 }
 
 

@@ -376,7 +376,7 @@ def test_columns_and_split_of_early_versions() -> None:
 
 def test_other_ways_of_tuning() -> None:
     assert problems(finetuning_type="p_tuning") == [
-        "finetuning_type: P-tuning is not part of Luthier; write lora, freeze or full"
+        "finetuning_type: P-tuning is not part of Luthier; write lora, oft, freeze or full"
     ]
 
 

@@ -393,8 +393,9 @@ def test_overrides_flat_then_native() -> None:
         ("stage: sfd", "lf.yaml:4: stage: 'sfd' is none of its values; did you mean sft? Choose "
          "from pt, sft, rm, dpo, kto"),
         (
-            "finetuning_type: oft",
-            "lf.yaml:4: finetuning_type: oft comes in a later version; this one has lora, freeze and full",
+            "use_llama_pro: true",
+            "lf.yaml:4: use_llama_pro: goes with finetuning_type: freeze; LoRA on new blocks alone is method.layers "
+            "of a recipe",
         ),
         ("lora_rank: 0", "lf.yaml:4: lora_rank: should be greater than 0, found the number 0"),
         ("cutoff_len: long", "lf.yaml:4: cutoff_len: expected a whole number, found the text 'long'"),

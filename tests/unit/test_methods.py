@@ -348,7 +348,7 @@ def test_groups_equal_transformers(family: str, spec: Any, tmp_path: Path) -> No
     def described(groups: list[dict[str, Any]]) -> list[tuple[float, list[str]]]:
         return [(g["weight_decay"], [names[id(p)] for p in g["params"]]) for g in groups if g["params"]]
 
-    actual = described(method.parameter_groups(model, 0.2))
+    actual = described(method.parameter_groups(model, 0.2, 1e-3))
     assert actual == described(trainer.create_optimizer().param_groups)
     assert sum(len(group) for _, group in actual) == len(trained(model))
     if isinstance(spec, FullSpec):

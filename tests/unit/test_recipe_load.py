@@ -220,7 +220,8 @@ def test_errors_name_the_override(override: str, message: str) -> None:
 def test_another_kind_on_the_command_line_does_not_swallow_the_files_fields() -> None:
     text = MINIMAL + "method:\n  type: lora\n  rank: 4\n"
     assert problems(text, "method.type=full") == [
-        "r.yaml:5: method.rank: does not go with type: full; it belongs to type: lora; "
+        "r.yaml:5: method.rank: does not go with type: full; it belongs to type: lora and "
+        "type: vera and type: miss; "
         "remove it, or replace the section with method='{type: full}'"
     ]
     assert load(text, "method={type: full}").recipe.method == FullSpec()
@@ -284,12 +285,12 @@ def test_another_kind_on_the_command_line_does_not_swallow_the_files_fields() ->
         ("method: {targets: [q_proj, 3]}", "r.yaml:3: method.targets[1]: expected text, found the number 3; "
          "put it in quotes"),
         ("method: {type: lor}", "r.yaml:3: method: type: lor: no such kind; did you mean lora? "
-         "Choose from full, freeze, lora"),
+         "Choose from full, freeze, llama_pro, lora, oft, vera, ia3, miss, peft"),
         ("stage: {type: dpp}", "r.yaml:3: stage: type: dpp: no such kind; did you mean dpo? "
          "Choose from pt, sft, rm, dpo, kto"),
         (
             "method: {type: full, rank: 8}",
-            "r.yaml:3: method.rank: does not go with type: full; it belongs to type: lora",
+            "r.yaml:3: method.rank: does not go with type: full; it belongs to type: lora and type: vera and type: miss",
         ),
         (
             "train: {tokens_per_batch: 9, rows_per_device: 1}",

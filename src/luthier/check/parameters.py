@@ -6,6 +6,7 @@ import re
 
 from torch import nn
 
+from luthier.methods.adapter_files import PARTS
 from luthier.methods.groups import ParameterCount
 from luthier.model.value_head import value_head
 
@@ -13,7 +14,7 @@ KINDS = ("embeddings", "attention", "mlp", "norm", "mixer", "head", "adapter", "
 """In the order in which they are shown. A tied head is the embeddings, a value head a head; `mixer` is what recurrent
 layers have."""
 
-_ADAPTER = re.compile(r"\.(?:lora_\w+|modules_to_save|trainable_tokens_\w+)\.")
+_ADAPTER = re.compile("|".join(re.escape(part) for part in PARTS))
 _NAMES = (
     ("attention", re.compile(r"attn|attention")),
     ("mlp", re.compile(r"mlp|feed_?forward|ffn|expert|moe|(?:^|\.)fc\d?(?:$|\.)")),

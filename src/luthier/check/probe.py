@@ -109,7 +109,7 @@ class _Runner:
         self._model, self._stage, self._device = model.train(), stage, device
         self._policy = ModelPolicy(model, reference=reference)
         self._arithmetic, self._norm = autocast_type(settings.train.precision), settings.optim.max_grad_norm
-        groups = method.parameter_groups(model, settings.optim.weight_decay)
+        groups = method.parameter_groups(model, settings.optim.weight_decay, settings.optim.lr)
         self._trained = [parameter for group in groups for parameter in group["params"]]
         self._optimizer = build_optimizer(settings.optim, groups)
 

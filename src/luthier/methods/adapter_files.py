@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from peft import PeftConfig, PeftModel, TaskType, set_peft_model_state_dict
-from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
+from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING
 from peft.utils import load_peft_weights
 from safetensors import SafetensorError
 from torch import nn
@@ -18,8 +19,35 @@ from luthier.model.faults import LOAD_ERRORS, read_json, reason
 from luthier.model.value_head import value_head
 from luthier.types import ModelError
 
-PARTS = (".lora_", ".modules_to_save.", ".trainable_tokens_delta.")
-"""What of an adapter's state is trained; the rest is its base."""
+PARTS = (
+    *sorted(f".{prefix}" for prefix in set(PEFT_TYPE_TO_PREFIX_MAPPING.values())),
+    ".modules_to_save.",
+    ".trainable_tokens_delta.",
+)
+"""How PEFT's tuners name what they add to a model; the rest is its base."""
+ADAPTER = "default"
+"""PEFT's name for the adapter that trains."""
+
+
+def missing_weights(model: PeftModel, missing: Sequence[str]) -> list[str]:
+    """Those of the `missing` keys of a loaded state that belong to the adapter, in their order.
+
+    A tied matrix is saved once and stands under two names; of those `named_parameters` gives the first.
+    """
+    absent, parameters = set(missing), dict(model.named_parameters())
+    # A matrix that many layers share stands under the name of each.
+    given = {
+        parameter.data_ptr()
+        for name, parameter in model.named_parameters(remove_duplicate=False)
+        if name not in absent
+    }
+    return [
+        name
+        for name in missing
+        if (parameter := parameters.get(name)) is not None
+        and (parameter.requires_grad or (f".{ADAPTER}" in name and any(part in name for part in PARTS)))
+        and parameter.data_ptr() not in given
+    ]
 
 
 def attach_adapter(model: PreTrainedModel, folder: str, *, trainable: bool) -> PeftModel:
@@ -40,9 +68,7 @@ def attach_adapter(model: PreTrainedModel, folder: str, *, trainable: bool) -> P
         raise ModelError(f"{label} was trained on another model: this one has no {error}") from error
     except LOAD_ERRORS as error:
         raise ModelError(_fault(label, error)) from error
-    # A tied matrix is saved once and stands under two names; of those `named_parameters` gives the first.
-    own = {name for name, _ in attached.named_parameters() if any(part in name for part in PARTS)}
-    missing = [name for name in result.missing_keys if name in own]
+    missing = missing_weights(attached, result.missing_keys)
     if missing or result.unexpected_keys:
         raise ModelError(
             f"{label} was trained on another model: {len(missing)} of this model's adapted layers have no weights in "

@@ -28,7 +28,7 @@ class Full:
         model.requires_grad_(True)
         return model
 
-    def parameter_groups(self, model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    def parameter_groups(self, model: nn.Module, weight_decay: float, lr: float) -> list[dict[str, Any]]:
         return decay_groups(model, weight_decay)
 
     def save(self, model: PreTrainedModel, folder: Path, state: Mapping[str, Tensor] | None = None) -> None:

@@ -56,38 +56,48 @@ class _FusedForward(PeftLinear):
     """Mixed into the class of a PEFT LoRA layer."""
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        adapter = self._plain_adapter(x, args, kwargs)
-        if adapter is None:
+        adapters = self._plain_adapters(x, args, kwargs)
+        if not adapters:
             return super().forward(x, *args, **kwargs)
         base = self.get_base_layer()
         device = x.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
         flat_TI = x.reshape(-1, x.shape[-1]).to(dtype)
-        a, b = self.lora_A[adapter].weight, self.lora_B[adapter].weight
+        a, b = self.lora_A[adapters[0]].weight, self.lora_B[adapters[0]].weight
+        if len(adapters) > 1:  # one product of the ranks' sum: what trains, and the start that is taken off
+            layers: list[Any] = [(self.lora_A[name], self.lora_B[name]) for name in adapters]
+            a = torch.cat([low.weight for low, _ in layers])
+            b = torch.cat([high.weight for _, high in layers], dim=1)
         with torch.autocast(device, enabled=False):
             bias = None if base.bias is None else base.bias.to(dtype)
             weight = base.weight.to(dtype)
-            out_TO = _LoraProduct.apply(flat_TI, weight, bias, a, b, self.scaling[adapter])  # type: ignore[no-untyped-call]
+            out_TO = _LoraProduct.apply(flat_TI, weight, bias, a, b, self.scaling[adapters[0]])  # type: ignore[no-untyped-call]
         assert isinstance(out_TO, Tensor)
         return out_TO.view(*x.shape[:-1], -1)
 
-    def _plain_adapter(self, x: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str | None:
-        """The active adapter, if this call is plain LoRA that trains on a frozen linear layer; else None."""
+    def _plain_adapters(self, x: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[str]:
+        """The active adapters, if this call is plain LoRA on a frozen linear layer, of one scale, and the first of
+        them trains; else none."""
         if args or kwargs or self.disable_adapters or self.merged or not torch.is_grad_enabled():
-            return None
+            return []
         active = [name for name in self.active_adapters if name in self.lora_A]
         base = self.get_base_layer()
-        if len(active) != 1 or type(base) is not nn.Linear or any(p.requires_grad for p in base.parameters()):
-            return None
-        name = active[0]
-        dropout = self.lora_dropout[name]
-        plain = name not in self.lora_variant and not self.lora_bias[name] and not self.fan_in_fan_out
-        still = isinstance(dropout, nn.Identity) or not self.training
-        trains = self.lora_A[name].weight.requires_grad and self.lora_B[name].weight.requires_grad
+        if not active or type(base) is not nn.Linear or any(p.requires_grad for p in base.parameters()):
+            return []
+        first = active[0]
+        plain = not self.fan_in_fan_out and all(self._is_plain(name) for name in active)
+        trains = self.lora_A[first].weight.requires_grad and self.lora_B[first].weight.requires_grad
         same = x.is_floating_point() and (
             torch.is_autocast_enabled(x.device.type) or x.dtype == base.weight.dtype
         )
-        return name if plain and still and trains and same else None
+        return active if plain and trains and same and self._one_scale(active) else []
+
+    def _is_plain(self, name: str) -> bool:
+        still = isinstance(self.lora_dropout[name], nn.Identity) or not self.training
+        return still and name not in self.lora_variant and not self.lora_bias[name]
+
+    def _one_scale(self, names: list[str]) -> bool:
+        return len({self.scaling[name] for name in names}) == 1
 
 
 # One class for all layers: torch.compile would compile anew for every class.

@@ -1,129 +1,121 @@
-"""Low-rank adapters through PEFT. What is saved is the adapter; the base stays the base."""
+"""Low-rank adapters (Hu et al., 2021, arXiv:2106.09685), and how they start, scale and learn."""
 
 from __future__ import annotations
 
 import re
-import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from peft import LoraConfig, PeftModel, TaskType, get_peft_model, set_peft_model_state_dict
-from peft.utils import load_peft_weights
+from peft import LoraConfig, PeftConfig, PeftModel, TaskType
+from peft.tuners.lora.layer import LoraLayer
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from luthier.methods.adapter_files import attach_adapter, linear_names
+from luthier.methods.adapter import Adapter, ends_with, load_adapter
+from luthier.methods.adapter_files import ADAPTER, linear_names
+from luthier.methods.full import decoder_layers
 from luthier.methods.fused import fuse_lora
-from luthier.methods.groups import checkpoints_activations, decay_groups
-from luthier.methods.token_rows import fuse_token_rows
-from luthier.model.faults import reason
-from luthier.model.positions import loaded_positions, read_positions, stretch_loaded, write_positions
-from luthier.model.value_head import value_head, write_value_head
-from luthier.model.vocabulary import (
-    VocabularyChange,
-    is_tied,
-    read_record,
-    resize_embeddings,
-    token_modules,
-    write_record,
-)
+from luthier.methods.groups import decay_groups
+from luthier.methods.lora_start import has_start, start_from_weights, take_start, write_plain
+from luthier.model.vocabulary import is_tied, token_modules
 from luthier.recipe.schema import LoraSpec
-from luthier.types import CheckpointError, ModelError
+from luthier.types import ModelError
 
 
-class Lora:
-    """LoRA (Hu et al., 2021), continued from adapters or stacked on them where the recipe names some."""
+class Lora(Adapter):
+    """LoRA with rsLoRA's scale, DoRA's magnitudes, PiSSA's and OLoRA's start, LoRA+'s rates and LoRA-FA."""
 
-    def __init__(self, spec: LoraSpec, vocabulary: VocabularyChange) -> None:
-        self.spec = spec
-        self.vocabulary = vocabulary
+    spec: LoraSpec
 
     def apply(self, model: PreTrainedModel) -> PeftModel:
-        """Attach the adapter; the base is frozen, but for the rows of new tokens.
-
-        Raises ModelError for targets that the model has not, and for adapters that do not go with its tokens.
-        """
-        adapters = list(self.spec.adapters)
-        continued = adapters.pop() if adapters and not self.spec.create_new_adapter else None
-        for folder in adapters:
-            model = self.merged(model, folder)
-        peft_model = self._new(model) if continued is None else self._continued(model, continued)
-        if checkpoints_activations(model):
-            # Without it the first checkpointed layer has no input that asks for a gradient.
-            model.enable_input_require_grads()  # type: ignore[no-untyped-call]
+        peft_model = super().apply(model)
+        if self.spec.freeze_a:
+            for layer in lora_layers(peft_model).values():
+                for matrices in (layer.lora_A, layer.lora_embedding_A):
+                    if ADAPTER in matrices:
+                        matrices[ADAPTER].requires_grad_(False)
         fuse_lora(peft_model)
-        fuse_token_rows(peft_model)
         return peft_model
 
-    def merged(self, model: PreTrainedModel, folder: str) -> PreTrainedModel:
-        """The model with an adapter added into its weights, the rows of new tokens among them."""
-        merged = self._attach(model, folder, trainable=False).merge_and_unload()
-        assert isinstance(merged, PreTrainedModel)
-        return merged
-
-    def _continued(self, model: PreTrainedModel, folder: str) -> PeftModel:
-        if self.vocabulary.new_ids and read_record(folder) is None:
-            raise ModelError(
-                f"method.adapters: {folder} was trained before model.vocabulary added tokens, so it has no rows "
-                "for them; set method.create_new_adapter: true to train them in an adapter on top of it"
-            )
-        return self._attach(model, folder, trainable=True)
-
-    def _new(self, model: PreTrainedModel) -> PeftModel:
-        spec, scored = self.spec, value_head(model) is not None
-        if scored:
-            self._refuse_adapter_on("score", "where the value head trains as a whole")
-        config = LoraConfig(
-            task_type=TaskType.SEQ_CLS if scored else TaskType.CAUSAL_LM,
+    def configuration(self, model: PreTrainedModel, task: TaskType, trained: Mapping[str, Any]) -> PeftConfig:
+        spec = self.spec
+        own_init = spec.init in ("gaussian", "orthogonal")
+        return LoraConfig(
+            task_type=task,
             r=spec.rank,
             lora_alpha=spec.alpha if spec.alpha is not None else 2 * spec.rank,  # type: ignore[arg-type]
             lora_dropout=spec.dropout,
-            target_modules=spec.targets if isinstance(spec.targets, str) else list(spec.targets),
-            **self._token_rows(model),
+            target_modules=self._target_modules(model),
+            use_rslora=spec.rslora,
+            use_dora=spec.dora,
+            init_lora_weights=spec.init if own_init else True,  # type: ignore[arg-type]
+            bias=spec.bias,
+            layers_to_transform=list(spec.layers) or None,
+            layers_pattern=spec.layers_pattern,
+            rank_pattern=dict(spec.rank_pattern),
+            alpha_pattern=dict(spec.alpha_pattern),
+            target_parameters=list(spec.target_parameters) or None,
+            **trained,
         )
-        known = {name.rsplit(".", 1)[-1] for name, _ in model.named_modules()}
-        linear = linear_names(model)
-        for field, names in (("targets", spec.targets), ("modules_to_save", spec.modules_to_save)):
-            missing = (
-                [] if isinstance(names, str) else [n for n in names if n.rsplit(".", 1)[-1] not in known]
-            )
-            if missing:
-                raise ModelError(
-                    f"method.{field}: the model has no module {missing}; its linear layers are {linear}"
-                )
-        try:
-            with warnings.catch_warnings():
-                for text in ("fan_in_fan_out", "The following (rank|alpha)_pattern"):  # it mends both itself
-                    warnings.filterwarnings("ignore", message=text)
-                peft_model = get_peft_model(model, config)
-        except ValueError as error:
-            said = re.sub(r"^\[PEFT:.*?\] ", "", reason(error)).split(". ")[0]
-            raise ModelError(
-                f"method.targets={spec.targets!r}: {said}; the linear layers are {linear}"
-            ) from error
-        assert isinstance(peft_model, PeftModel)
+
+    def _target_modules(self, model: PreTrainedModel) -> str | list[str]:
+        spec = self.spec
+        if not isinstance(spec.targets, str):
+            return list(spec.targets)
+        # PEFT counts layers only for modules that are named.
+        return linear_names(decoder_layers(model)[1]) if spec.layers else spec.targets
+
+    def _new(self, model: PreTrainedModel) -> PeftModel:
+        spec = self.spec
+        if spec.layers and spec.layers_pattern is None:
+            _, layers = decoder_layers(model)
+            wrong = [number for number in spec.layers if not 0 <= number < len(layers)]
+            if wrong:
+                raise ModelError(f"method.layers: no layer {wrong[0]}; the model has 0 to {len(layers) - 1}")
+        own = [name for name, _ in model.named_parameters()]
+        for parameter in spec.target_parameters:
+            if not any(ends_with(name, parameter) for name in own):
+                raise ModelError(f"method.target_parameters: the model has no parameter {parameter!r}")
+        peft_model = super()._new(model)
+        self._require_patterns(peft_model)
+        if spec.init in ("pissa", "olora"):
+            start_from_weights(peft_model, spec.init, spec.init_iterations)
         return peft_model
 
-    def _token_rows(self, model: PreTrainedModel) -> dict[str, Any]:
-        """What of the embeddings and the head trains, as arguments of a `LoraConfig`: the rows of new tokens,
-        or a whole matrix that the recipe names."""
-        saved, ids = list(self.spec.modules_to_save), list(self.vocabulary.new_ids)
-        if value_head(model) is not None:
-            saved = [name for name in saved if name != "score"]  # PEFT names it by itself
+    def _require_patterns(self, model: PeftModel) -> None:
+        """PEFT says nothing of a pattern that no layer has. Raises ModelError for it."""
+        names = [name.removeprefix("base_model.model.") for name in lora_layers(model)]
+        for field in ("rank_pattern", "alpha_pattern"):
+            for pattern in getattr(self.spec, field):
+                if not any(re.match(rf"(.*\.)?({pattern})$", name) for name in names):
+                    raise ModelError(
+                        f"method.{field}: {pattern!r} is the name of no adapted layer; "
+                        f"they are {sorted(names)[:6]}, ..."
+                    )
+
+    def token_rows(self, model: PreTrainedModel) -> dict[str, Any]:
+        """What of the embeddings and the head trains: rows of tokens, or a whole matrix that the recipe names."""
+        saved = self._saved(model)
+        ids = sorted({*self.vocabulary.new_ids, *self.spec.trainable_tokens})
         if not ids:
             return {"modules_to_save": saved or None}
+        rows = model.get_input_embeddings().weight.shape[0]  # type: ignore[index]
+        if ids[0] < 0 or ids[-1] >= rows:
+            raise ModelError(f"method.trainable_tokens: the model has tokens 0 to {rows - 1}, not {ids}")
         names = {module: name for name, module in model.named_modules()}
         embedding, head = token_modules(model)
         matrices = [names[module] for module in (embedding, head) if module is not None]
         for name in matrices:
             self._refuse_adapter_on(
                 name,
-                "where the rows of the new tokens of model.vocabulary train",
+                "where the rows of the new tokens of model.vocabulary train"
+                if self.vocabulary.new_ids
+                else "where the rows of method.trainable_tokens train",
                 ", or name it in method.modules_to_save to train all of it",
             )
-        whole = [name for name in matrices if any(_ends_with(name, module) for module in saved)]
-        others = [module for module in saved if not any(_ends_with(name, module) for name in whole)]
+        whole = [name for name in matrices if any(ends_with(name, module) for module in saved)]
+        others = [module for module in saved if not any(ends_with(name, module) for name in whole)]
         if head is not None and head.bias is not None and matrices[1] not in whole:
             # PEFT's trained rows forget the bias of a head, wherever the adapter is loaded.
             whole.append(matrices[1])
@@ -132,82 +124,44 @@ class Lora:
                 # One matrix: PEFT trains one copy for both only where it is asked, and given the first's name.
                 return {"modules_to_save": [*others, matrices[0]], "ensure_weight_tying": True}
             matrices = matrices[:1]
-        rows = {name: ids for name in matrices if name not in whole}
-        return {"modules_to_save": [*others, *whole] or None, "trainable_token_indices": rows or None}
+        trained = {name: ids for name in matrices if name not in whole}
+        return {"modules_to_save": [*others, *whole] or None, "trainable_token_indices": trained or None}
 
-    def _refuse_adapter_on(self, name: str, why: str, otherwise: str = "") -> None:
-        """What trains by itself takes no low-rank adapter: it would be one too many."""
-        targets = self.spec.targets
-        if targets == "all-linear":  # the output head is not among them
-            return
-        if isinstance(targets, str):
-            hit = re.fullmatch(targets, name) is not None
-        else:
-            hit = any(_ends_with(name, target) for target in targets)
-        if hit:
-            raise ModelError(
-                f"method.targets={targets!r} puts an adapter on {name}, {why}; leave it out{otherwise}"
-            )
-
-    def _attach(self, model: PreTrainedModel, folder: str, *, trainable: bool) -> PeftModel:
-        record = read_record(folder)
-        if record is not None and record != self.vocabulary:
-            raise ModelError(f"method.adapters: {folder} was trained with new tokens that this model lacks")
-        return attach_adapter(model, folder, trainable=trainable)
-
-    def parameter_groups(self, model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-        return decay_groups(model, weight_decay)
+    def parameter_groups(self, model: nn.Module, weight_decay: float, lr: float) -> list[dict[str, Any]]:
+        """Decayed and not decayed, and with `lora_plus_ratio` each of these apart for B (arXiv:2402.12354)."""
+        groups, ratio = decay_groups(model, weight_decay), self.spec.lora_plus_ratio
+        if ratio is None:
+            return groups
+        rates = {}
+        for name, parameter in model.named_parameters():
+            if ".lora_embedding_B." in name:
+                chosen = self.spec.lora_plus_embedding_lr
+                rates[id(parameter)] = lr * ratio if chosen is None else chosen
+            elif (
+                ".lora_B." in name or parameter.ndim == 1
+            ):  # magnitudes and biases go with B in its authors' code
+                rates[id(parameter)] = lr * ratio
+        split = []
+        for group in groups:
+            for rate in (lr, *sorted(set(rates.values()) - {lr})):
+                members = [p for p in group["params"] if rates.get(id(p), lr) == rate]
+                if members:
+                    split.append({**group, "params": members, "lr": rate})
+        return split
 
     def save(self, model: PeftModel, folder: Path, state: Mapping[str, Tensor] | None = None) -> None:
-        # Never the base's own embeddings: with them PEFT writes copies that it cannot load again. Left to itself
-        # it asks a hub for the base model's vocabulary size.
-        given: dict[str, Any] = {} if state is None else {"state_dict": dict(state)}
-        model.save_pretrained(str(folder), save_embedding_layers=False, **given)
-        if value_head(model) is not None:
-            write_value_head(folder, model.state_dict() if state is None else state)
-        if self.vocabulary.is_needed:
-            write_record(folder, self.vocabulary)
-        positions = loaded_positions(model)
-        if positions is not None:
-            write_positions(folder, positions)
+        super().save(model, folder, state)
+        if has_start(model):
+            write_plain(folder, model.state_dict() if state is None else state)
 
-    def load(self, model: PeftModel, folder: Path) -> None:
-        """Put the adapter of `folder` into `model`. Raises CheckpointError where it does not fit exactly."""
-        if not (folder / "adapter_config.json").is_file():
-            raise CheckpointError(f"{folder} holds no adapter (adapter_config.json)")
-        if read_record(folder) != (self.vocabulary if self.vocabulary.is_needed else None):
-            raise CheckpointError(
-                f"{folder} was trained with another model.vocabulary than this run has (see its vocabulary.json)"
-            )
-        weights = load_peft_weights(str(folder), device="cpu")
-        try:
-            result: Any = set_peft_model_state_dict(model, weights)
-        except KeyError as error:  # PEFT looks saved modules up by name
-            raise CheckpointError(f"{folder} does not fit the adapter: missing {error}") from error
-        parts = (".lora_", ".modules_to_save.", ".trainable_tokens_delta.")
-        # A tied matrix is saved once and stands under two names; of those `named_parameters` gives the first.
-        own = {name for name, _ in model.named_parameters() if any(part in name for part in parts)}
-        adapter = [name for name in result.missing_keys if name in own]
-        if adapter or result.unexpected_keys:
-            raise CheckpointError(
-                f"{folder} does not fit the adapter: missing {adapter[:3]}, "
-                f"unexpected {result.unexpected_keys[:3]}"
-            )
+    def read_weights(self, model: PeftModel, folder: Path) -> dict[str, Tensor]:
+        weights = super().read_weights(model, folder)
+        return take_start(model, weights, folder) if has_start(model) else weights
 
 
-def load_adapter(base: PreTrainedModel, folder: str | Path) -> PeftModel:
-    """A trained adapter on its plain base, as the run that saved it had it: its new tokens and its positions first.
-
-    Raises ModelError where the base is not the one that the tokens were added to.
-    """
-    record = read_record(folder)
-    if record is not None:
-        resize_embeddings(base, record)
-    positions = read_positions(folder)
-    if positions is not None and positions != loaded_positions(base):
-        stretch_loaded(base, positions)
-    return PeftModel.from_pretrained(base, str(folder))
+def lora_layers(model: nn.Module) -> dict[str, Any]:
+    """PEFT's LoRA layers by name."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, LoraLayer)}
 
 
-def _ends_with(name: str, suffix: str) -> bool:
-    return name == suffix or name.endswith(f".{suffix}")
+__all__ = ["Lora", "load_adapter", "lora_layers"]

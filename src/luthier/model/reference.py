@@ -44,8 +44,14 @@ class AdaptersOff:
 
     @contextmanager
     def active(self, model: nn.Module) -> Iterator[nn.Module]:
-        with _evaluating(model), self._adapted.disable_adapter():
-            yield model
+        # PEFT lets every matrix of an adapter train once it is on again, those that are held still too.
+        trained = {parameter: parameter.requires_grad for parameter in self._adapted.parameters()}
+        try:
+            with _evaluating(model), self._adapted.disable_adapter():
+                yield model
+        finally:
+            for parameter, trains in trained.items():
+                parameter.requires_grad_(trains)
 
 
 class StartingPoint:

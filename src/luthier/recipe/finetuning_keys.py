@@ -18,28 +18,23 @@ _METHODS = (
         pure_bf16=("model.dtype", False),
     )
     | read("pt, sft, rm, dpo and kto; ppo comes later", stage=("stage.type", "sft"))
-    | read("lora, freeze and full; oft comes later", finetuning_type=("method.type", "lora"))
-    | keys(
-        Rule.REFUSED,
-        "this kind of adapter comes in a later version; remove it for plain LoRA",
-        loraplus_lr_ratio=None,
-        use_rslora=False,
-        use_dora=False,
-        pissa_init=False,
+    | read("lora, oft, freeze and full", finetuning_type=("method.type", "lora"))
+    | read("of lora", use_rslora=("method.rslora", False), use_dora=("method.dora", False))
+    | read("of lora", loraplus_lr_ratio=("method.lora_plus_ratio", None))
+    | read("with loraplus_lr_ratio", loraplus_lr_embedding=("method.lora_plus_embedding_lr", 1e-6))
+    | read("of lora; the base is never changed here", pissa_init=("method.init", False))
+    | read("with pissa_init; -1 is the exact SVD", pissa_iter=("method.init_iterations", 16))
+    | read("what is saved is always the converted adapter", pissa_convert=("method.init", False))
+    | read(
+        "of oft",
+        module_dropout=("method.dropout", 0.0),
+        oft_rank=("method.blocks", 0),
+        oft_block_size=("method.block_size", 32),
+        oft_target=("method.targets", "all"),
     )
-    | keys(Rule.SILENT, loraplus_lr_embedding=1e-6, pissa_iter=16, pissa_convert=False)
-    | keys(
-        Rule.REFUSED,
-        "OFT comes in a later version; remove it",
-        module_dropout=0.0,
-        oft_rank=0,
-        oft_block_size=32,
-        oft_target="all",
-    )
-    | keys(
-        Rule.REFUSED,
-        "LLaMA-Pro's block expansion comes in a later version; remove it to train the last layers",
-        use_llama_pro=False,
+    | read(
+        "of freeze: the model was expanded before, as there; with lora refused",
+        use_llama_pro=("method.type", False),
     )
     | keys(
         Rule.REFUSED,

@@ -129,8 +129,22 @@ _METHOD_KEYS: dict[str, dict[str, tuple[str, Callable[[Flat, str], Any]]]] = {
         "additional_target": ("method.modules_to_save", lambda flat, key: flat.names(key)),
         "adapter_name_or_path": ("method.adapters", lambda flat, key: flat.names(key)),
         "create_new_adapter": ("method.create_new_adapter", lambda flat, key: flat.flag(key)),
+        "loraplus_lr_ratio": ("method.lora_plus_ratio", lambda flat, key: flat.get(key)),
+    },
+    "oft": {
+        "oft_rank": ("method.blocks", lambda flat, key: flat.get(key)),
+        "oft_block_size": ("method.block_size", lambda flat, key: flat.get(key)),
+        "lora_target": (
+            "method.targets",
+            lambda flat, key: _targets(flat.names(key)),
+        ),  # not oft_target there
+        "module_dropout": ("method.dropout", lambda flat, key: flat.get(key)),
+        "additional_target": ("method.modules_to_save", lambda flat, key: flat.names(key)),
+        "adapter_name_or_path": ("method.adapters", lambda flat, key: flat.names(key)),
+        "create_new_adapter": ("method.create_new_adapter", lambda flat, key: flat.flag(key)),
     },
 }
+"""What each type reads; a key that the chosen one does not read is noted, unless another of the same name is its."""
 
 
 def _targets(names: list[str]) -> str | list[str]:
@@ -139,22 +153,99 @@ def _targets(names: list[str]) -> str | list[str]:
 
 def _method(flat: Flat) -> None:
     kind = flat.get("finetuning_type")
-    if kind == "oft":
-        flat.problem("finetuning_type", "oft comes in a later version; this one has lora, freeze and full")
-        return
     if kind in ("p_tuning", "p-tuning"):
-        flat.problem("finetuning_type", "P-tuning is not part of Luthier; write lora, freeze or full")
+        flat.problem("finetuning_type", "P-tuning is not part of Luthier; write lora, oft, freeze or full")
         return
     flat.put("method.type", flat.choice("finetuning_type", tuple(sorted(_METHOD_KEYS))), "finetuning_type")
     for owner, keys in _METHOD_KEYS.items():
         for key, (target, convert) in keys.items():
             if owner == kind:
                 flat.put(target, convert(flat, key), key)
-            elif key == "adapter_name_or_path" and flat.given(key):
+            elif key == "adapter_name_or_path" and flat.given(key) and kind in ("full", "freeze"):
                 flat.problem(key, _not_an_adapter(flat))
-            elif flat.changed(key):
+            elif flat.changed(key) and key not in _METHOD_KEYS.get(kind, {}):
                 flat.note(f"{flat.written(key)}: no effect with finetuning_type: {kind}")
+    _low_rank(flat)
+    _rotated(flat)
+    _expanded(flat)
     _continued(flat)
+
+
+def _low_rank(flat: Flat) -> None:
+    """What of LoRA goes by flags there."""
+    kind, continued = flat.get("finetuning_type"), _continues(flat)
+    for key, target, value in (
+        ("use_rslora", "method.rslora", True),
+        ("use_dora", "method.dora", True),
+        ("pissa_init", "method.init", "pissa"),
+    ):
+        if not flat.flag(key):
+            continue
+        if kind != "lora":
+            flat.note(f"{key}: no effect with finetuning_type: {kind}")
+        elif continued:
+            flat.note(f"{key}: no effect on an adapter that is continued, as there")
+        else:
+            flat.put(target, value, key)
+            _start(flat, key)
+    if not flat.flag("pissa_init"):
+        for key in ("pissa_iter", "pissa_convert"):
+            if flat.changed(key):
+                flat.note(f"{key}: no effect without pissa_init")
+    if flat.given("loraplus_lr_ratio") and kind == "lora":
+        flat.put("method.lora_plus_embedding_lr", flat.get("loraplus_lr_embedding"), "loraplus_lr_embedding")
+    elif flat.changed("loraplus_lr_embedding"):
+        flat.note("loraplus_lr_embedding: no effect without loraplus_lr_ratio")
+
+
+def _start(flat: Flat, key: str) -> None:
+    if key != "pissa_init":
+        return
+    iterations = flat.number("pissa_iter")
+    if iterations != -1:  # -1 is the exact one there
+        flat.put("method.init_iterations", iterations, "pissa_iter")
+    flat.note(
+        "pissa_init: the base is not changed here, and what is saved is a plain LoRA of twice the rank for it, as with "
+        "pissa_convert: true"
+    )
+
+
+def _rotated(flat: Flat) -> None:
+    """OFT goes on `lora_target` in 0.9.5, whatever `oft_target` says."""
+    kind = flat.get("finetuning_type")
+    if kind != "oft":
+        if flat.changed("oft_target"):
+            flat.note(f"oft_target: no effect with finetuning_type: {kind}")
+        return
+    if flat.changed("oft_target"):
+        flat.put("method.targets", _targets(flat.names("oft_target")), "oft_target")
+        flat.note("oft_target: OFT goes on the layers that it names; there it goes on those of lora_target")
+    if flat.get("oft_rank") and not flat.given("oft_block_size"):
+        flat.put("method.block_size", 0, "oft_rank")
+
+
+def _expanded(flat: Flat) -> None:
+    """Block expansion: there a script expands the model, and the run trains the blocks of an expanded one."""
+    kind = flat.get("finetuning_type")
+    if not flat.flag("use_llama_pro"):
+        return
+    if kind != "freeze":
+        flat.problem(
+            "use_llama_pro",
+            "goes with finetuning_type: freeze; LoRA on new blocks alone is method.layers of a recipe",
+        )
+        return
+    flat.put("method.type", "llama_pro", "use_llama_pro")
+    flat.put("method.expand", False, "use_llama_pro")
+    flat.put("method.blocks", flat.get("freeze_trainable_layers"), "freeze_trainable_layers")
+    flat.drop("method.layers")
+    flat.note(
+        "use_llama_pro: the model was expanded before, as there; method.expand: true in a recipe expands it"
+    )
+
+
+def _continues(flat: Flat) -> bool:
+    return flat.given("adapter_name_or_path") and not flat.flag("create_new_adapter")
 
 
 def _not_an_adapter(flat: Flat) -> str:

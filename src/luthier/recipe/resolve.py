@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from luthier.recipe.load import DEFAULT, LoadedRecipe
-from luthier.recipe.schema import LoraSpec, Recipe
+from luthier.recipe.schema import AdapterSpec, LoraSpec, Recipe
 from luthier.types import RecipeError
 
 HARDWARE = "hardware"
@@ -123,7 +123,7 @@ def _dtype(recipe: Recipe, hardware: Hardware, precision: str) -> str:
     """Weights that train stay float32: bfloat16's 8 bits swallow updates below 0.4 % of a weight."""
     if recipe.model.dtype != "auto":
         return recipe.model.dtype
-    if hardware.device == "cpu" or not isinstance(recipe.method, LoraSpec):
+    if hardware.device == "cpu" or not isinstance(recipe.method, AdapterSpec):
         return "float32"
     return {"bf16": "bfloat16", "fp16": "float16"}.get(precision, "float32")
 

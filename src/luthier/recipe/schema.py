@@ -10,7 +10,20 @@ from pydantic import model_validator
 
 from luthier.recipe.base import Spec
 from luthier.recipe.data import ColumnSpec, DatasetSpec, DataSpec, TagSpec, TemplateSpec
-from luthier.recipe.method import FreezeSpec, FullSpec, LoraSpec, MethodSpec
+from luthier.recipe.method import (
+    AdapterSpec,
+    FreezeSpec,
+    FullSpec,
+    Ia3Spec,
+    LlamaProSpec,
+    LoraSpec,
+    MethodSpec,
+    MissSpec,
+    OftSpec,
+    PeftSpec,
+    TargetedSpec,
+    VeraSpec,
+)
 from luthier.recipe.model import EMBEDDED_MODEL, ModelSpec, RopeScalingSpec, VocabularySpec
 from luthier.recipe.optim import AdamwSpec, AnyOptimSpec, OptimSpec, ScheduleName, SgdSpec
 from luthier.recipe.stage import (
@@ -27,6 +40,7 @@ from luthier.recipe.train import BadNumbersSpec, CompileSpec, EarlyStoppingSpec,
 __all__ = [
     "EMBEDDED_MODEL",
     "AdamwSpec",
+    "AdapterSpec",
     "AnyOptimSpec",
     "BadNumbersSpec",
     "ColumnSpec",
@@ -38,11 +52,16 @@ __all__ = [
     "FreezeSpec",
     "FullSpec",
     "HubSpec",
+    "Ia3Spec",
     "KtoSpec",
+    "LlamaProSpec",
     "LoraSpec",
     "MethodSpec",
+    "MissSpec",
     "ModelSpec",
+    "OftSpec",
     "OptimSpec",
+    "PeftSpec",
     "PtSpec",
     "Recipe",
     "ReferenceSpec",
@@ -54,8 +73,10 @@ __all__ = [
     "Spec",
     "StageSpec",
     "TagSpec",
+    "TargetedSpec",
     "TemplateSpec",
     "TrainSpec",
+    "VeraSpec",
     "VocabularySpec",
 ]
 
@@ -97,7 +118,7 @@ class Recipe(Spec):
                 "train.metrics does not go with stage: rm, which predicts no tokens; evaluations report the accuracy "
                 "and the margin of the scores of themselves"
             )
-        if getattr(stage, "reference", None) == "base" and not isinstance(self.method, LoraSpec):
+        if getattr(stage, "reference", None) == "base" and not isinstance(self.method, AdapterSpec):
             raise ValueError(
                 f"stage.reference: base is the model below adapters, and method: {self.method.type} has none; "
                 "leave it out"

@@ -126,7 +126,9 @@ class PeftTrainer(Evaluation):
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         if self.optimizer is None:
-            groups = self.method.parameter_groups(model or self._trained, self._optim.weight_decay)
+            groups = self.method.parameter_groups(
+                model or self._trained, self._optim.weight_decay, self._optim.lr
+            )
             self.optimizer = build_optimizer(self._optim, groups)
             if self._scaling is not None:
                 self._scaling.watch(self.optimizer)
