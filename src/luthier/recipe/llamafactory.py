@@ -15,7 +15,7 @@ from luthier.recipe.known_keys import KEYS
 from luthier.recipe.llamafactory_data import DATA_SUBJECTS
 from luthier.recipe.llamafactory_export import EXPORT_SUBJECTS, exports
 from luthier.recipe.llamafactory_keys import EXPORT_KEYS
-from luthier.recipe.llamafactory_model import MODEL_SUBJECTS
+from luthier.recipe.llamafactory_model import EXPORTED_SUBJECTS, MODEL_SUBJECTS
 from luthier.recipe.llamafactory_stage import STAGE_SUBJECTS
 from luthier.recipe.llamafactory_train import TRAIN_SUBJECTS
 from luthier.recipe.problems import nearest, specs, tag
@@ -52,12 +52,18 @@ def translate(document: Document, *, to_export: bool = False) -> Document:
             flat.put(rule.target, flat.get(key), key)
         elif rule.rule is Rule.EXTRA and flat.changed(key):
             flat.put(f"train.extra.{key}", flat.get(key), key)
-    subjects = (*MODEL_SUBJECTS, *STAGE_SUBJECTS, *DATA_SUBJECTS, *EXPORT_SUBJECTS)
-    for subject in (*subjects, *TRAIN_SUBJECTS) if trains else subjects:
+    model, train = (MODEL_SUBJECTS, TRAIN_SUBJECTS) if trains else (EXPORTED_SUBJECTS, (_no_run,))
+    for subject in (*model, *STAGE_SUBJECTS, *DATA_SUBJECTS, *EXPORT_SUBJECTS, *train):
         subject(flat)
     flat.refuse()
     _forget_our_defaults(flat)
     return flat.native
+
+
+def _no_run(flat: Flat) -> None:
+    """A file that only exports names no run."""
+    if flat.native.tree["train"].get("output") is None:
+        flat.drop("train.output")
 
 
 def _check_names(flat: Flat) -> None:
