@@ -5,6 +5,7 @@ export(source, output=...)  ->  ExportResult
 
 from __future__ import annotations
 
+import errno
 import gc
 import json
 from collections.abc import Mapping, Sequence
@@ -15,6 +16,7 @@ from typing import Any
 import torch
 from peft import PeftModel
 from pydantic import ValidationError
+from safetensors import SafetensorError
 from transformers import PreTrainedTokenizerFast
 
 from luthier import __version__
@@ -108,7 +110,16 @@ def export(
     folder = Path(spec.output)
     _require_free(folder, overwrite, trained.inputs)
     where = detect_hardware().device if spec.device == "auto" else "cpu"
-    return _export(trained, spec, folder, torch.device(where), say)
+    try:
+        return _export(trained, spec, folder, torch.device(where), say)
+    except (OSError, SafetensorError) as error:
+        if getattr(error, "errno", None) not in (errno.ENOSPC, errno.EDQUOT) and "No space left" not in str(
+            error
+        ):
+            raise
+        raise ExportError(
+            f"the disk is full ({folder}): the model was not written, and nothing of it is left"
+        ) from error
 
 
 def _parts(source: Path, given: dict[str, str], base: str | None, say: Say) -> tuple[Trained, ExportSpec]:
