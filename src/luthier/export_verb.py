@@ -222,7 +222,13 @@ def _template(trained: Trained, say: Say) -> ChatTemplate:
         update: dict[str, Any] = {"template": ours}
         update |= {} if ours is not None else {"default_system": None}
         data = data.model_copy(update=update)
+    saved = tokenizer.chat_template
     template = load_template(tokenizer, data, pieces=data.rules == "llamafactory")
+    if not trained.named_template and tokenizer.chat_template != saved:
+        raise ModelError(
+            f"{trained.tokenizer}: its chat template is not the one that this Luthier has under the name "
+            f"{data.template!r}; export with the version that trained it ({trained.manifest.get('luthier', 'unknown')})"
+        )
     if trained.kind == "reward" and trained.named_template:
         note = choose_padding(tokenizer, template.stop_ids[0], template.stop_ids, named=False)
         if note is not None:

@@ -352,6 +352,20 @@ def test_a_default_system_prompt_is_written_once(base: Path, tmp_path: Path) -> 
     ).read_text()
 
 
+def test_a_template_that_changed_its_text_is_refused(base: Path, tmp_path: Path) -> None:
+    run = luthier.train(recipe_in(tmp_path, base, LORA, data={"template": "alpaca"}), quiet=True).output
+    assert luthier.export(run, output=tmp_path / "merged", quiet=True).passed
+    text = (run / "chat_template.jinja").read_text()
+    (run / "chat_template.jinja").write_text(text.replace("Instruction", "Question"))
+    files = json.loads((run / "run.json").read_text())["files"]
+    edit(run / "run.json", files={name: digest for name, digest in files.items() if "template" not in name})
+    with pytest.raises(
+        ModelError, match="its chat template is not the one that this Luthier has .* 'alpaca'"
+    ):
+        luthier.export(run, output=tmp_path / "other", quiet=True)
+    assert not (tmp_path / "other").exists()
+
+
 def test_without_its_data_a_run_is_compared_on_built_in_texts(base: Path, tmp_path: Path) -> None:
     run = luthier.train(recipe_in(tmp_path, base, LORA), quiet=True).output
     (tmp_path / "rows.json").unlink()
@@ -649,6 +663,30 @@ def test_a_recipe_that_only_exports_does_not_train(base: Path, run: Path, tmp_pa
     assert luthier.export(file, quiet=True).passed
     with pytest.raises(ModelError, match="no such file or folder"):
         luthier.export(tmp_path / "nowhere.yaml", output=tmp_path / "x", quiet=True)
+
+
+def test_an_adapter_on_a_quantized_base_is_merged_into_the_weights_that_it_stands_for(tmp_path: Path) -> None:
+    """nf4: the deviation is that of the unmerged adapter on the dequantized base, and both are in the report."""
+    pytest.importorskip("bitsandbytes")
+    from transformers import BitsAndBytesConfig
+
+    exact = chat_model(tmp_path / "exact", hidden_size=64, intermediate_size=64, head_dim=16)
+    four = BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float32
+    )
+    quantized = AutoModelForCausalLM.from_pretrained(exact, quantization_config=four, dtype=torch.float32)
+    quantized.save_pretrained(tmp_path / "base")
+    chat_tokenizer().save_pretrained(tmp_path / "base")
+    run = luthier.train(recipe_in(tmp_path, tmp_path / "base", LORA), quiet=True).output
+    result = luthier.export(run, output=tmp_path / "merged", dtype="float32", quiet=True)
+    report = result.report
+    assert report["quantized_base"] and any("quantized" in note for note in report["notes"])
+    assert 0 < report["deviation"]["logit_max"] < 4 * report["rounding"]["logit_max"] + 2e-4
+    assert report["deviation"]["kl_mean"] < report["training_moved"]["kl_mean"] / 1000
+    assert "quantization_config" not in json.loads((tmp_path / "merged" / "config.json").read_text())
+    ids = AutoTokenizer.from_pretrained(tmp_path / "merged")(TEXT)["input_ids"]
+    found = logits(plain(tmp_path / "merged"), ids)
+    torch.testing.assert_close(found, logits(live(tmp_path / "base", run), ids), atol=5e-3, rtol=0)
 
 
 @pytest.mark.slow

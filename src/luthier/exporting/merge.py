@@ -83,6 +83,7 @@ def dequantize(model: PreTrainedModel) -> PreTrainedModel:
     Raises ModelError where the library of its quantization cannot say them.
     """
     method = getattr(model, "quantization_method", None)
+    quantizer: Any = getattr(model, "hf_quantizer", None)
     try:
         plain = model.dequantize(dtype=torch.float32)  # type: ignore[no-untyped-call]
     except (RuntimeError, AttributeError, ValueError) as error:
@@ -90,9 +91,15 @@ def dequantize(model: PreTrainedModel) -> PreTrainedModel:
             f"the base is quantized ({getattr(method, 'value', method)}), and its weights cannot be had back: {error}; "
             "name the base that is not quantized with --base"
         ) from error
+    assert isinstance(plain, PreTrainedModel)
+    # How the quantized weights were read is no way to write these.
+    read = {tuple(one.source_patterns) for one in quantizer.get_weight_conversions()}
+    kept = [
+        one for one in getattr(plain, "_weight_conversions", ()) if tuple(one.source_patterns) not in read
+    ]
+    plain._weight_conversions = kept  # type: ignore[assignment]
     for name in ("is_quantized", "quantization_method", "hf_quantizer"):
         plain.__dict__.pop(name, None)
-    assert isinstance(plain, PreTrainedModel)
     cast_weights(plain, torch.float32)
     return plain
 
