@@ -24,6 +24,7 @@ from luthier.exporting import merge
 from luthier.methods.lora import load_adapter
 from luthier.model.load import fingerprint, locate
 from luthier.model.value_head import VALUE_HEAD_NAME
+from luthier.recipe.load import load_recipe
 from luthier.recipe.schema import ModelSpec
 from luthier.score import score_file
 from luthier.types import CheckpointError, ExportError, LuthierError, ModelError, RecipeError
@@ -360,7 +361,7 @@ def test_a_template_that_changed_its_text_is_refused(base: Path, tmp_path: Path)
     files = json.loads((run / "run.json").read_text())["files"]
     edit(run / "run.json", files={name: digest for name, digest in files.items() if "template" not in name})
     with pytest.raises(
-        ModelError, match="its chat template is not the one that this Luthier has .* 'alpaca'"
+        ModelError, match=r"its chat template is not the one that this Luthier has .* 'alpaca'"
     ):
         luthier.export(run, output=tmp_path / "other", quiet=True)
     assert not (tmp_path / "other").exists()
@@ -691,11 +692,12 @@ def test_an_adapter_on_a_quantized_base_is_merged_into_the_weights_that_it_stand
 
 @pytest.mark.slow
 def test_a_lora_of_smollm2_is_exported(smollm2: Path, tmp_path: Path) -> None:
-    recipe = recipe_in(tmp_path, smollm2, LORA, train={"max_steps": 2, "rows_per_device": 2})
+    recipe = recipe_in(
+        tmp_path, smollm2, LORA, train={"max_steps": 2, "rows_per_device": 2}, export={"probes": 1}
+    )
     recipe["optim"]["lr"] = 2e-3
     run = luthier.train(recipe, quiet=True).output
     result = luthier.export(run, output=tmp_path / "merged", dtype="bfloat16", shard_size="100MB", quiet=True)
-    print(json.dumps(result.report, indent=1))
     assert result.passed and len(list((tmp_path / "merged").glob("model-*"))) >= 3
     ids = AutoTokenizer.from_pretrained(tmp_path / "merged")(TEXT)["input_ids"]
     trained = logits(live(smollm2, run), ids).log_softmax(-1)
@@ -704,3 +706,10 @@ def test_a_lora_of_smollm2_is_exported(smollm2: Path, tmp_path: Path) -> None:
         for model in (plain(tmp_path / "merged"), plain(smollm2))
     ]
     assert float(apart[0]) < 0.01 < float(apart[1]) / 5
+
+
+def test_the_example_of_a_merge_is_an_export() -> None:
+    file = Path(__file__).parents[2] / "examples" / "export" / "llamafactory_merge.yaml"
+    recipe = load_recipe(file, to_export=True).recipe
+    assert (recipe.export.output, recipe.export.dtype) == ("saves/qwen3_sft_merged", "bfloat16")
+    assert recipe.data.template == "qwen3_nothink"

@@ -106,11 +106,13 @@ def padded_scores(model: PreTrainedModel, sequences: Sequence[Sequence[int]], pa
 @dataclass(frozen=True, slots=True)
 class Distance:
     """Between two models: KL(first || second) per token in nats, the largest difference of two logits, the largest
-    one of two scores; `scale` is the size of the largest logit or score."""
+    change of the margin between the first one's two best tokens, the largest difference of two scores; `scale` is the
+    size of the largest logit or score."""
 
     kl_mean: float = 0.0
     kl_max: float = 0.0
     logit_max: float = 0.0
+    margin_max: float = 0.0
     score_max: float = 0.0
     scale: float = 1.0
 
@@ -122,17 +124,20 @@ def distance(first: Answers, second: Answers) -> Distance:
         differences = [abs(a - b) for a, b in zip(first.scores, second.scores, strict=True)]
         worst = max(differences) if all(d == d for d in differences) else infinite
         return Distance(score_max=worst, scale=max(abs(score) for score in first.scores))
-    divergences, largest, scale = [], 0.0, 0.0
+    divergences, largest, margin, scale = [], 0.0, 0.0, 0.0
     for a_KV, b_KV in zip(first.logits, second.logits, strict=True):
         if a_KV.shape != b_KV.shape or not bool(b_KV.isfinite().all()):
-            return Distance(infinite, infinite, infinite, scale=float(a_KV.abs().max()))
+            return Distance(infinite, infinite, infinite, infinite, scale=float(a_KV.abs().max()))
         # In float64: the divergence of models that agree is below what float32 can tell from 0.
         a, b = a_KV.double().log_softmax(-1), b_KV.double().log_softmax(-1)
         divergences.append((a.exp() * (a - b)).nan_to_num().sum(-1))
         largest = max(largest, float((a_KV - b_KV).abs().max()))
+        best_K2 = a_KV.topk(2).indices
+        margins = [logits_KV.gather(1, best_K2).diff(dim=1) for logits_KV in (a_KV, b_KV)]
+        margin = max(margin, float((margins[0] - margins[1]).abs().max()))
         scale = max(scale, float(a_KV.abs().max()))
     kl = torch.cat(divergences)
-    return Distance(float(kl.mean()), float(kl.max()), largest, scale=scale)
+    return Distance(float(kl.mean()), float(kl.max()), largest, margin, scale=scale)
 
 
 @dataclass(frozen=True, slots=True)

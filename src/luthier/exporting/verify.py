@@ -252,6 +252,7 @@ def bounds(rounding: Distance, scale: float) -> Distance:
         TIGHT_KL_MEAN + SLACK * rounding.kl_mean,
         TIGHT_KL_MAX + SLACK * rounding.kl_max,
         tight + SLACK * rounding.logit_max,
+        tight + SLACK * rounding.margin_max,
         tight + SLACK * rounding.score_max,
     )
 
@@ -271,8 +272,7 @@ def _check_answers(
     found.number("largest KL", "nats at one token", apart.kl_max, allowed.kl_max)
     found.number("logits", "largest difference", apart.logit_max, allowed.logit_max)
     differing = greedy_differences(live, answers, expected.template.stop_ids)
-    # Both logits of a pair may move by the bound before a choice between them is more than rounding.
-    real = [one for one in differing if not one.margin <= 2 * allowed.logit_max]
+    real = [one for one in differing if not one.margin <= allowed.margin_max]
     said = f"{len(probes) - len(differing)} of {len(probes)} answers equal"
     if len(differing) > len(real):
         said += f", {len(differing) - len(real)} part where the two best tokens are closer than rounding"
