@@ -3,7 +3,9 @@
     import luthier
     run = luthier.train("recipe.yaml")
 
-Importing this package imports no torch; `train` does, when it is called.
+    luthier.export(run.output, output="merged")
+
+Importing this package imports no torch; `train` and `export` do, when they are called.
 """
 
 from __future__ import annotations
@@ -13,10 +15,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from luthier.export_verb import ExportResult
     from luthier.run import TrainResult
 
 __version__ = "0.1.0"
-__all__ = ["__version__", "train"]
+__all__ = ["__version__", "export", "train"]
 
 
 def train(
@@ -31,3 +34,15 @@ def train(
     from luthier.run import train as run_train
 
     return run_train(recipe, overrides, quiet=quiet)
+
+
+def export(source: str | Path, **options: Any) -> ExportResult:
+    """Write what was trained as one plain model, and prove that it is the trained one.
+
+    source: folder of a run, checkpoint, adapter or model, or a recipe. options: `output`, `dtype`, `shard_size`,
+    `adapters`, `base`, `overwrite`, `quiet`, as those of `luthier export`.
+    Raises a `luthier.types.LuthierError`; ExportError where the written model is not the trained one.
+    """
+    from luthier.export_verb import export as run_export
+
+    return run_export(source, **options).require_passed()

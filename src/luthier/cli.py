@@ -233,6 +233,57 @@ def score(
         typer.echo(json.dumps(scores.summary()), err=True)
 
 
+@app.command()
+def export(
+    source: Annotated[
+        Path,
+        typer.Argument(help="A run, checkpoint, adapter or model (folder), or a recipe (YAML or JSON)."),
+    ],
+    output: Annotated[
+        Path | None,
+        typer.Option("--output", "-o", help="Folder of the model (export.output).", show_default=False),
+    ] = None,
+    dtype: Annotated[str | None, typer.Option("--dtype", help="Of the weights.", show_default=False)] = None,
+    shard_size: Annotated[
+        str | None, typer.Option("--shard-size", help="As 5GB.", show_default=False)
+    ] = None,
+    adapters: Annotated[
+        list[str] | None,
+        typer.Option("--adapters", help="One more adapter on top; may be repeated.", show_default=False),
+    ] = None,
+    base: Annotated[
+        str | None,
+        typer.Option("--base", help="The model below the adapter, where it moved.", show_default=False),
+    ] = None,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace an exported model that is in the way.")
+    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
+) -> None:
+    """Merge what was trained into one plain model, read it back, and prove that it is the trained one.
+
+    The exit status is 1 where it is not; the folder is then marked with EXPORT_FAILED.
+    """
+    import json
+
+    from luthier.export_verb import export as run_export
+
+    result = run_export(
+        source,
+        output=output,
+        dtype=dtype,
+        shard_size=shard_size,
+        adapters=adapters or [],
+        base=base,
+        overwrite=overwrite,
+        quiet=as_json,
+    )
+    typer.echo(json.dumps(result.report, indent=2) if as_json else result.text())
+    if not result.passed:
+        typer.echo(f"error: {result.output} is not the model that was trained; it is marked so", err=True)
+        raise typer.Exit(CLAIM_FAILS)
+
+
 class PlotAxis(StrEnum):
     steps = "steps"
     tokens = "tokens"
@@ -330,7 +381,7 @@ def migrate(
     from luthier.recipe.load import dump_recipe, load_recipe
     from luthier.types import RecipeError
 
-    loaded = load_recipe(file)
+    loaded = load_recipe(file, to_export=True)
     if not loaded.llamafactory:
         raise RecipeError(f"{file}: this is a native recipe already (no model_name_or_path in it)")
     typer.echo(dump_recipe(loaded, everything=False), nl=False)

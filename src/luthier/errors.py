@@ -34,5 +34,9 @@ class CheckpointError(LuthierError):
     """A checkpoint or run directory that is damaged, foreign or in the way."""
 
 
+class ExportError(LuthierError):
+    """An export that cannot be written, or that is not the model that was trained."""
+
+
 class RunInterrupted(LuthierError):
     """A run that a signal stopped after it had saved a checkpoint; the command line has a status for it."""

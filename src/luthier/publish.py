@@ -57,17 +57,26 @@ class PublishError(LuthierError):
 # The card
 
 
-def model_card(settings: Recipe, manifest: Mapping[str, Any], metrics: Mapping[str, float]) -> str:
+def model_card(
+    settings: Recipe,
+    manifest: Mapping[str, Any],
+    metrics: Mapping[str, float],
+    *,
+    merged_as: str | None = None,
+) -> str:
     """The text of `README.md`: what was trained from what, how, and the numbers that the run itself measured.
 
-    manifest: the content of `run.json`. Paths of this machine are left out; the license stays open, because base
-    model and data decide it.
+    manifest: the content of `run.json`. merged_as: the name of an exported model, whose adapters are in its weights.
+    Paths of this machine are left out; the license stays open, because base model and data decide it.
     """
     base = settings.model.path
     hub_base = EMBEDDED_BASE if base == EMBEDDED_MODEL else _hub_name(base)
-    name = Path(settings.train.output).resolve().name
+    name = merged_as or Path(settings.train.output).resolve().name
     about: dict[str, Any] = {"base_model": hub_base} if hub_base is not None else {}
-    about["library_name"] = "peft" if isinstance(settings.method, AdapterSpec) else "transformers"
+    if merged_as is not None and hub_base is not None:
+        about["base_model_relation"] = "finetune"
+    adapted = isinstance(settings.method, AdapterSpec) and merged_as is None
+    about["library_name"] = "peft" if adapted else "transformers"
     scores = isinstance(settings.stage, RmSpec)
     about |= {"license": "unknown", "pipeline_tag": "text-classification" if scores else "text-generation"}
     about["tags"] = ["luthier", settings.stage.type, *_loss_tags(settings.stage), settings.method.type]

@@ -23,6 +23,7 @@ from luthier.conversations import (
 from luthier.errors import (
     CheckpointError as CheckpointError,
     DataError as DataError,
+    ExportError as ExportError,
     LuthierError as LuthierError,
     ModelError as ModelError,
     RecipeError as RecipeError,

@@ -13,9 +13,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from luthier.recipe.known_keys import known_key
-from luthier.recipe.load import load_recipe
+from luthier.recipe.load import dump_recipe, load_recipe
 from luthier.recipe.schema import FullSpec, LoraSpec, Recipe
 from luthier.types import RecipeError
 
@@ -59,7 +60,7 @@ ADAPTER = "this kind of adapter comes in a later version; remove it for plain Lo
 DEEPSPEED = (
     "deepspeed: sharding over GPUs comes in a later version; remove it to train with plain data parallelism"
 )
-EXPORT = "export_dir: this file exports a model; the verb export comes in a later version"
+EXPORT = "export_dir: this file exports a model: run `luthier export` with it"
 FP8 = "8-bit floating point comes in a later version; remove it"
 MEDIA = tuple(
     f"{key}: images, videos and audio come in a later version; remove it for a text-only run"
@@ -292,3 +293,32 @@ def test_translated_examples(name: str) -> None:
     said = {key: SAYS[key](loaded.recipe) for key in values if key not in NOT_SAID}
     assert said == {key: value for key, value in values.items() if key not in NOT_SAID}
     assert isinstance(loaded.recipe.method, (FullSpec, LoraSpec))
+
+
+def test_examples_of_merges_are_exports_here() -> None:
+    """What `llamafactory-cli export` is given."""
+    merges = sorted(name for name in EXAMPLES if name.startswith("merge_lora/"))
+    assert len(merges) == 4
+    for name in merges:
+        file = write(EXAMPLES[name])
+        if "gptq" in name:
+            with pytest.raises(
+                RecipeError, match="export_quantization_bit: quantized exports, GGUF and Ollama come"
+            ):
+                load_recipe(file, to_export=True)
+            continue
+        loaded, flat = load_recipe(file, to_export=True), EXAMPLES[name]
+        recipe = loaded.recipe
+        assert recipe.export.output == flat["export_dir"]
+        assert (recipe.export.shard_size, recipe.export.device, recipe.export.dtype) == ("5GB", "cpu", "auto")
+        assert recipe.model.path == flat["model_name_or_path"]
+        assert recipe.data.template == flat["template"] and recipe.data.train == ()
+        adapter = flat.get("adapter_name_or_path")
+        assert recipe.method.model_dump()["adapters"] == ((adapter,) if adapter else ())
+        assert "infer_dtype: auto: the type of the base's files is kept" in " ".join(loaded.notes)
+        # As a native recipe, which `luthier migrate` prints, it says the same.
+        native = yaml.safe_load(dump_recipe(loaded, everything=False))
+        again = load_recipe(native, to_export=True).recipe
+        assert (
+            again.model_copy(update={"train": recipe.train}) == recipe
+        )  # the run's folder is named after the file

@@ -408,8 +408,8 @@ def test_a_json_file_translates_as_the_yaml_file_does() -> None:
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"export_dir": "x", "export_size": 5}, "export_dir: this file exports a model; "
-         "the verb export comes in a later version"),
+        ({"export_dir": "x", "export_size": 5}, "export_dir: this file exports a model: "
+         "run `luthier export` with it"),
         ({"task": "mmlu_test"}, "task: this file runs a benchmark; the verb evaluate comes in a later version"),
         (
             {"do_predict": True, "eval_dataset": "a"},

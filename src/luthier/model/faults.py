@@ -29,6 +29,10 @@ TOKENIZER_FILES = (
 )
 
 
+FAILED_MARK = "EXPORT_FAILED"
+"""A file in the folder of an exported model that turned out to be another one than was trained."""
+
+
 def reason(error: Exception) -> str:
     """The first paragraph of a library's message, on one line: what follows is advice for another program."""
     if isinstance(error, StrictDataclassError) and error.__cause__ is not None:
@@ -49,6 +53,11 @@ def read_json(file: Path, label: str) -> dict[str, Any]:
 
 def check_folder(folder: Path, label: str, trust_remote_code: bool) -> None:
     """Raise ModelError unless `folder` has the config of a model whose type is known or brings trusted code."""
+    if (folder / FAILED_MARK).is_file():
+        raise ModelError(
+            f"{label}: the folder holds an export that failed its verification (see {FAILED_MARK} and "
+            "export_report.json in it); export it anew"
+        )
     if not (folder / "config.json").is_file():
         if (folder / "adapter_config.json").is_file():
             raise ModelError(

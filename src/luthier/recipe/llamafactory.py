@@ -13,8 +13,9 @@ from luthier.recipe.flat import TOOL_DEFAULT, Flat
 from luthier.recipe.key_rules import Rule
 from luthier.recipe.known_keys import KEYS
 from luthier.recipe.llamafactory_data import DATA_SUBJECTS
+from luthier.recipe.llamafactory_export import EXPORT_SUBJECTS, exports
 from luthier.recipe.llamafactory_keys import EXPORT_KEYS
-from luthier.recipe.llamafactory_model import MODEL_SUBJECTS
+from luthier.recipe.llamafactory_model import EXPORTED_SUBJECTS, MODEL_SUBJECTS
 from luthier.recipe.llamafactory_stage import STAGE_SUBJECTS
 from luthier.recipe.llamafactory_train import TRAIN_SUBJECTS
 from luthier.recipe.problems import nearest, specs, tag
@@ -35,22 +36,34 @@ def recognises(tree: dict[str, Any]) -> bool:
     return not set(sections) & set(tree) and bool((KEYS.keys() | OLDER_NAMES.keys()) & set(tree))
 
 
-def translate(document: Document) -> Document:
-    """The native tree of a flat document. Raises RecipeError, one line for every key that cannot be kept."""
+def translate(document: Document, *, to_export: bool = False) -> Document:
+    """The native tree of a flat document; `to_export`: it may describe an export alone.
+
+    Raises RecipeError, one line for every key that cannot be kept.
+    """
     flat = Flat(document)
     _check_names(flat)
-    _check_verb(flat)
+    trains = not to_export or flat.given("dataset") or flat.given("eval_dataset")
+    if trains:
+        _check_verb(flat)
     _check_values(flat)
     for key, rule in KEYS.items():
         if rule.rule is Rule.DIRECT:
             flat.put(rule.target, flat.get(key), key)
         elif rule.rule is Rule.EXTRA and flat.changed(key):
             flat.put(f"train.extra.{key}", flat.get(key), key)
-    for subject in (*MODEL_SUBJECTS, *STAGE_SUBJECTS, *DATA_SUBJECTS, *TRAIN_SUBJECTS):
+    model, train = (MODEL_SUBJECTS, TRAIN_SUBJECTS) if trains else (EXPORTED_SUBJECTS, (_no_run,))
+    for subject in (*model, *STAGE_SUBJECTS, *DATA_SUBJECTS, *EXPORT_SUBJECTS, *train):
         subject(flat)
     flat.refuse()
     _forget_our_defaults(flat)
     return flat.native
+
+
+def _no_run(flat: Flat) -> None:
+    """A file that only exports names no run."""
+    if flat.native.tree["train"].get("output") is None:
+        flat.drop("train.output")
 
 
 def _check_names(flat: Flat) -> None:
@@ -77,9 +90,9 @@ def _check_verb(flat: Flat) -> None:
     """Files that train nothing: they belong to another verb, and only that is worth saying."""
     trains = flat.get("do_train") is True or flat.get("do_eval") is True
     verb = None
-    if any(flat.changed(key) for key in EXPORT_KEYS) and not trains:
+    if exports(flat) and not trains:
         key = next(key for key in EXPORT_KEYS if flat.changed(key))
-        verb = key, "this file exports a model; the verb export comes in a later version"
+        verb = key, "this file exports a model: run `luthier export` with it"
     elif flat.given("task") and not trains:
         verb = "task", "this file runs a benchmark; the verb evaluate comes in a later version"
     elif not trains and (flat.flag("do_predict") or flat.flag("predict_with_generate")):

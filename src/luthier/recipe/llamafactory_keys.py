@@ -109,25 +109,39 @@ MODEL_KEYS: dict[str, Key] = (
     )
 )
 
-EXPORT_KEYS: dict[str, Key] = keys(
-    Rule.REFUSED,
-    "is about exporting a model, not about training one; remove it",
-    export_dir=None,
-    export_size=5,
-    export_device="cpu",
-    export_quantization_bit=None,
-    export_quantization_dataset=None,
-    export_quantization_nsamples=128,
-    export_quantization_maxlen=1024,
-    export_legacy_format=False,
-    export_hub_model_id=None,
+_QUANTIZED = (
+    "quantized exports, GGUF and Ollama come in a later version; remove it to export the full weights, and quantize "
+    "them with another tool"
 )
 
-GENERATION_KEYS: dict[str, Key] = keys(
+EXPORT_KEYS: dict[str, Key] = (
+    read(
+        export_dir=("export.output", None),
+        export_size=("export.shard_size", 5),
+        export_device=("export.device", "cpu"),
+    )
+    | keys(
+        Rule.REFUSED,
+        _QUANTIZED,
+        export_quantization_bit=None,
+        export_quantization_dataset=None,
+        export_quantization_nsamples=128,
+        export_quantization_maxlen=1024,
+    )
+    | keys(Rule.REFUSED, "weights are written as safetensors only; remove it", export_legacy_format=False)
+    | keys(
+        Rule.REFUSED,
+        "exports are not uploaded yet; remove it, and upload the verified folder with `hf upload`",
+        export_hub_model_id=None,
+    )
+)
+
+GENERATION_KEYS: dict[str, Key] = read(
+    "with export_dir, else a note", infer_dtype=("export.dtype", "auto")
+) | keys(
     Rule.NOTED,
     "is about generating and has no effect on this training",
     infer_backend="huggingface",
-    infer_dtype="auto",
     vllm_maxlen=4096,
     vllm_gpu_util=0.7,
     vllm_enforce_eager=False,

@@ -265,3 +265,5 @@ def _continued(flat: Flat) -> None:
 
 
 MODEL_SUBJECTS = (_attention, _vocabulary, _precision, _method)
+EXPORTED_SUBJECTS = (_vocabulary, _method)
+"""What a file that only exports says of its model."""

@@ -46,11 +46,14 @@ class LoadedRecipe:
     """Keys whose values are never printed or written."""
 
 
-def load_recipe(source: str | Path | Mapping[str, Any], overrides: Sequence[str] = ()) -> LoadedRecipe:
+def load_recipe(
+    source: str | Path | Mapping[str, Any], overrides: Sequence[str] = (), *, to_export: bool = False
+) -> LoadedRecipe:
     """Read, translate, override and validate.
 
     source: path of a native or LLaMA-Factory file (YAML or JSON), or the same as a mapping.
     overrides: words like `train.epochs=2`; for a LLaMA-Factory file also its own keys (`learning_rate=1e-5`).
+    to_export: it may describe an export alone, with nothing to train on.
     Raises RecipeError: one line for each problem, naming file, line and key, or the override.
     """
     document = from_mapping(source) if isinstance(source, Mapping) else read_file(Path(source))
@@ -60,7 +63,7 @@ def load_recipe(source: str | Path | Mapping[str, Any], overrides: Sequence[str]
     if flat:
         for key, value, word in [item for item in nested if "." not in item[0]]:
             document.set((key,), value, Place(key, override=word))
-        document = llamafactory.translate(document)
+        document = llamafactory.translate(document, to_export=to_export)
         nested = [item for item in nested if "." in item[0]]
     for key, value, word in nested:
         _override(document, key, value, word)
@@ -68,6 +71,10 @@ def load_recipe(source: str | Path | Mapping[str, Any], overrides: Sequence[str]
     if document.path is not None:
         _default_output(document, document.path)
     recipe = validate(document)
+    if not (to_export or recipe.train.eval_only or recipe.data.train):
+        raise RecipeError(
+            f"{document.label}: data.train is empty: this recipe only exports; run `luthier export` with it"
+        )
     recipe = _find_directory(recipe, document)
     return LoadedRecipe(recipe, _origins(recipe, document), document.path, tuple(document.notes), flat)
 

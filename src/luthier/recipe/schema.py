@@ -10,6 +10,7 @@ from pydantic import model_validator
 
 from luthier.recipe.base import Spec
 from luthier.recipe.data import ColumnSpec, DatasetSpec, DataSpec, TagSpec, TemplateSpec
+from luthier.recipe.export import ExportSpec
 from luthier.recipe.method import (
     AdapterSpec,
     FreezeSpec,
@@ -49,6 +50,7 @@ __all__ = [
     "DatasetSpec",
     "DpoSpec",
     "EarlyStoppingSpec",
+    "ExportSpec",
     "FreezeSpec",
     "FullSpec",
     "HubSpec",
@@ -90,10 +92,11 @@ class Recipe(Spec):
     method: MethodSpec = LoraSpec()
     optim: AnyOptimSpec = AdamwSpec()
     train: TrainSpec = TrainSpec()
+    export: ExportSpec = ExportSpec()
 
     @model_validator(mode="after")
     def _something_to_do(self) -> Recipe:
-        if not self.train.eval_only and not self.data.train:
+        if not self.train.eval_only and not self.data.train and self.export.output is None:
             raise ValueError("data.train is empty: name at least one data set")
         if self.train.eval_only and not self.data.eval and not self.data.dev_split:
             raise ValueError("train.eval_only needs data.eval or data.dev_split")

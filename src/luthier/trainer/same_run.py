@@ -41,6 +41,7 @@ FREE = {
         "fit_memory",
         "tokens_per_pass",
     },
+    "export": {"output", "dtype", "shard_size", "device", "probes"},
 }
 """What may differ: it changes no step of the training, or its content is compared instead."""
 

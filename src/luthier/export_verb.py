@@ -1,0 +1,338 @@
+"""The verb `export`: a trained model as one plain model in a folder, proven to be the trained one, or marked as not.
+
+export(source, output=...)  ->  ExportResult
+"""
+
+from __future__ import annotations
+
+import errno
+import gc
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel
+from pydantic import ValidationError
+from safetensors import SafetensorError
+from transformers import PreTrainedTokenizerFast
+
+from luthier import __version__
+from luthier.data.encode import EncodeOptions
+from luthier.data.template import ChatTemplate, load_template
+from luthier.engine.hf import HfEngine
+from luthier.environment import detect_hardware
+from luthier.exporting import merge
+from luthier.exporting.answers import Answers, Distance, ask, distance, only_logits
+from luthier.exporting.probes import probes_of
+from luthier.exporting.source import (
+    Trained,
+    from_folder,
+    from_recipe,
+    json_object,
+    require_base,
+    with_adapters,
+)
+from luthier.exporting.verify import SLACK, Check, Expected, plain, table, verify
+from luthier.model.faults import FAILED_MARK
+from luthier.model.load import DTYPES, load_config, load_tokenizer, locate
+from luthier.model.value_head import choose_padding
+from luthier.model.vocabulary import recorded_change, replay_tokenizer
+from luthier.publish import CARD_NAME, model_card
+from luthier.recipe.load import load_recipe
+from luthier.recipe.schema import DataSpec, ExportSpec, ModelSpec
+from luthier.show import Say, quiet_libraries, speaker
+from luthier.stages import build_stage
+from luthier.trainer.checkpoint import atomic_folder
+from luthier.types import ExportError, ModelError, RecipeError, RowKind
+
+REPORT_NAME = "export_report.json"
+
+
+@dataclass(frozen=True, slots=True)
+class ExportResult:
+    """Where the model is, and what the comparison with the trained one found: the content of `export_report.json`."""
+
+    output: Path
+    report: dict[str, Any]
+
+    @property
+    def passed(self) -> bool:
+        return bool(self.report["passed"])
+
+    def text(self) -> str:
+        """The checks, a line each, and the notes."""
+        checks = table([Check(**check) for check in self.report["checks"]])
+        return "\n".join([checks, *(f"note: {note}" for note in self.report["notes"])])
+
+    def require_passed(self) -> ExportResult:
+        """Raise ExportError where the written model is not the trained one."""
+        if self.passed:
+            return self
+        failed = [
+            f"{check['name']}: {check['text']}" for check in self.report["checks"] if not check["passed"]
+        ]
+        raise ExportError(
+            f"{self.output} is not the model that was trained and is marked so:\n" + "\n".join(failed)
+        )
+
+
+def export(
+    source: str | Path,
+    *,
+    output: str | Path | None = None,
+    dtype: str | None = None,
+    shard_size: str | None = None,
+    adapters: Sequence[str] = (),
+    base: str | None = None,
+    overwrite: bool = False,
+    quiet: bool = False,
+) -> ExportResult:
+    """Write what was trained as one model into `output`, read it back, compare it.
+
+    source: folder of a run, a checkpoint, an adapter or a model; or a recipe, native or of LLaMA-Factory. adapters:
+    merged on top, in this order. base: the model below the adapter, where it moved. The others override the recipe's
+    `export` part. A model that fails the comparison stays, with EXPORT_FAILED beside it.
+
+    Raises ExportError where the output exists or has no room; ModelError, CheckpointError and RecipeError for parts
+    that cannot be exported. Nothing is written then.
+    """
+    quiet_libraries()
+    say = speaker(quiet)
+    given = {"output": output, "dtype": dtype, "shard_size": shard_size}
+    trained, spec = _parts(Path(source), {k: str(v) for k, v in given.items() if v is not None}, base, say)
+    if adapters:
+        trained = with_adapters(trained, adapters)
+    if spec.output is None:
+        raise RecipeError(f"{source}: where to? Give --output DIR, or export.output in the recipe")
+    folder = Path(spec.output)
+    _require_free(folder, overwrite, trained.inputs)
+    where = detect_hardware().device if spec.device == "auto" else "cpu"
+    try:
+        return _export(trained, spec, folder, torch.device(where), say)
+    except (OSError, SafetensorError) as error:
+        if getattr(error, "errno", None) not in (errno.ENOSPC, errno.EDQUOT) and "No space left" not in str(
+            error
+        ):
+            raise
+        raise ExportError(
+            f"the disk is full ({folder}): the model was not written, and nothing of it is left"
+        ) from error
+
+
+def _parts(source: Path, given: dict[str, str], base: str | None, say: Say) -> tuple[Trained, ExportSpec]:
+    """What `source` holds or names, and how it is to be written."""
+    if source.is_file():
+        words = [f"export.{name}={json.dumps(value)}" for name, value in given.items()]
+        words += [f"model.path={json.dumps(base)}"] if base is not None else []
+        loaded = load_recipe(source, words, to_export=True)
+        for note in loaded.notes:
+            say(f"note: {note}")
+        return from_recipe(loaded.recipe, str(source)), loaded.recipe.export
+    trained = from_folder(source, base=None if base is None else ModelSpec(path=base))
+    saved = ExportSpec() if trained.recipe is None else trained.recipe.export
+    try:
+        return trained, ExportSpec.model_validate(saved.model_dump() | given)
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise RecipeError(f"--{str(first['loc'][0]).replace('_', '-')}: {first['msg']}") from error
+
+
+def _require_free(folder: Path, overwrite: bool, inputs: Sequence[Path]) -> None:
+    """Raise ExportError unless nothing is lost where `folder` is written."""
+    here = folder.absolute().resolve()
+    for precious in (*(path.resolve() for path in inputs), Path.home().resolve(), Path.cwd().resolve()):
+        if here == precious or here in precious.parents:
+            raise ExportError(f"--output {folder} is or contains {precious}; name another folder")
+    if folder.is_file():
+        raise ExportError(f"--output {folder} is a file; name a folder")
+    if not folder.is_dir() or not any(folder.iterdir()):
+        return
+    if not overwrite:
+        raise ExportError(f"--output {folder} exists already; name another folder, or give --overwrite")
+    if (folder / "recipe.yaml").exists() or not (folder / "config.json").is_file():
+        raise ExportError(
+            f"--output {folder} is no exported model, so it is not overwritten; name another folder"
+        )
+
+
+# --------------------------------------------------------------------------------------------------
+# From the parts to a verdict
+
+
+def _export(trained: Trained, spec: ExportSpec, folder: Path, device: torch.device, say: Say) -> ExportResult:
+    source = locate(trained.model)
+    about_base = require_base(trained, source)
+    template = _template(trained, say)
+    probes = probes_of(trained.recipe, template, _row_kind(trained), spec.probes)
+    dtype = _dtype(trained, spec)
+    loader = merge.Loader(trained, source, device)
+    live = loader.live()
+    merge.require_space(folder, merge.num_bytes(live, dtype))
+    say(f"comparing on {len(probes.probes)} probes of {probes.origin}")
+    kind, stops = trained.kind, template.stop_ids
+    quantized = merge.is_quantized(live)
+    live = live if quantized else merge.cast_weights(live, torch.float32)
+    answers = ask(live, probes.probes, kind, HfEngine, stops)
+    moved = _moved(live, answers, trained)
+    if quantized:
+        del live
+        gc.collect()
+        live = loader.live(dequantized=True)
+    model = merge.cast_weights(merge.merged(merge.cast_weights(live, torch.float32), trained), dtype)
+    del live
+    say(f"writing {folder} ({dtype})".replace("torch.", ""))
+    with atomic_folder(folder, metadata={"resumable": False}, replace=True) as partial:
+        merge.write_model(model, template.tokenizer, partial, stop_ids=stops, shard_size=spec.shard_size)
+        if kind == "reward":
+            merge.keep_value_head(model, trained, partial)
+        tensors = merge.tensor_hashes(model, dtype)
+        del model
+        gc.collect()
+        rounding = _rounding(loader, answers, dtype, quantized)
+        expected = Expected(kind, dtype, template, probes, answers, rounding, tensors)
+        trusted = trained.model.trust_remote_code
+        checks, apart = verify(partial, expected, HfEngine, device, trust_remote_code=trusted)
+        report = _report(trained, expected, checks, apart, moved, about_base, quantized)
+        _finish(partial, folder.name, trained, report)
+    return ExportResult(folder, report)
+
+
+def _template(trained: Trained, say: Say) -> ChatTemplate:
+    """The template of the training, on the tokenizer that was saved with it.
+
+    Raises ModelError where the run's manifest says that it was another one.
+    """
+    spec = trained.model.model_copy(update={"tokenizer": trained.tokenizer})
+    tokenizer: PreTrainedTokenizerFast = load_tokenizer(spec, locate(trained.model))
+    record = recorded_change(trained.adapters)
+    if record is not None:
+        replay_tokenizer(tokenizer, record, None)
+    recipe = trained.recipe
+    data = recipe.data if recipe is not None else DataSpec()
+    if not trained.named_template:
+        # The saved tokenizer has the default system prompt in its template, and the text of a .jinja file.
+        ours = (
+            data.template
+            if isinstance(data.template, str) and not data.template.endswith(("jinja", "jinja2"))
+            else None
+        )
+        update: dict[str, Any] = {"template": ours}
+        update |= {} if ours is not None else {"default_system": None}
+        data = data.model_copy(update=update)
+    saved = tokenizer.chat_template
+    template = load_template(tokenizer, data, pieces=data.rules == "llamafactory")
+    if not trained.named_template and tokenizer.chat_template != saved:
+        raise ModelError(
+            f"{trained.tokenizer}: its chat template is not the one that this Luthier has under the name "
+            f"{data.template!r}; export with the version that trained it ({trained.manifest.get('luthier', 'unknown')})"
+        )
+    if trained.kind == "reward" and trained.named_template:
+        note = choose_padding(tokenizer, template.stop_ids[0], template.stop_ids, named=False)
+        if note is not None:
+            say(f"note: {note}")
+    return template
+
+
+def _row_kind(trained: Trained) -> RowKind:
+    """What the run learnt from."""
+    if trained.recipe is None:
+        return "pair" if trained.kind == "reward" else "conversation"
+    recipe = trained.recipe
+    return build_stage(recipe.stage, EncodeOptions.of(recipe.data, recipe.stage.type)).kind
+
+
+def _dtype(trained: Trained, spec: ExportSpec) -> torch.dtype:
+    """The type of the files: as asked for, else that of the files that training started from."""
+    if spec.dtype != "auto":
+        return DTYPES[spec.dtype]
+    models = [trained.model]
+    if trained.recipe is not None:
+        models.insert(0, trained.recipe.model)
+    for model in models:
+        try:
+            found = load_config(model, locate(model)).dtype
+        except ModelError:  # the base of a whole model need not be there any more
+            continue
+        if isinstance(found, torch.dtype) and found in DTYPES.values():
+            return found
+    return torch.float32
+
+
+def _moved(live: Any, answers: Answers, trained: Trained) -> Distance | None:
+    """How far the last adapter takes the model from the one below it; None where there is none."""
+    if not isinstance(live, PeftModel):
+        return None
+    with live.disable_adapter():
+        return distance(answers, only_logits(live, answers, trained.kind))
+
+
+def _rounding(loader: merge.Loader, answers: Answers, dtype: torch.dtype, quantized: bool) -> Distance:
+    """How far the unmerged model moves when its weights and its arithmetic are in `dtype`, its base dequantized."""
+    if dtype == torch.float32 and not quantized:
+        return Distance()
+    cast = merge.cast_weights(loader.live(dequantized=True), dtype)
+    return distance(answers, only_logits(cast, answers, loader.trained.kind))
+
+
+def _report(
+    trained: Trained,
+    expected: Expected,
+    checks: Sequence[Check],
+    apart: Distance | None,
+    moved: Distance | None,
+    base: Mapping[str, Any],
+    quantized: bool,
+) -> dict[str, Any]:
+    notes = []
+    if not trained.bases and trained.adapters:
+        notes.append("no run says what the adapters were trained on, so the base is taken at its word")
+    allowed = SLACK * expected.rounding.kl_mean
+    if moved is not None and 0 < moved.kl_mean < allowed:
+        notes.append(
+            f"training moved the model by {moved.kl_mean:.2g} nats per token, and rounding may move it by "
+            f"{allowed:.2g}: little of the training can be told in this type; export float32 to keep it"
+        )
+    if quantized:
+        notes.append(
+            "the base was quantized: the weights written are those that it stands for, and the deviation is below"
+        )
+    return {
+        "passed": all(check.passed for check in checks),
+        "luthier": __version__,
+        "source": trained.label,
+        "kind": expected.kind,
+        "base": dict(base),
+        "adapters": list(trained.adapters),
+        "dtype": str(expected.dtype).removeprefix("torch."),
+        "quantized_base": quantized,
+        "probes": {
+            "origin": expected.probes.origin,
+            "count": len(expected.probes.probes),
+            "tokens": sum(len(ids) for ids in expected.answers.sequences),
+        },
+        "checks": [plain(check) for check in checks],
+        "deviation": None if apart is None else plain(apart),
+        "rounding": plain(expected.rounding),
+        "training_moved": None if moved is None else plain(moved),
+        "notes": notes,
+    }
+
+
+def _finish(partial: Path, name: str, trained: Trained, report: Mapping[str, Any]) -> None:
+    """The report, the mark of a failure, and the model card of a run."""
+    text = json.dumps(report, indent=2, ensure_ascii=False) + "\n"
+    (partial / REPORT_NAME).write_text(text, encoding="utf-8")
+    if not report["passed"]:
+        failed = [f"{one['name']}: {one['text']}" for one in report["checks"] if not one["passed"]]
+        words = ["This model is not the one that was trained. What differs:", *failed, ""]
+        (partial / FAILED_MARK).write_text("\n".join(words), encoding="utf-8")
+    recipe, manifest = trained.recipe, trained.manifest
+    if recipe is None or "reports" not in manifest:
+        return
+    results = Path(trained.label) / "all_results.json"
+    numbers = json_object(results) if results.is_file() else {}
+    metrics = {key: value for key, value in numbers.items() if isinstance(value, int | float)}
+    (partial / CARD_NAME).write_text(model_card(recipe, manifest, metrics, merged_as=name), encoding="utf-8")

@@ -1,0 +1,1 @@
+"""A trained model as one plain model: merged, written, read back and compared."""

@@ -1,0 +1,41 @@
+"""The export keys of a LLaMA-Factory file: where the merged model goes, in which type, in files of which size."""
+
+from __future__ import annotations
+
+from luthier.recipe.flat import Flat
+from luthier.recipe.key_rules import Rule
+from luthier.recipe.known_keys import KEYS
+from luthier.recipe.llamafactory_keys import EXPORT_KEYS
+
+_TYPES = ("auto", "float16", "bfloat16", "float32")
+
+
+def exports(flat: Flat) -> bool:
+    """Whether the file says something of an export."""
+    return any(flat.changed(key) for key in EXPORT_KEYS)
+
+
+def _export(flat: Flat) -> None:
+    if not flat.given("export_dir"):
+        if flat.changed("infer_dtype"):
+            flat.note(f"infer_dtype: {KEYS['do_sample'].text}")
+        for key in EXPORT_KEYS:
+            if flat.changed(key) and EXPORT_KEYS[key].rule is Rule.READ:
+                flat.note(f"{key}: no effect without export_dir")
+        return
+    flat.put("export.output", flat.get("export_dir"), "export_dir")
+    size = flat.number("export_size")
+    if size <= 0:
+        flat.problem("export_size", "expected the size of a file in GB, above 0")
+    flat.put("export.shard_size", f"{size:g}GB", "export_size")
+    flat.put("export.device", flat.choice("export_device", ("cpu", "auto")), "export_device")
+    dtype = flat.choice("infer_dtype", _TYPES)
+    flat.put("export.dtype", dtype, "infer_dtype")
+    if dtype == "auto":
+        flat.note(
+            "infer_dtype: auto: the type of the base's files is kept (there float32 becomes bfloat16); "
+            "give infer_dtype: bfloat16 for smaller files"
+        )
+
+
+EXPORT_SUBJECTS = (_export,)
