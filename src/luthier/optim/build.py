@@ -92,9 +92,14 @@ def _lion(spec: LionSpec, given: Material) -> Optimizer:
         return Lion(given.groups, {"lr": spec.lr, "betas": spec.betas})
     from bitsandbytes.optim import Lion as BitsandbytesLion
 
-    return BitsandbytesLion(  # type: ignore[no-any-return]
-        given.groups, lr=spec.lr, betas=spec.betas, optim_bits=spec.bits, is_paged=spec.paged
-    )
+    options: dict[str, Any] = {"lr": spec.lr, "betas": spec.betas}
+    if spec.bits == 32:
+        return BitsandbytesLion(given.groups, **options, is_paged=True)  # type: ignore[no-any-return]
+    embeddings, others = given.split(lambda place, parameter: place.role == "embedding")
+    inner: list[Optimizer] = [Lion(embeddings, options)] if embeddings else []
+    if others:
+        inner.append(BitsandbytesLion(others, **options, optim_bits=8, is_paged=spec.paged))
+    return Combined(inner, {"lr": spec.lr})
 
 
 def _adafactor(spec: AdafactorSpec, given: Material) -> Optimizer:

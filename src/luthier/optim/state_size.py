@@ -56,7 +56,8 @@ def _sgd(spec: SgdSpec, parameter: Tensor, place: Place) -> int:
 
 
 def _lion(spec: LionSpec, parameter: Tensor, place: Place) -> int:
-    if spec.bits == 32 and not spec.paged:
+    plain = spec.bits == 32 and not spec.paged
+    if plain or (spec.bits == 8 and place.role == "embedding"):
         return _copies(parameter, 1)
     return _quantized(parameter, 1, spec.bits)
 
@@ -130,7 +131,7 @@ def _code_tables(spec: OptimSpec, trained: list[Tensor], found: dict[int, Place]
         return 0
     moments = 2 if isinstance(spec, AdamwSpec) else 1
     coded = any(
-        parameter.numel() >= _QUANTIZED_FROM and (moments == 1 or found[id(parameter)].role != "embedding")
+        parameter.numel() >= _QUANTIZED_FROM and found[id(parameter)].role != "embedding"
         for parameter in trained
     )
     return FLOAT * _CODES * moments * coded
