@@ -161,8 +161,8 @@ def galore(p: Parameter, optim: dict[str, Any]) -> Tensor:
 
 
 def apollo(p: Parameter, optim: dict[str, Any]) -> Tensor:
-    """Zhu et al. (2024), algorithm 1, with the norm's growth limited to 1.01 a step; here with singular vectors, which
-    need no common random numbers."""
+    """Zhu et al. (2024), algorithm 1, with the norm's growth limited to 1.01 a step before the bias correction; here with
+    singular vectors, which need no common random numbers."""
     if p.role != "matrix":
         return adamw(p, optim)
     left = right = None
@@ -172,13 +172,14 @@ def apollo(p: Parameter, optim: dict[str, Any]) -> Tensor:
             left, right = bases(g, optim["rank"])
         low.append(left.T @ g if left is not None else g @ right.T)  # type: ignore[union-attr]
     updates, before = [], None
-    for g, r, n in zip(p.grads, low, adam(low), strict=True):
+    for t, (g, r, n) in enumerate(zip(p.grads, low, adam(low), strict=True), start=1):
+        correction = math.sqrt(1 - 0.999**t) / (1 - 0.9**t)
         axis = 0 if g.shape[0] < g.shape[1] else 1
-        update = g * (n.norm(dim=axis, keepdim=True) / r.norm(dim=axis, keepdim=True))
+        update = g * (n.norm(dim=axis, keepdim=True) / r.norm(dim=axis, keepdim=True)) / correction
         if before is not None and update.norm() > 1.01 * before:
             update = update * (1.01 * before / update.norm())
         before = update.norm()
-        updates.append(math.sqrt(optim["scale"]) * update)
+        updates.append(math.sqrt(optim["scale"]) * correction * update)
     return decayed(p.value, updates)
 
 

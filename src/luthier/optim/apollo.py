@@ -48,6 +48,9 @@ class Apollo(ParameterWise):
     def _scaled(self, grad: Tensor, bases: Bases, state: dict[str, Any], group: dict[str, Any]) -> Tensor:
         low = down(grad, bases)
         direction = adam_direction(state, low, group["betas"], group["eps"])
+        beta1, beta2 = group["betas"]
+        # The authors limit the growth of the norm before the bias correction, which is part of their step size.
+        correction = (1 - beta2 ** state["step"]) ** 0.5 / (1 - beta1 ** state["step"])
         if group["scale_type"] == "channel":
             # Channels are those of the longer side; the shorter one was projected.
             axis = 0 if grad.shape[0] < grad.shape[1] else 1
@@ -55,7 +58,7 @@ class Apollo(ParameterWise):
         else:
             factor = direction.norm() / (low.norm() + 1e-8)
         root = group["scale"] ** 0.5
-        update = grad * factor
+        update = grad * (factor / correction)
         if group["scale_front"]:
             update = update * root
         norm = update.norm()
@@ -63,5 +66,5 @@ class Apollo(ParameterWise):
             shrink = (norm / (state["norm"] + 1e-8)).clamp_(min=GROWTH).div_(GROWTH)
             update, norm = update / shrink, norm / shrink
         state["norm"] = norm
-        scaled: Tensor = update if group["scale_front"] else update * root
+        scaled: Tensor = update * (correction if group["scale_front"] else correction * root)
         return scaled
