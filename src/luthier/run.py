@@ -135,6 +135,7 @@ def _train(loaded: LoadedRecipe, hardware: Hardware, quiet: bool) -> TrainResult
             checkpoint_metadata={key: manifest[key] for key in ("luthier", "identity")},
             async_save=train_spec.async_save,
             metrics=attached.metrics,
+            schedule=attached.schedule,
             eval_arithmetic=AUTOCAST[train_spec.eval_precision],
             bad_numbers=train_spec.bad_numbers,
             reference=live_reference(settings, hardware, model, material),

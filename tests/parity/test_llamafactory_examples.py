@@ -28,12 +28,20 @@ NPU = (
     "use_v1_kernels: changes speed and memory only; Luthier's own kernels are used",
     "flash_attn: fa2: the variable-length kernel where the GPU has it, sdpa elsewhere",
 )
+UNCLIPPED = "gradients are not clipped, as there: parameters are updated in the backward pass"
 TRANSLATED: dict[str, tuple[str, ...]] = {
     "ascend/qwen3_5_full_sft_fsdp2.yaml": NPU,
     "ascend/qwen3_full_sft_fsdp2.yaml": NPU,
     "ascend/qwen3moe_full_sft_fsdp.yaml": NPU,
+    "extras/adam_mini/qwen2_full_sft.yaml": (),
+    "extras/apollo/llama3_full_sft.yaml": ("apollo_layerwise: " + UNCLIPPED,),
+    "extras/badam/llama3_full_sft.yaml": (
+        "use_badam: each block has badam_switch_interval steps here; there the first has one less, and norms are decayed",
+    ),
     "extras/dft/qwen2_full_sft.yaml": (),
     "extras/eaft/qwen25_05b_eaft_full.yaml": (),
+    "extras/galore/llama3_full_sft.yaml": ("galore_layerwise: " + UNCLIPPED,),
+    "extras/muon/qwen2_full_sft.yaml": (),
     "train_lora/qwen3_lora_dpo.yaml": (),
     "train_lora/qwen3_lora_kto.yaml": (
         "stage: kto: the divergence is estimated from the rows of the whole step here, of each device's batch there",
@@ -68,7 +76,6 @@ MEDIA = tuple(
 )
 MEGATRON = "Megatron is not part of Luthier; remove it"
 OFT = "finetuning_type: oft comes in a later version; this one has lora, freeze and full"
-OPTIMIZER = "this optimizer comes in a later version; remove it for AdamW"
 QUANTIZED = (
     "quantization_bit: training on a quantized model comes in a later version; "
     "remove it to train on the full weights"
@@ -87,11 +94,8 @@ V1 = (
 REFUSED: dict[str, tuple[str, ...]] = {
     "ascend/qwen3vlmoe_full_sft_fsdp2.yaml": MEDIA,
     "ascend/qwen3vlmoe_lora_sft_fsdp.yaml": MEDIA,
-    "extras/adam_mini/qwen2_full_sft.yaml": (f"use_adam_mini: {OPTIMIZER}",),
-    "extras/apollo/llama3_full_sft.yaml": (f"use_apollo: {OPTIMIZER}",),
     "extras/asft/llama2_full_asft.yaml": (DEEPSPEED,),
     "extras/asft/qwen2_full_asft.yaml": (DEEPSPEED,),
-    "extras/badam/llama3_full_sft.yaml": (f"use_badam: {OPTIMIZER}",),
     "extras/fp8/llama3_fp8_deepspeed_sft.yaml": (f"fp8: {FP8}", DEEPSPEED),
     "extras/fp8/llama3_fp8_fsdp_sft.yaml": (
         f"fp8: {FP8}",
@@ -100,20 +104,16 @@ REFUSED: dict[str, tuple[str, ...]] = {
         f"fsdp_transformer_layer_cls_to_wrap: {SHARDING}",
     ),
     "extras/fsdp_qlora/llama3_lora_sft.yaml": (QUANTIZED,),
-    "extras/galore/llama3_full_sft.yaml": (f"use_galore: {OPTIMIZER}",),
     "extras/llama_pro/llama3_freeze_sft.yaml": (
         "use_llama_pro: LLaMA-Pro's block expansion comes in a later version; remove it to train the last layers",
     ),
     "extras/loraplus/llama3_lora_sft.yaml": (f"loraplus_lr_ratio: {ADAPTER}",),
     "extras/mod/llama3_full_sft.yaml": (
         "mixture_of_depths: mixture of depths is not part of Luthier; remove it",
-        "optim: paged_adamw_8bit comes in a later version or is no optimizer; "
-        "this one has adamw_hf, adamw_torch, adamw_torch_fused, sgd",
     ),
     "extras/multi_tokens/tokens_cfg.yaml": (
         "is no recipe: it has neither model (a native recipe) nor model_name_or_path (a LLaMA-Factory file)",
     ),
-    "extras/muon/qwen2_full_sft.yaml": (f"use_muon: {OPTIMIZER}",),
     "extras/nlg_eval/llama3_lora_predict.yaml": (
         "do_predict: this file generates answers over a data set; the verb predict comes in a later version",
     ),
@@ -237,7 +237,29 @@ def _targets(recipe: Recipe) -> str:
     return {"all-linear": "all"}.get(str(_lora(recipe).targets), "others")
 
 
+def _optim(recipe: Recipe) -> Any:
+    return recipe.optim
+
+
 SAYS: dict[str, Callable[[Recipe], Any]] = {
+    "apollo_layerwise": lambda recipe: _optim(recipe).layerwise,
+    "apollo_rank": lambda recipe: _optim(recipe).rank,
+    "apollo_scale": lambda recipe: _optim(recipe).scale,
+    "apollo_scale_type": lambda recipe: _optim(recipe).scale_type,
+    "apollo_target": lambda recipe: {"all-linear": "all"}.get(_optim(recipe).targets),
+    "badam_mode": lambda recipe: {"badam": "layer"}.get(recipe.optim.type),
+    "badam_switch_interval": lambda recipe: _optim(recipe).switch_every,
+    "badam_switch_mode": lambda recipe: _optim(recipe).order,
+    "galore_layerwise": lambda recipe: _optim(recipe).layerwise,
+    "galore_rank": lambda recipe: _optim(recipe).rank,
+    "galore_scale": lambda recipe: _optim(recipe).scale,
+    "galore_target": lambda recipe: {"all-linear": "all"}.get(_optim(recipe).targets),
+    "pure_bf16": lambda recipe: recipe.model.dtype == "bfloat16",
+    "use_adam_mini": lambda recipe: recipe.optim.type == "adam_mini",
+    "use_apollo": lambda recipe: recipe.optim.type == "apollo",
+    "use_badam": lambda recipe: recipe.optim.type == "badam",
+    "use_galore": lambda recipe: recipe.optim.type == "galore",
+    "use_muon": lambda recipe: recipe.optim.type == "muon",
     "bf16": lambda recipe: recipe.train.precision == "bf16",
     "cutoff_len": lambda recipe: recipe.data.max_length,
     "dataset": lambda recipe: ",".join(map(str, recipe.data.train)),
@@ -275,6 +297,7 @@ SAYS: dict[str, Callable[[Recipe], Any]] = {
     "warmup_ratio": lambda recipe: recipe.optim.warmup,
 }
 NOT_SAID = {
+    "badam_verbose",
     "dataloader_num_workers",
     "disable_gradient_checkpointing",
     "overwrite_cache",

@@ -404,11 +404,11 @@ def test_overrides_flat_then_native() -> None:
             "lr_scheduler_type: cosin",
             "lf.yaml:4: lr_scheduler_type: 'cosin' is none of its values; did you mean cosine? Choose from "
             "linear, cosine, cosine_with_restarts, polynomial, constant, constant_with_warmup, inverse_sqrt, "
-            "cosine_with_min_lr, cosine_warmup_with_min_lr, warmup_stable_decay",
+            "cosine_with_min_lr, cosine_warmup_with_min_lr, warmup_stable_decay, reduce_lr_on_plateau, greedy",
         ),
         (
-            "lr_scheduler_type: warmup_stable_decay",
-            "lf.yaml:4: lr_scheduler_type: give max_steps, or num_stable_steps and num_decay_steps in lr_scheduler_kwargs "
+            "lr_scheduler_kwargs: {num_stable_steps: 3}\nlr_scheduler_type: warmup_stable_decay",
+            "lf.yaml:4: lr_scheduler_kwargs: give both num_stable_steps and num_decay_steps, or max_steps "
             "(there they are a third and two thirds of the steps after the warm-up)",
         ),
         (
@@ -416,10 +416,8 @@ def test_overrides_flat_then_native() -> None:
             "lf.yaml:4: lr_scheduler_kwargs: expected a mapping of keys, or one as JSON text",
         ),
         (
-            "optim: lion_32bit",
-            "lf.yaml:4: optim: lion_32bit comes in a later version or is no optimizer; this one has "
-            "adamw_hf, "
-            "adamw_torch, adamw_torch_fused, sgd",
+            "optim: ademamix",
+            "lf.yaml:4: optim: ademamix is not part of Luthier; write optim: adamw_torch",
         ),
         ("logging_steps: 0.1", "lf.yaml:4: logging_steps: a share of all steps needs max_steps; "
          "give a number of steps"),
@@ -483,7 +481,7 @@ def test_errors_of_overrides_name_the_override() -> None:
 
 
 def test_all_problems_at_once() -> None:
-    text = "lora_rnk: 8\nquantization_bit: 4\nstage: ppo\nuse_galore: true\n"
+    text = "lora_rnk: 8\nquantization_bit: 4\nstage: ppo\nuse_llama_pro: true\n"
     assert [line.split(":")[1] for line in problems(text)] == ["4", "5", "6", "7"]
 
 

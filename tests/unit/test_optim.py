@@ -9,11 +9,18 @@ import pytest
 import torch
 from transformers import get_scheduler
 
-from luthier.optim.build import build_optimizer, build_schedule, warmup_steps
+from luthier.optim.build import build_optimizer
+from luthier.optim.schedule import build_schedule, warmup_steps
 from luthier.recipe.schema import AdamwSpec, OptimSpec, SgdSpec
 from luthier.types import RecipeError
 
 STEPS = 20
+
+
+def one_parameter() -> tuple[list[dict[str, Any]], torch.nn.Module]:
+    """A group of one parameter, and the model that holds it."""
+    parameter = torch.nn.Parameter(torch.zeros(1))
+    return [{"params": [parameter], "weight_decay": 0.0}], torch.nn.ParameterList([parameter])
 
 
 def rates(scheduler: Any, optimizer: torch.optim.Optimizer) -> list[float]:
@@ -43,8 +50,7 @@ def rates(scheduler: Any, optimizer: torch.optim.Optimizer) -> list[float]:
 )
 def test_schedules_equal_transformers(name: str, options: dict[str, Any]) -> None:
     spec = SgdSpec(lr=0.5, schedule=name, schedule_options=options, warmup=0.21)
-    groups = [{"params": [torch.nn.Parameter(torch.zeros(1))], "weight_decay": 0.0}]
-    mine = build_optimizer(spec, groups)
+    mine = build_optimizer(spec, *one_parameter())
     other = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=0.5)
     # 0.21 x 20 = 4.2 steps of warm-up are 5
     theirs = get_scheduler(
@@ -57,14 +63,14 @@ def test_schedules_equal_transformers(name: str, options: dict[str, Any]) -> Non
 
 def test_linear_schedule_closed_form() -> None:
     spec = SgdSpec(lr=1.0, schedule="linear", warmup=4)
-    optimizer = build_optimizer(spec, [{"params": [torch.nn.Parameter(torch.zeros(1))], "weight_decay": 0.0}])
+    optimizer = build_optimizer(spec, *one_parameter())
     expected = [step / 4 if step < 4 else (STEPS - step) / (STEPS - 4) for step in range(STEPS)]
     assert rates(build_schedule(spec, optimizer, STEPS), optimizer) == pytest.approx(expected)
 
 
 def test_cosine_schedule_closed_form() -> None:
     spec = SgdSpec(lr=1.0, schedule="cosine")
-    optimizer = build_optimizer(spec, [{"params": [torch.nn.Parameter(torch.zeros(1))], "weight_decay": 0.0}])
+    optimizer = build_optimizer(spec, *one_parameter())
     expected = [(1 + math.cos(math.pi * step / STEPS)) / 2 for step in range(STEPS)]
     assert rates(build_schedule(spec, optimizer, STEPS), optimizer) == pytest.approx(expected)
 
@@ -80,7 +86,7 @@ def test_warmup(warmup: float, num_steps: int, expected: int) -> None:
 
 def test_unfitting_options_are_refused() -> None:
     spec = AdamwSpec(schedule="linear", schedule_options={"num_cycles": 2})
-    optimizer = build_optimizer(spec, [{"params": [torch.nn.Parameter(torch.zeros(1))], "weight_decay": 0.0}])
+    optimizer = build_optimizer(spec, *one_parameter())
     with pytest.raises(RecipeError, match=r"optim\.schedule_options does not fit optim\.schedule=linear"):
         build_schedule(spec, optimizer, STEPS)
 
@@ -108,7 +114,9 @@ def test_adamw_formula() -> None:
     parameters, groups = two_groups(decay)
     values = [parameter.detach().clone() for parameter in parameters]
     moments = [(torch.zeros(3, 2), torch.zeros(3, 2)) for _ in parameters]
-    optimizer = build_optimizer(AdamwSpec(lr=lr, betas=(b1, b2), eps=eps), groups)
+    optimizer = build_optimizer(
+        AdamwSpec(lr=lr, betas=(b1, b2), eps=eps), groups, torch.nn.ParameterList(parameters)
+    )
     for step in range(1, 6):
         for index, parameter in enumerate(parameters):
             g = parameter.grad = gradient_of(step, index)
@@ -128,7 +136,7 @@ def test_sgd_formula(momentum: float) -> None:
     parameters, groups = two_groups(decay)
     values = [parameter.detach().clone() for parameter in parameters]
     buffers: list[torch.Tensor] = [torch.zeros(3, 2, dtype=torch.float64) for _ in parameters]
-    optimizer = build_optimizer(SgdSpec(lr=lr, momentum=momentum), groups)
+    optimizer = build_optimizer(SgdSpec(lr=lr, momentum=momentum), groups, torch.nn.ParameterList(parameters))
     for step in range(1, 6):
         for index, parameter in enumerate(parameters):
             parameter.grad = gradient_of(step, index)

@@ -22,7 +22,6 @@ from luthier.check.memory import (
     head_bytes,
     layer_bytes,
     measure_activations,
-    optimizer_bytes,
     reference_bytes,
     tensor_bytes,
     trained,
@@ -33,8 +32,9 @@ from luthier.check.schedule import Schedule
 from luthier.methods.groups import checkpoints_activations
 from luthier.model.load import ModelSource
 from luthier.model.reference import Reference
+from luthier.optim.state_size import gradients_at_once, state_bytes
 from luthier.recipe.resolve import Hardware
-from luthier.recipe.schema import PtSpec, Recipe, SftSpec, TrainSpec
+from luthier.recipe.schema import OptimSpec, PtSpec, Recipe, SftSpec, TrainSpec
 from luthier.references import reference_spec
 from luthier.trainer.precision import autocast_type
 from luthier.types import Stage
@@ -81,19 +81,19 @@ def estimate_memory(
     if stage.model == "language":
         head, transient = head_bytes(model, shape, arithmetic=arithmetic, smoothed=smoothed)
     compared, in_advance = reference_bytes(reference, model), reference_spec(settings).precompute
-    optimizer = optimizer_bytes(settings.optim, trained(model))
+    optimizer = state_bytes(settings.optim, model)
     on_cpu = hardware.device != "cuda"
     sizes = Sizes(
         process=process,
         weights=weight_bytes(model),
-        gradients=gradient_bytes(model),
+        gradients=gradient_bytes(settings.optim, model),
         optimizer=optimizer,
         activations=kept.growth(shape.positions, shape.squares),
         logits=head + transient,
         # The head is done before the first layer's backward begins.
         workspace=max(0, layer - transient),
         allocator=_held(plain, shape, schedule, checkpointed) if hardware.device == "cpu" else 0,
-        head_gradient=_head_gradient(model),
+        head_gradient=_head_gradient(settings.optim, model),
         copied=_copied(settings.train, model, optimizer) if on_cpu else 0,
         converted=_converted(source, model) if on_cpu else 0,
         reference=0 if in_advance else compared,
@@ -116,10 +116,11 @@ def _held(plain: Activations, shape: PassShape, schedule: Schedule, checkpointed
     return round(HELD[how] * plain.heap_share(shape.positions) * whole)
 
 
-def _head_gradient(model: nn.Module) -> int:
+def _head_gradient(spec: OptimSpec, model: nn.Module) -> int:
     """The gradient of embeddings that train; that of a tied head waits for it."""
     embeddings: nn.Module = model.get_input_embeddings()  # type: ignore[operator]
-    return tensor_bytes(parameter for parameter in embeddings.parameters() if parameter.requires_grad)
+    at_once = {id(parameter) for parameter in gradients_at_once(spec, model)}
+    return tensor_bytes(parameter for parameter in embeddings.parameters() if id(parameter) in at_once)
 
 
 def _copied(spec: TrainSpec, model: nn.Module, optimizer: int) -> int:

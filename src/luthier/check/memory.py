@@ -18,7 +18,7 @@ Bytes everywhere. Shapes: T tokens of a pass, N targets, C rows of a chunk, D hi
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -32,7 +32,8 @@ from luthier.data.collate import branch_batch, flat_batch
 from luthier.model.kernel import chunk_rows
 from luthier.model.logprobs import ModelPolicy
 from luthier.model.reference import OtherModel, Reference, StartingPoint
-from luthier.recipe.schema import OptimSpec, SgdSpec
+from luthier.optim.state_size import gradients_at_once
+from luthier.recipe.schema import OptimSpec
 from luthier.types import IGNORE_INDEX, Batch, ModelKind, Sample
 
 HEAP_LIMIT = 2**25
@@ -77,9 +78,9 @@ def trained(model: nn.Module) -> list[nn.Parameter]:
     return [parameter for parameter in model.parameters() if parameter.requires_grad]
 
 
-def gradient_bytes(model: nn.Module) -> int:
-    """A gradient has the shape and type of its parameter."""
-    return tensor_bytes(trained(model))
+def gradient_bytes(spec: OptimSpec, model: nn.Module) -> int:
+    """A gradient has the shape and type of its parameter. Some optimizers never have all of them at once."""
+    return tensor_bytes(gradients_at_once(spec, model))
 
 
 def reference_bytes(reference: Reference | None, model: nn.Module) -> int:
@@ -91,20 +92,6 @@ def reference_bytes(reference: Reference | None, model: nn.Module) -> int:
         with reference.active(model) as other:
             return weight_bytes(other)
     return 0
-
-
-OPTIMIZER_STATES: dict[str, Callable[[Any], tuple[int, int]]] = {
-    # two moments of each parameter, and a float32 count of steps
-    "adamw": lambda spec: (2, 4),
-    "sgd": lambda spec: (1 if isinstance(spec, SgdSpec) and spec.momentum else 0, 0),
-}
-"""By optimizer: copies of the parameters that it keeps, and bytes beside them for each parameter tensor."""
-
-
-def optimizer_bytes(spec: OptimSpec, parameters: Sequence[Tensor]) -> int:
-    """What the optimizer keeps between steps for these parameters."""
-    copies, beside = OPTIMIZER_STATES[spec.type](spec)  # type: ignore[attr-defined]
-    return copies * tensor_bytes(parameters) + beside * len(parameters)
 
 
 # --------------------------------------------------------------------------------------------------

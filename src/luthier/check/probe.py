@@ -111,7 +111,7 @@ class _Runner:
         self._arithmetic, self._norm = autocast_type(settings.train.precision), settings.optim.max_grad_norm
         groups = method.parameter_groups(model, settings.optim.weight_decay, settings.optim.lr)
         self._trained = [parameter for group in groups for parameter in group["params"]]
-        self._optimizer = build_optimizer(settings.optim, groups)
+        self._optimizer = build_optimizer(settings.optim, groups, model)
 
     def run(self, batches: Sequence[Batch]) -> None:
         for batch in batches:

@@ -162,7 +162,7 @@ _TRANSFORMERS = (
         "rows are not padded here, so grouping them by length saves nothing; remove it",
         group_by_length=False,
     )
-    | keys(Rule.REFUSED, "this optimizer comes in a later version; remove it for AdamW", adafactor=False)
+    | keys(Rule.REFUSED, "write optim: adafactor", adafactor=False)
     | keys(
         Rule.REFUSED,
         "sharding over GPUs comes in a later version; remove it to train with plain data parallelism",

@@ -110,38 +110,45 @@ _PREFERENCES = (
     )
 )
 
-_OPTIMIZERS = keys(
-    Rule.REFUSED,
-    "this optimizer comes in a later version; remove it for AdamW",
-    use_galore=False,
-    use_apollo=False,
-    use_badam=False,
-    use_adam_mini=False,
-    use_muon=False,
-) | keys(
-    Rule.SILENT,
-    galore_target="all",
-    galore_rank=16,
-    galore_update_interval=200,
-    galore_scale=2.0,
-    galore_proj_type="std",
-    galore_layerwise=False,
-    apollo_target="all",
-    apollo_rank=16,
-    apollo_update_interval=200,
-    apollo_scale=32.0,
-    apollo_proj="random",
-    apollo_proj_type="std",
-    apollo_scale_type="channel",
-    apollo_layerwise=False,
-    apollo_scale_front=False,
-    badam_mode="layer",
-    badam_start_block=None,
-    badam_switch_mode="ascending",
-    badam_switch_interval=50,
-    badam_update_ratio=0.05,
-    badam_mask_mode="adjacent",
-    badam_verbose=0,
+_OPTIMIZERS = (
+    read(
+        use_galore=("optim.type", False),
+        use_apollo=("optim.type", False),
+        use_adam_mini=("optim.type", False),
+        use_muon=("optim.type", False),
+    )
+    | read("with badam_mode: ratio it becomes badam_ratio", use_badam=("optim.type", False))
+    | read(
+        "with use_galore",
+        galore_target=("optim.targets", "all"),
+        galore_rank=("optim.rank", 16),
+        galore_update_interval=("optim.update_every", 200),
+        galore_scale=("optim.scale", 2.0),
+        galore_proj_type=("optim.side", "std"),
+        galore_layerwise=("optim.layerwise", False),
+    )
+    | read(
+        "with use_apollo",
+        apollo_target=("optim.targets", "all"),
+        apollo_rank=("optim.rank", 16),
+        apollo_update_interval=("optim.update_every", 200),
+        apollo_scale=("optim.scale", 32.0),
+        apollo_proj=("optim.projection", "random"),
+        apollo_proj_type=("optim.side", "std"),
+        apollo_scale_type=("optim.scale_type", "channel"),
+        apollo_layerwise=("optim.layerwise", False),
+        apollo_scale_front=("optim.scale_front", False),
+    )
+    | read(
+        "with use_badam",
+        badam_mode=("optim.type", "layer"),
+        badam_start_block=("optim.start_block", None),
+        badam_switch_mode=("optim.order", "ascending"),
+        badam_switch_interval=("optim.switch_every", 50),
+        badam_update_ratio=("optim.ratio", 0.05),
+        badam_mask_mode=("optim.mask", "adjacent"),
+    )
+    | keys(Rule.SILENT, badam_verbose=0)
 )
 
 

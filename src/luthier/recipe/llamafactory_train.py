@@ -1,19 +1,10 @@
-"""The training of a LLaMA-Factory file: optimizer, logging, evaluation, checkpoints, upload, start and end."""
+"""The training of a LLaMA-Factory file: logging, evaluation, checkpoints, upload, start and end."""
 
 from __future__ import annotations
 
-import json
-import math
-from typing import Any
-
 from luthier.recipe.flat import Flat
+from luthier.recipe.llamafactory_optim import read_optimizer, read_schedule
 
-_OPTIMIZERS = {
-    "adamw_torch": "adamw",
-    "adamw_torch_fused": "adamw",
-    "adamw_hf": "adamw",
-    "sgd": "sgd",
-}
 TRACKERS = (
     "azure_ml",
     "clearml",
@@ -32,63 +23,6 @@ TRACKERS = (
 )
 """What transformers can report to."""
 _COMPILE_MODES = ("default", "reduce-overhead", "max-autotune")
-
-
-def _optim(flat: Flat) -> None:
-    name = str(flat.get("optim"))
-    if name not in _OPTIMIZERS:
-        listed = ", ".join(sorted(_OPTIMIZERS))
-        flat.problem("optim", f"{name} comes in a later version or is no optimizer; this one has {listed}")
-        return
-    kind = _OPTIMIZERS[name]
-    flat.put("optim.type", kind, "optim")
-    if kind == "adamw":
-        betas = [flat.get("adam_beta1"), flat.get("adam_beta2")]
-        flat.put("optim.betas", betas, "adam_beta1", "adam_beta2")
-        flat.put("optim.eps", flat.get("adam_epsilon"), "adam_epsilon")
-    else:
-        for key in ("adam_beta1", "adam_beta2", "adam_epsilon"):
-            if flat.changed(key):
-                flat.note(f"{key}: no effect with optim: {name}")
-    # The ratio wins where a file gives both; a number of steps below 1 is a ratio too.
-    flat.put("optim.warmup", flat.get("warmup_ratio") or 0, "warmup_ratio")
-    if not flat.given("warmup_ratio"):
-        flat.put("optim.warmup", flat.get("warmup_steps"), "warmup_steps")
-
-
-def _schedule(flat: Flat) -> None:
-    flat.put("optim.schedule", flat.get("lr_scheduler_type"), "lr_scheduler_type")
-    options = flat.get("lr_scheduler_kwargs") or {}
-    if isinstance(options, str):
-        try:
-            options = json.loads(options)
-        except json.JSONDecodeError:
-            options = None
-    if not isinstance(options, dict):
-        flat.problem("lr_scheduler_kwargs", "expected a mapping of keys, or one as JSON text")
-        options = {}
-    keys = ["lr_scheduler_kwargs"]
-    if flat.get("lr_scheduler_type") == "warmup_stable_decay":
-        options = {**_stable_and_decay(flat, options), **options}
-        keys.append("lr_scheduler_type")
-    flat.put("optim.schedule_options", options, *keys)
-
-
-def _stable_and_decay(flat: Flat, options: dict[str, Any]) -> dict[str, int]:
-    """That tool's shares of the steps after the warm-up: a third stays at the peak, the rest decays."""
-    if {"num_stable_steps", "num_decay_steps"} <= set(options):
-        return {}
-    steps = flat.number("max_steps")
-    if steps <= 0:
-        flat.problem(
-            "lr_scheduler_type",
-            "give max_steps, or num_stable_steps and num_decay_steps in lr_scheduler_kwargs "
-            "(there they are a third and two thirds of the steps after the warm-up)",
-        )
-        return {}
-    warmup = flat.number("warmup_ratio" if flat.given("warmup_ratio") else "warmup_steps")
-    after = int(steps) - (int(warmup) if warmup >= 1 else math.ceil(steps * warmup))
-    return {"num_stable_steps": after // 3, "num_decay_steps": after - after // 3}
 
 
 def _arithmetic(flat: Flat) -> None:
@@ -258,8 +192,8 @@ def _what_to_do(flat: Flat) -> None:
 
 
 TRAIN_SUBJECTS = (
-    _optim,
-    _schedule,
+    read_optimizer,
+    read_schedule,
     _arithmetic,
     _logging,
     _evaluation,

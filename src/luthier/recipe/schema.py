@@ -26,7 +26,27 @@ from luthier.recipe.method import (
     VeraSpec,
 )
 from luthier.recipe.model import EMBEDDED_MODEL, ModelSpec, RopeScalingSpec, VocabularySpec
-from luthier.recipe.optim import AdamwSpec, AnyOptimSpec, OptimSpec, ScheduleName, SgdSpec
+from luthier.recipe.optim import (
+    AT_EVALUATIONS,
+    AdafactorSpec,
+    AdalomoSpec,
+    AdamMiniSpec,
+    AdamwSpec,
+    AnyOptimSpec,
+    ApolloSpec,
+    BadamRatioSpec,
+    BadamSpec,
+    GaloreSpec,
+    GroupSpec,
+    LionSpec,
+    LomoSpec,
+    LowRankSpec,
+    MuonSpec,
+    OptimSpec,
+    ScheduleFreeSpec,
+    ScheduleName,
+    SgdSpec,
+)
 from luthier.recipe.stage import (
     DpoSpec,
     KtoSpec,
@@ -40,10 +60,16 @@ from luthier.recipe.train import BadNumbersSpec, CompileSpec, EarlyStoppingSpec,
 
 __all__ = [
     "EMBEDDED_MODEL",
+    "AdafactorSpec",
+    "AdalomoSpec",
+    "AdamMiniSpec",
     "AdamwSpec",
     "AdapterSpec",
     "AnyOptimSpec",
+    "ApolloSpec",
     "BadNumbersSpec",
+    "BadamRatioSpec",
+    "BadamSpec",
     "ColumnSpec",
     "CompileSpec",
     "DataSpec",
@@ -53,14 +79,20 @@ __all__ = [
     "ExportSpec",
     "FreezeSpec",
     "FullSpec",
+    "GaloreSpec",
+    "GroupSpec",
     "HubSpec",
     "Ia3Spec",
     "KtoSpec",
+    "LionSpec",
     "LlamaProSpec",
+    "LomoSpec",
     "LoraSpec",
+    "LowRankSpec",
     "MethodSpec",
     "MissSpec",
     "ModelSpec",
+    "MuonSpec",
     "OftSpec",
     "OptimSpec",
     "PeftSpec",
@@ -69,6 +101,7 @@ __all__ = [
     "ReferenceSpec",
     "RmSpec",
     "RopeScalingSpec",
+    "ScheduleFreeSpec",
     "ScheduleName",
     "SftSpec",
     "SgdSpec",
@@ -111,6 +144,32 @@ class Recipe(Spec):
                 raise ValueError(
                     "train.load_best needs checkpoints at evaluations: make save_every equal to eval_every"
                 )
+        return self
+
+    @model_validator(mode="after")
+    def _what_the_optimizer_needs(self) -> Recipe:
+        optim, train = self.optim, self.train
+        if isinstance(optim, LowRankSpec | BadamSpec | BadamRatioSpec) and isinstance(self.method, LoraSpec):
+            raise ValueError(
+                f"optim.type: {optim.type} saves memory where whole weights train, and adapters are small already; "
+                "write method: {type: full}, or optim: {type: adamw}"
+            )
+        if optim.in_backward:
+            late = {
+                "train.precision: fp16": train.precision == "fp16",
+                "train.bad_numbers.action: skip": train.bad_numbers.action == "skip",
+                "train.fit_memory": train.fit_memory,
+            }
+            for key, given in late.items():
+                if given:
+                    raise ValueError(
+                        f"{key} does not go with optim.type: {optim.type}, which has changed the parameters "
+                        "by the end of the backward pass; remove it"
+                    )
+        if optim.schedule in AT_EVALUATIONS and optim.schedule_function is None and train.eval_every is None:
+            raise ValueError(
+                f"optim.schedule: {optim.schedule} takes its steps at evaluations; give train.eval_every"
+            )
         return self
 
     @model_validator(mode="after")

@@ -53,8 +53,10 @@ _TRANSLATED = (
         hub_token=("model.token", None),
     )
     | read("of pt and sft", label_smoothing_factor=("stage.label_smoothing", 0.0))
-    | read("warmup_stable_decay needs its steps or max_steps", lr_scheduler_type=("optim.schedule", "linear"))
-    | read("adamw_torch, adamw_torch_fused, adamw_hf and sgd", optim=("optim.type", "adamw_torch_fused"))
+    | read(lr_scheduler_type=("optim.schedule", "linear"))
+    | read("see docs/optimizers.md for the names", optim=("optim.type", "adamw_torch_fused"))
+    | read("of sgd, schedule_free_adamw, galore and apollo", optim_args=("optim", None))
+    | read("of galore and apollo", optim_target_modules=("optim.targets", None))
     | read("a share of all steps needs max_steps", logging_steps=("train.log_every", 500))
     | read("a share of all steps needs max_steps", eval_steps=("train.eval_every", None))
     | read("a share of all steps needs max_steps", save_steps=("train.save_every", 500))
@@ -155,12 +157,6 @@ _REFUSED = (
         Rule.REFUSED,
         "metrics here see sums over tokens, not whole batches; name functions in train.metrics of a native recipe",
         include_for_metrics=[],
-    )
-    | keys(
-        Rule.REFUSED,
-        "parameters are not named for the optimizer in this version; remove it",
-        optim_target_modules=None,
-        optim_args=None,
     )
     | keys(
         Rule.REFUSED,

@@ -79,6 +79,7 @@ class Evaluation(Seq2SeqTrainer):
         One set gives `eval_loss`; several give `eval_<name>_loss` each, and `eval_loss` of all their tokens; so with
         metrics. Raises RecipeError where, in training, `best_metric` is not among the numbers.
         """
+        self.to_evaluated_weights()
         started, pooled, metrics, num_tokens = time.time(), dict[str, Term](), dict[str, float](), 0
         named, rows = len(self._eval_sets) > 1, list[EvalRow]()
         for name, eval_set in self._eval_sets.items():
@@ -97,6 +98,11 @@ class Evaluation(Seq2SeqTrainer):
             self._check_best_metric(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
+
+    def to_evaluated_weights(self) -> None:
+        """Schedule-free optimizers train at another point than they evaluate and save; a step goes back there."""
+        if callable(average := getattr(self.optimizer, "eval", None)):
+            average()
 
     def _check_best_metric(self, metrics: Mapping[str, float]) -> None:
         wanted = str(self.args.metric_for_best_model)

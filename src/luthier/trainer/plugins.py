@@ -17,6 +17,7 @@ from typing import Any
 
 from transformers import TrainerCallback
 
+from luthier.optim.schedule import Factor
 from luthier.recipe.problems import nearest
 from luthier.types import RecipeError
 
@@ -104,6 +105,19 @@ def load_callbacks(references: Sequence[str], beside: Path | None) -> list[Train
                 f"{key}: {reference} cannot be made (it gets no arguments): {_words(error)}"
             ) from error
     return list(callbacks.values())
+
+
+def load_schedule(reference: str | None, beside: Path | None) -> Factor | None:
+    """The function that `optim.schedule_function` names. Raises RecipeError where there is none."""
+    if reference is None:
+        return None
+    function = load_named(reference, "optim.schedule_function", beside)
+    if not callable(function) or isinstance(function, type):
+        raise RecipeError(
+            f"optim.schedule_function: {reference} is {describe(function)}; a schedule is a function of the steps "
+            "taken and the number of all steps"
+        )
+    return function  # type: ignore[no-any-return]
 
 
 def describe(value: Any) -> str:

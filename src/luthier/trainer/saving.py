@@ -80,7 +80,7 @@ class CheckpointSaver:
         training = None
         if not self._only_model:
             training = training_state(optimizer, scheduler, scaler, self._copies)
-        weights = model_state(model, self._copies)
+        weights = model_state(model, self._copies, optimizer)
         self._copies.finish()
         best = state.best_model_checkpoint
         content = _Content(

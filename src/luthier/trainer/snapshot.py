@@ -30,9 +30,11 @@ class HostCopies:
 
     def __init__(self) -> None:
         self._buffers: dict[str, Tensor] = {}
+        self._used: set[str] = set()
 
     def copy(self, name: str, tensor: Tensor) -> Tensor:
         """A copy of `tensor` under `name`; complete only after `finish` where it comes from a GPU."""
+        self._used.add(name)
         buffer = self._buffers.get(name)
         if buffer is None or buffer.shape != tensor.shape or buffer.dtype != tensor.dtype:
             buffer = torch.empty(
@@ -51,9 +53,10 @@ class HostCopies:
             return type(value)(self.tree(f"{name}.{index}", item) for index, item in enumerate(value))
         return copy.deepcopy(value)
 
-    @staticmethod
-    def finish() -> None:
-        """Wait for copies from a GPU."""
+    def finish(self) -> None:
+        """Wait for copies from a GPU; give back buffers of what is gone: an optimizer may change what it keeps."""
+        self._buffers = {name: buffer for name, buffer in self._buffers.items() if name in self._used}
+        self._used = set()
         if torch.cuda.is_available():
             torch.cuda.synchronize()
 
@@ -66,16 +69,22 @@ class ModelState:
     trained: frozenset[str]
 
 
-def model_state(model: nn.Module, copies: HostCopies) -> ModelState:
-    """The model's state dict: what can change is copied, frozen parameters are the model's own tensors."""
+def model_state(model: nn.Module, copies: HostCopies, optimizer: Any = None) -> ModelState:
+    """The model's state dict: what can change is copied, frozen parameters are the model's own tensors.
+
+    Parameters of `optimizer` can change, though it may have frozen them for a while.
+    """
+    groups = [] if optimizer is None else optimizer.param_groups
+    optimized = {id(parameter) for group in groups for parameter in group["params"]}
     seen: dict[tuple[int, torch.Size], Tensor] = {}
     tensors, trained = {}, set()
     for name, tensor in model.state_dict(keep_vars=True).items():
         key = (tensor.data_ptr(), tensor.shape)
-        if tensor.requires_grad:
+        trains = tensor.requires_grad or id(tensor) in optimized
+        if trains:
             trained.add(name)
         if key not in seen:
-            frozen = isinstance(tensor, nn.Parameter) and not tensor.requires_grad
+            frozen = isinstance(tensor, nn.Parameter) and not trains
             seen[key] = tensor.detach() if frozen else copies.copy(f"model.{name}", tensor)
         tensors[name] = seen[key]
     return ModelState(tensors, frozenset(trained))

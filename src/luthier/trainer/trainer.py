@@ -31,8 +31,9 @@ from transformers.trainer_callback import ExportableState
 
 from luthier.model.logprobs import ModelPolicy
 from luthier.model.reference import Reference
-from luthier.optim.build import build_optimizer, build_schedule
-from luthier.recipe.schema import AdamwSpec, BadNumbersSpec, SgdSpec
+from luthier.optim.build import build_optimizer, release
+from luthier.optim.schedule import Factor, build_schedule
+from luthier.recipe.schema import AnyOptimSpec, BadNumbersSpec
 from luthier.trainer.bad_numbers import BadNumbersError, NumberGuard, Rewind
 from luthier.trainer.checkpoint import newest_valid, read_manifest
 from luthier.trainer.evaluation import EvalSet, Evaluation, observe
@@ -43,7 +44,7 @@ from luthier.trainer.precision import loss_scaling
 from luthier.trainer.retention import reading
 from luthier.trainer.saving import LOOP_STATE_NAME, CheckpointSaver, saves_asynchronously
 from luthier.trainer.steps import EpochCallback, StepDataset
-from luthier.types import Batch, LossSum, Method, Stage, Term
+from luthier.types import Batch, LossSum, Method, RecipeError, Stage, Term
 
 
 class PeftTrainer(Evaluation):
@@ -56,7 +57,7 @@ class PeftTrainer(Evaluation):
         args: Seq2SeqTrainingArguments,
         stage: Stage,
         method: Method,
-        optim: AdamwSpec | SgdSpec,
+        optim: AnyOptimSpec,
         steps: StepDataset | None,
         eval_sets: Mapping[str, EvalSet],
         tokenizer: PreTrainedTokenizerBase,
@@ -69,10 +70,11 @@ class PeftTrainer(Evaluation):
         fit_memory: FitMemory | None = None,
         bad_numbers: BadNumbersSpec | None = None,
         reference: Reference | None = None,
+        schedule: Factor | None = None,
     ) -> None:
         """`eval_arithmetic` is the type of evaluations (see `ModelPolicy`), without it that of training; `reference` is
-        the model that a stage compares with, where it needs one."""
-        self._reference = reference
+        the model that a stage compares with, where it needs one, `schedule` what `optim.schedule_function` names."""
+        self._reference, self._schedule = reference, schedule
         self.stage, self.method, self._optim = stage, method, optim
         self._steps, self._eval_sets = steps, dict(eval_sets)
         self.saver = CheckpointSaver(
@@ -126,10 +128,9 @@ class PeftTrainer(Evaluation):
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         if self.optimizer is None:
-            groups = self.method.parameter_groups(
-                model or self._trained, self._optim.weight_decay, self._optim.lr
-            )
-            self.optimizer = build_optimizer(self._optim, groups)
+            trained = model or self._trained
+            groups = self.method.parameter_groups(trained, self._optim.weight_decay, self._optim.lr)
+            self.optimizer = build_optimizer(self._optim, groups, trained)
             if self._scaling is not None:
                 self._scaling.watch(self.optimizer)
         return self.optimizer
@@ -138,7 +139,8 @@ class PeftTrainer(Evaluation):
         self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None
     ) -> torch.optim.lr_scheduler.LRScheduler:
         if self.lr_scheduler is None:
-            schedule = build_schedule(self._optim, optimizer or self.create_optimizer(), num_training_steps)
+            built = optimizer or self.create_optimizer()
+            schedule = build_schedule(self._optim, built, num_training_steps, self._schedule)
             self.lr_scheduler = schedule  # type: ignore[assignment]
             self._created_lr_scheduler = True
         return self.lr_scheduler  # type: ignore[return-value]
@@ -156,6 +158,11 @@ class PeftTrainer(Evaluation):
             # No gradient, and an optimizer that accelerate takes for one inside an accumulation: nothing moves.
             self.accelerator.gradient_state._set_sync_gradients(False)
             return torch.zeros((), device=self.args.device)
+        if self._optim.in_backward and len(inputs) > 1:
+            raise RecipeError(
+                f"optim.type={self._optim.type} updates parameters in the backward pass, so a step has to be one pass, "
+                f"and this one has {len(inputs)}; raise train.tokens_per_pass or make the batch smaller"
+            )
         model.train()
         if callable(train := getattr(self.optimizer, "train", None)):
             train()  # schedule-free optimizers train at another point than they save
@@ -218,6 +225,7 @@ class PeftTrainer(Evaluation):
         if checkpoint is None:
             raise BadNumbersError(f"{request.reason}. There is no checkpoint to go back to")
         self.ledger.guard.rewound(read_manifest(checkpoint)["metadata"]["step"], request.step)
+        release(self.optimizer)
         self.optimizer = self.lr_scheduler = None
         self._trained.zero_grad(set_to_none=True)
         return checkpoint
@@ -268,6 +276,7 @@ class PeftTrainer(Evaluation):
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         """Everything that a resume needs, in a folder that exists whole or not at all."""
+        self.to_evaluated_weights()
         self.store_flos()
         if self.state.best_global_step == self.state.global_step:
             self.state.best_model_checkpoint = str(
@@ -305,6 +314,7 @@ class PeftTrainer(Evaluation):
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         folder = Path(output_dir or str(self.args.output_dir))
         folder.mkdir(parents=True, exist_ok=True)
+        self.to_evaluated_weights()
         self.method.save(self.accelerator.unwrap_model(self.model), folder)
         assert isinstance(self.processing_class, PreTrainedTokenizerBase)
         self.processing_class.save_pretrained(folder)
@@ -330,6 +340,7 @@ class PeftTrainer(Evaluation):
         self._globalstep_last_logged = self.state.global_step - self.ledger.window_steps
 
     def _load_best_model(self) -> None:
+        self.to_evaluated_weights()  # or saving would take what is loaded for the point where gradients are taken
         self.saver.writer.wait()
         self._load_from_checkpoint(str(self.state.best_model_checkpoint))
 
