@@ -7,6 +7,7 @@ import re
 from torch import nn
 
 from luthier.methods.groups import ParameterCount
+from luthier.model.quantize import packed_weights
 from luthier.model.value_head import value_head
 
 KINDS = ("embeddings", "attention", "mlp", "norm", "mixer", "head", "adapter", "other")
@@ -43,7 +44,7 @@ def count_by_kind(model: nn.Module) -> dict[str, ParameterCount]:
             kind = "head"
         else:
             kind = _kind(name, modules[name.rpartition(".")[0]])
-        total[kind] += parameter.numel()
+        total[kind] += packed_weights(modules[name.rpartition(".")[0]], parameter)
         trainable[kind] += parameter.numel() * parameter.requires_grad
     return {kind: ParameterCount(trainable[kind], total[kind]) for kind in KINDS if total[kind]}
 

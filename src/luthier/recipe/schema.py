@@ -13,6 +13,7 @@ from luthier.recipe.data import ColumnSpec, DatasetSpec, DataSpec, TagSpec, Temp
 from luthier.recipe.method import FreezeSpec, FullSpec, LoraSpec, MethodSpec
 from luthier.recipe.model import EMBEDDED_MODEL, ModelSpec, RopeScalingSpec, VocabularySpec
 from luthier.recipe.optim import AdamwSpec, AnyOptimSpec, OptimSpec, ScheduleName, SgdSpec
+from luthier.recipe.quantization import BitsAndBytesSpec, HqqSpec, QuantizationSpec, TorchaoSpec
 from luthier.recipe.stage import (
     DpoSpec,
     KtoSpec,
@@ -29,6 +30,7 @@ __all__ = [
     "AdamwSpec",
     "AnyOptimSpec",
     "BadNumbersSpec",
+    "BitsAndBytesSpec",
     "ColumnSpec",
     "CompileSpec",
     "DataSpec",
@@ -37,6 +39,7 @@ __all__ = [
     "EarlyStoppingSpec",
     "FreezeSpec",
     "FullSpec",
+    "HqqSpec",
     "HubSpec",
     "KtoSpec",
     "LoraSpec",
@@ -44,6 +47,7 @@ __all__ = [
     "ModelSpec",
     "OptimSpec",
     "PtSpec",
+    "QuantizationSpec",
     "Recipe",
     "ReferenceSpec",
     "RmSpec",
@@ -55,6 +59,7 @@ __all__ = [
     "StageSpec",
     "TagSpec",
     "TemplateSpec",
+    "TorchaoSpec",
     "TrainSpec",
     "VocabularySpec",
 ]
@@ -101,5 +106,22 @@ class Recipe(Spec):
             raise ValueError(
                 f"stage.reference: base is the model below adapters, and method: {self.method.type} has none; "
                 "leave it out"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _what_a_quantized_base_takes(self) -> Recipe:
+        if self.model.quantization is None:
+            return self
+        method = self.method
+        if isinstance(method, FullSpec | FreezeSpec):
+            raise ValueError(
+                f"model.quantization: rounded weights cannot train, and method: {method.type} trains the model's own; "
+                "give method.type: lora, or leave quantization out"
+            )
+        if isinstance(method, LoraSpec) and (method.create_new_adapter or len(method.adapters) > 1):
+            raise ValueError(
+                "model.quantization: adding an adapter into rounded weights would round them anew; name one adapter "
+                "in method.adapters and go on with it, or add it into the plain base first"
             )
         return self
