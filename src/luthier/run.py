@@ -33,7 +33,8 @@ from luthier.methods.groups import ParameterCount, count_parameters
 from luthier.model.load import ModelSource, fingerprint, locate
 from luthier.model.logprobs import chosen_rows
 from luthier.model.positions import loaded_positions
-from luthier.model.quantize import measured, untested_files
+from luthier.model.quantize import untested_files
+from luthier.model.quantized_layers import measured
 from luthier.publish import CARD_NAME, model_card, upload
 from luthier.recipe.load import LoadedRecipe, dump_recipe, load_recipe
 from luthier.recipe.resolve import Hardware, resolve

@@ -31,7 +31,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from luthier.data.collate import branch_batch, flat_batch
 from luthier.model.kernel import chunk_rows
 from luthier.model.logprobs import ModelPolicy
-from luthier.model.quantize import stored_bytes
+from luthier.model.quantized_layers import stored_bytes
 from luthier.model.reference import OtherModel, Reference, StartingPoint
 from luthier.recipe.schema import OptimSpec, SgdSpec
 from luthier.types import IGNORE_INDEX, Batch, ModelKind, Sample

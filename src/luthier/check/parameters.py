@@ -7,7 +7,7 @@ import re
 from torch import nn
 
 from luthier.methods.groups import ParameterCount
-from luthier.model.quantize import packed_weights
+from luthier.model.quantized_layers import packed_weights
 from luthier.model.value_head import value_head
 
 KINDS = ("embeddings", "attention", "mlp", "norm", "mixer", "head", "adapter", "other")

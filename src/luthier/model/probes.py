@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from luthier.model.logprobs import ModelPolicy, install_target_forward
-from luthier.model.quantize import arithmetic_types
+from luthier.model.quantized_layers import arithmetic_types
 from luthier.model.rows import Rows
 from luthier.types import Batch
 

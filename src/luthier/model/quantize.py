@@ -14,15 +14,16 @@ from __future__ import annotations
 
 import importlib.util
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from transformers import BitsAndBytesConfig, PreTrainedConfig, PreTrainedModel
 
 from luthier.model.norms import upcast_norms
+from luthier.model.quantized_layers import dequantized, is_int8, looked_up, quantized_layers
 from luthier.recipe.schema import (
     BitsAndBytesSpec,
     FreezeSpec,
@@ -35,7 +36,6 @@ from luthier.types import ModelError
 
 TORCHAO_CONFIGS = {
     "int8_weight_only": "Int8WeightOnlyConfig",
-    "int8_dynamic_activation_int8_weight": "Int8DynamicActivationInt8WeightConfig",
     "float8_weight_only": "Float8WeightOnlyConfig",
 }
 """Classes of `torchao.quantization` by the names that `model.quantization.name` takes."""
@@ -162,7 +162,7 @@ def loading_arguments(
     require_library(spec.type)
     if isinstance(spec, HqqSpec):
         return {}
-    skipped = [*spec.skip_modules, *_heads(plain())] if spec.skip_modules else None
+    skipped = _skipped(plain(), spec.skip_modules) if spec.skip_modules else None
     if isinstance(spec, BitsAndBytesSpec):
         chosen: Any = bitsandbytes_config(spec, dtype, skipped)
     else:
@@ -193,6 +193,12 @@ def bitsandbytes_config(
     )
 
 
+def _skipped(model: nn.Module, names: tuple[str, ...]) -> list[str]:
+    """Whole names of what stays plain: those that the recipe names by their last parts, and the heads."""
+    named = [one for one, _ in model.named_modules() if any(one == n or one.endswith(f".{n}") for n in names)]
+    return [*named, *_heads(model)]
+
+
 def _heads(model: nn.Module) -> list[str]:
     """Names of what predicts: transformers leaves it plain by itself only where no other names are given."""
     getter: Any = getattr(model, "get_output_embeddings", None)
@@ -219,8 +225,67 @@ def finish_quantization(
             # In evaluation bitsandbytes would repack the weights for this CPU's bfloat16 kernel, for good: scales
             # rounded, no backward pass. What is evaluated has to be what trains.
             module.support_avx512bf16_for_cpu = False  # type: ignore[assignment]
+        if is_int8(module) and device.type == "cpu":
+            cls = type(module)
+            module.__class__ = type(cls.__name__, (_SteadyInt8, cls), {"__module__": cls.__module__})
     model.requires_grad_(False)
+    _require_right_expansion(layers, label)
+    _require_gradients(layers, model.dtype, device, label)
     upcast_norms(model)
+
+
+class _SteadyInt8(nn.Module):
+    """Mixed into the class of a layer of LLM.int8() on a CPU: one arithmetic for training and evaluation.
+
+    There bitsandbytes trains with inputs as they are and evaluates with inputs rounded to 8 bits; on a GPU both are
+    rounded.
+    """
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        training, self.training = self.training, True
+        try:
+            return super().forward(*args, **kwargs)
+        finally:
+            self.training = training
+
+
+def _require_right_expansion(layers: dict[str, nn.Module], label: str) -> None:
+    """Raise ModelError where the library expands 4-bit weights to others than they stand for: bitsandbytes 0.50.2 on a
+    CPU does where a row is no multiple of the 64 weights that share a scale. One layer of each shape is asked."""
+    shapes: set[torch.Size] = set()
+    for name, module in layers.items():
+        state: Any = getattr(module.weight, "quant_state", None)
+        if state is None or state.shape in shapes:
+            continue
+        shapes.add(state.shape)
+        if not torch.equal(dequantized(module), looked_up(module)):
+            outputs, inputs = state.shape
+            raise ModelError(
+                f"{label}: bitsandbytes expands the 4-bit weights of {name} ({outputs} x {inputs}) to other numbers on "
+                f"{module.weight.device.type} than they stand for; name it in model.quantization.skip_modules, or "
+                "give bits: 8"
+            )
+
+
+def _require_gradients(
+    layers: dict[str, nn.Module], dtype: torch.dtype, device: torch.device, label: str
+) -> None:
+    """Raise ModelError where a gradient stops at a quantized layer: adapters below it would learn from the residual
+    stream alone, and nobody would see it. torchao's layers with rounded inputs are such. One of each kind is asked."""
+    kinds: set[tuple[type, type]] = set()
+    for name, module in layers.items():
+        kind = type(module), type(getattr(module, "weight", None))
+        inputs = getattr(module, "in_features", None)
+        if kind in kinds or not isinstance(inputs, int):
+            continue
+        kinds.add(kind)
+        with torch.enable_grad():
+            answer = module(torch.zeros(1, inputs, dtype=dtype, device=device, requires_grad=True))
+        if not answer.requires_grad:
+            raise ModelError(
+                f"{label}: no gradient passes through {name} ({kind[1].__name__}), so an adapter below it would not "
+                "learn what it does; choose another quantization"
+            )
 
 
 def _to_hqq(model: PreTrainedModel, spec: HqqSpec, device: torch.device, label: str) -> None:
@@ -234,10 +299,10 @@ def _to_hqq(model: PreTrainedModel, spec: HqqSpec, device: torch.device, label: 
         (HQQLinear, nn.Linear),
         {"__module__": HQQLinear.__module__, "weight": property(lambda layer: layer.W_q)},
     )
-    skipped = {*_heads(model), *spec.skip_modules}
+    skipped = set(_skipped(model, spec.skip_modules))
     compute = DTYPES.get(spec.compute_dtype, model.dtype)
     for name, layer in list(model.named_modules()):
-        if type(layer) is not nn.Linear or any(name == one or name.endswith(f".{one}") for one in skipped):
+        if type(layer) is not nn.Linear or name in skipped:
             continue
         size = layer.in_features if spec.axis == 1 else layer.out_features
         if size % spec.group_size:
@@ -250,12 +315,6 @@ def _to_hqq(model: PreTrainedModel, spec: HqqSpec, device: torch.device, label: 
         quantized.__class__ = kind
         parent, _, last = name.rpartition(".")
         setattr(model.get_submodule(parent), last, quantized)
-    model.is_quantized = True  # type: ignore[assignment]
-    model.hqq_quantized = True  # type: ignore[assignment]
-
-
-# --------------------------------------------------------------------------------------------------
-# What of a model is quantized
 
 
 def require_adapter_method(model: nn.Module, method: MethodSpec, label: str) -> None:
@@ -280,126 +339,3 @@ def require_adapter_method(model: nn.Module, method: MethodSpec, label: str) -> 
                 f"method.modules_to_save: {saved} is quantized and cannot train; name it in "
                 "model.quantization.skip_modules too"
             )
-
-
-def quantized_layers(model: nn.Module) -> dict[str, nn.Module]:
-    """The layers whose weights are kept in fewer bits, by name."""
-    return {name: module for name, module in model.named_modules() if is_quantized_layer(module)}
-
-
-def is_quantized_layer(module: nn.Module) -> bool:
-    """Whether this layer's own weights are kept in fewer bits, or as whole numbers."""
-    return any(_is_quantized(parameter) for parameter in module.parameters(recurse=False)) or any(
-        name in module._buffers for name in ("qweight", "codes", "weight_packed")
-    )
-
-
-def _is_quantized(parameter: Tensor) -> bool:
-    return not parameter.is_floating_point() or _inner_tensors(parameter) is not None
-
-
-def _inner_tensors(tensor: Tensor) -> list[Tensor] | None:
-    """The tensors that a tensor of torchao's is made of; None for a plain one."""
-    flatten = getattr(tensor, "__tensor_flatten__", None)
-    if flatten is None:
-        return None
-    return [getattr(tensor, name) for name in flatten()[0]]
-
-
-def num_weights(model: nn.Module) -> int:
-    """How many weights a model has, tied ones once. Below 8 bits several of them share a byte of a parameter."""
-    held: dict[int, int] = {}
-    for module in model.modules():
-        for parameter in module.parameters(recurse=False):
-            held[id(parameter)] = packed_weights(module, parameter)
-    return sum(held.values())
-
-
-def packed_weights(module: nn.Module, parameter: Tensor) -> int:
-    """How many weights a parameter of `module` stands for."""
-    if parameter is module._parameters.get("W_q"):
-        return int(module.in_features * module.out_features)  # type: ignore[operator]
-    state = getattr(parameter, "quant_state", None)
-    return parameter.numel() if state is None else int(state.shape.numel())
-
-
-def stored_bytes(model: nn.Module) -> int:
-    """Bytes of parameters and buffers, tied ones once, with the scales that quantized layers keep beside them."""
-    tensors = [*model.parameters(), *model.buffers()]
-    tensors += [scale for module in model.modules() for scale in _scales(module)]
-    return sum(
-        part.numel() * part.element_size()
-        for tensor in tensors
-        for part in (_inner_tensors(tensor) or [tensor])
-    )
-
-
-def _is_int8(module: nn.Module) -> bool:
-    """Whether it is a layer of LLM.int8(), and not PEFT's around it, which has the same name."""
-    return type(module._parameters.get("weight")).__name__ == "Int8Params"
-
-
-def _scales(module: nn.Module) -> Iterator[Tensor]:
-    """Scales and offsets that are neither parameters nor buffers."""
-    for parameter in module.parameters(recurse=False):
-        state = getattr(parameter, "quant_state", None)
-        for part in (state, getattr(state, "state2", None)):
-            if part is not None:
-                yield part.absmax
-    if _is_int8(module):  # with the weight until the first product, then with the layer
-        held: list[Any] = [getattr(holder, "SCB", None) for holder in (module.state, module.weight)]
-        yield from [scales for scales in held if scales is not None][:1]
-    for value in getattr(module, "meta", {}).values() if hasattr(module, "W_q") else ():
-        if isinstance(value, Tensor):
-            yield value
-
-
-def arithmetic_types(model: nn.Module) -> set[torch.dtype]:
-    """The types that quantized layers compute in, whatever the rest of the model does."""
-    found: set[torch.dtype] = set()
-    for module in quantized_layers(model).values():
-        weight = getattr(module, "weight", None)
-        if _is_int8(module) or "act_quant_kwargs" in dir(weight):
-            found.add(torch.float16)  # their inputs are rounded, to no more than its 11 bits
-        elif isinstance(getattr(module, "compute_dtype", None), torch.dtype):
-            found.add(module.compute_dtype)  # type: ignore[arg-type]
-    return found
-
-
-@dataclass(frozen=True, slots=True)
-class Quantized:
-    """What of a model is quantized: layers and their weights; all weights, and the bytes that they take."""
-
-    layers: int
-    weights: int
-    total: int
-    bytes: int
-
-
-def measured(model: nn.Module) -> Quantized | None:
-    """What of a model is quantized, an adapter counted with it; None where nothing is."""
-    layers = quantized_layers(model).values()
-    if not layers:
-        return None
-    within = sum(packed_weights(module, one) for module in layers for one in module.parameters(recurse=False))
-    return Quantized(len(layers), within, num_weights(model), stored_bytes(model))
-
-
-def dequantized(module: nn.Module) -> Tensor:
-    """(O, I) the weights that a quantized layer computes with, in plain numbers.
-
-    Raises ModelError for a layer of files that were quantized elsewhere and have no such function.
-    """
-    weight: Any = getattr(module, "weight", None)
-    if hasattr(module, "W_q"):
-        return module.dequantize()  # type: ignore[operator, no-any-return]
-    if getattr(weight, "quant_state", None) is not None:
-        import bitsandbytes.functional
-
-        return bitsandbytes.functional.dequantize_4bit(weight.data, weight.quant_state)  # type: ignore[no-any-return]
-    if _is_int8(module):
-        scales: Any = next(_scales(module))
-        return weight.data.float() * (scales[:, None] / 127.0)  # type: ignore[no-any-return]
-    if _inner_tensors(weight) is not None:
-        return weight.dequantize()  # type: ignore[no-any-return]
-    raise ModelError(f"{type(module).__name__} does not tell its weights in plain numbers")

@@ -44,10 +44,8 @@ class TorchaoSpec(Spec):
     """torchao: 8 bits, in torch alone."""
 
     type: Literal["torchao"] = "torchao"
-    name: Literal["int8_weight_only", "int8_dynamic_activation_int8_weight", "float8_weight_only"] = (
-        "int8_weight_only"
-    )
-    """Its name there; the ones whose gradients reach an adapter."""
+    name: Literal["int8_weight_only", "float8_weight_only"] = "int8_weight_only"
+    """Its name there. Those that round inputs too have no backward pass."""
     skip_modules: tuple[str, ...] = ()
     """Names of modules that stay as they are, beside the output head and the embeddings."""
 
