@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from importlib import util
 from pathlib import Path
@@ -17,13 +18,16 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 import luthier
 from luthier.assemble import build_model, load_tokens
+from luthier.check.memory import weight_bytes
 from luthier.environment import detect_hardware
 from luthier.methods.lora import load_adapter
 from luthier.model.load import load_model, locate
 from luthier.recipe.load import load_recipe
 from luthier.recipe.resolve import resolve
+from luthier.score import score_file
+from luthier.selfcheck.verb import selfcheck
 from luthier.types import CheckpointError, ModelError
-from tiny import chat_model, write_alpaca
+from tiny import chat_model, write_alpaca, write_pairs
 
 NF4 = {"type": "bitsandbytes", "bits": 4}
 INT8 = {"type": "bitsandbytes", "bits": 8}
@@ -199,3 +203,74 @@ def test_files_that_are_quantized_already_train_as_they_are(
     with pytest.raises(ModelError, match=r"is quantized, and rounded weights cannot train"):
         there["method"] = {"type": "full"}
         luthier.train(changed(there, train={"overwrite": True}), quiet=True)
+
+
+def test_a_quantized_reference_is_another_model_than_the_plain_one(
+    recipe: dict[str, Any], model: Path, tmp_path: Path
+) -> None:
+    write_pairs(tmp_path / "pairs.json", 8)
+    recipe["data"] |= {"train": [{"file_name": "pairs.json", "ranking": True}]}
+    recipe["method"]["dropout"] = 0.0
+    recipe["train"] |= {"max_steps": 2}
+    found = {}
+    for name, reference in {
+        "base": "start",  # adapters off: the quantized base itself
+        "same": {"path": str(model), "quantization": NF4},
+        "plain": {"path": str(model)},
+        "precomputed": {"path": str(model), "quantization": NF4, "precompute": True},
+    }.items():
+        asked = recipe | {"stage": {"type": "dpo", "reference": reference, "share_prompts": False}}
+        asked["train"] = recipe["train"] | {"output": str(tmp_path / name)}
+        found[name] = losses(luthier.train(asked, quiet=True).output)
+    assert found["base"][0] == pytest.approx(math.log(2), abs=1e-6)  # the policy is its reference
+    assert found["same"] == found["base"]
+    assert found["precomputed"] == pytest.approx(found["base"], abs=1e-6)
+    assert abs(found["plain"][0] - found["base"][0]) > 1e-5
+
+
+def test_scores_come_from_the_quantized_base_of_the_run(recipe: dict[str, Any], tmp_path: Path) -> None:
+    write_pairs(tmp_path / "pairs.json", 12)
+    pairs = [{"file_name": "pairs.json", "ranking": True}]
+    recipe["data"] |= {"train": pairs, "eval": [{"file_name": "pairs.json", "ranking": True}]}
+    result = luthier.train(recipe | {"stage": {"type": "rm"}}, quiet=True)
+    assert json.loads((result.output / "run.json").read_text())["quantized"]["layers"] == 14
+    summary = score_file(result.output, tmp_path / "pairs.json").summary()
+    assert summary["mean_margin"] == pytest.approx(result.metrics["eval_rewards/margins"], abs=1e-6)
+
+
+def test_check_counts_the_packed_weights(recipe: dict[str, Any]) -> None:
+    told = {}
+    for name, kind in {"plain": None, "nf4": NF4, "int8": INT8}.items():
+        asked = changed(recipe, model={"quantization": kind})
+        settings = resolve(load_recipe(asked), detect_hardware()).recipe
+        told[name] = weight_bytes(load_model(settings.model, locate(settings.model), torch.device("cpu")))
+    assert told["nf4"] < told["int8"] < told["plain"]
+
+
+def test_the_users_own_checks_hold_on_a_quantized_base(recipe: dict[str, Any]) -> None:
+    result = selfcheck(recipe, quiet=True)
+    assert result.holds, [outcome for outcome in result.outcomes if not outcome.holds]
+    saved = next(outcome for outcome in result.outcomes if outcome.check == "saved")
+    assert saved.measured < 1e-5
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", [pytest.param(NF4, id="nf4"), pytest.param(INT8, id="int8")])
+def test_qlora_trains_a_real_model(kind: dict[str, Any], smollm2: Path, tmp_path: Path) -> None:
+    write_alpaca(tmp_path / "rows.json", 24)
+    result = luthier.train(
+        {
+            "model": {"path": str(smollm2), "quantization": kind},
+            "data": {"train": ["rows.json"], "directory": str(tmp_path), "cache": str(tmp_path / "cache")},
+            "method": {"type": "lora", "rank": 8},
+            "optim": {"type": "adamw", "lr": 1e-3},
+            "train": {"rows_per_device": 4, "max_steps": 4, "log_every": 1, "output": str(tmp_path / "run")},
+        },
+        ["train.plots=false"],
+        quiet=True,
+    )
+    curve = losses(result.output)
+    # Without its quantized weights being right an instruct model's loss on English would be near ln 49152 = 10.8.
+    assert curve[0] < 4 and curve[-1] < 0.9 * curve[0]
+    record = json.loads((result.output / "run.json").read_text())["quantized"]
+    assert record["layers"] == 210 and record["weights"] == 106_168_320

@@ -16,7 +16,7 @@ from transformers import AutoConfig, PreTrainedModel
 
 from luthier.methods.fused import fuse_lora
 from luthier.methods.groups import count_parameters
-from luthier.model import quantize
+from luthier.model import quantization_support, quantize
 from luthier.model.load import load_model, locate
 from luthier.model.norms import _Float32Norm
 from luthier.model.probes import coarsest
@@ -274,13 +274,43 @@ def test_the_self_test_knows_what_layers_compute_in(
 
 
 # --------------------------------------------------------------------------------------------------
+# What works here
+
+
+def test_env_tries_every_way_and_gives_the_install_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    cpu = torch.device("cpu")
+    found = quantization_support.tried(cpu)
+    assert found.keys() == quantization_support.TRIED.keys()
+    for name, state in found.items():
+        library = name.split(",")[0]
+        if util.find_spec(library) is None:
+            assert state == f"pip install 'luthier[{library}]'"
+        else:
+            assert state == "works"
+    monkeypatch.setattr(quantization_support, "SIZE", 32)  # two rows to a scale
+    assert quantization_support.tried(cpu)["bitsandbytes, 4 bits nf4"] == (
+        "does not work here: it computes with other weights than it stores"
+    )
+    monkeypatch.setattr(quantization_support, "is_installed", lambda module: False)
+    assert set(quantization_support.tried(cpu).values()) == set(quantization_support.INSTALL.values())
+    assert quantization_support.files()["awq"] == "pip install gptqmodel"
+
+
+@pytest.mark.skipif(util.find_spec("torchao") is None, reason="torchao is not installed")
+def test_env_says_where_no_gradient_passes() -> None:
+    build = quantization_support._torchao("Int8DynamicActivationInt8WeightConfig")
+    state = quantization_support._try("torchao", build, torch.device("cpu"))
+    assert state == "no gradient passes through it here"
+
+
+# --------------------------------------------------------------------------------------------------
 # What is refused
 
 
 def test_a_library_that_is_missing_is_named_with_its_install_line(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(quantize, "_is_installed", lambda module: False)
+    monkeypatch.setattr(quantize, "is_installed", lambda module: False)
     with pytest.raises(ModelError, match=r"needs the package hqq.*: pip install 'luthier\[hqq\]'"):
         loaded(folder, {"type": "hqq"})
     with pytest.raises(

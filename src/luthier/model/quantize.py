@@ -12,10 +12,7 @@ that change no result, because log-probabilities are computed in float32 from an
 
 from __future__ import annotations
 
-import importlib.util
-import logging
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -23,6 +20,7 @@ from torch import nn
 from transformers import BitsAndBytesConfig, PreTrainedConfig, PreTrainedModel
 
 from luthier.model.norms import upcast_norms
+from luthier.model.quantization_support import CHECKPOINTS, INSTALL, is_installed, quiet
 from luthier.model.quantized_layers import dequantized, is_int8, looked_up, quantized_layers
 from luthier.recipe.schema import (
     BitsAndBytesSpec,
@@ -46,34 +44,6 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 # Files that are quantized already
 
 
-@dataclass(frozen=True, slots=True)
-class Checkpoint:
-    """A way in which the files of a model can be quantized. `modules` are what loading imports, `install` brings them.
-
-    tested: whether the project's own tests load and train it. dequantized: its quantized form has no backward pass, so
-    transformers expands it while loading.
-    """
-
-    modules: tuple[str, ...] = ()
-    install: str = ""
-    tested: bool = False
-    dequantized: bool = False
-
-
-CHECKPOINTS = {
-    "bitsandbytes": Checkpoint(("bitsandbytes",), "pip install 'luthier[bitsandbytes]'", tested=True),
-    "torchao": Checkpoint(("torchao",), "pip install 'luthier[torchao]'"),
-    "gptq": Checkpoint(("optimum", "gptqmodel"), "pip install optimum gptqmodel"),
-    "awq": Checkpoint(("gptqmodel",), "pip install gptqmodel"),
-    "aqlm": Checkpoint(("aqlm",), "pip install 'aqlm[gpu,cpu]'"),
-    "compressed-tensors": Checkpoint(("compressed_tensors",), "pip install compressed-tensors"),
-    "quanto": Checkpoint(("optimum.quanto",), "pip install optimum-quanto"),
-    "fp8": Checkpoint(dequantized=True),
-    "mxfp4": Checkpoint(dequantized=True),
-}
-"""By the `quant_method` of config.json."""
-
-
 def checkpoint_method(config: PreTrainedConfig) -> str | None:
     """How a model's files are quantized, by the `quant_method` of its config.json; None where they are not."""
     described = getattr(config, "quantization_config", None)
@@ -92,11 +62,12 @@ def _checkpoint_arguments(method: str, label: str, device: torch.device) -> dict
             f"{label}: its files are quantized with {method}, which adapters cannot be trained on here; "
             f"choose one of {', '.join(CHECKPOINTS)}, or the plain model"
         )
-    missing = [name for name in known.modules if not _is_installed(name)]
+    missing = [name for name in known.modules if not is_installed(name)]
     if missing:
         raise ModelError(
             f"{label}: its files are quantized with {method}, and {missing[0]} is not installed: {known.install}"
         )
+    quiet()
     arguments: dict[str, Any] = {"device_map": {"": device}}
     if known.dequantized:
         from transformers.utils.quantization_config import FineGrainedFP8Config, Mxfp4Config
@@ -114,26 +85,17 @@ def untested_files(model: nn.Module) -> str | None:
     return f"the base's files are quantized with {method}: transformers loads them; no test here has trained on them"
 
 
-def _is_installed(module: str) -> bool:
-    try:
-        return importlib.util.find_spec(module) is not None
-    except ModuleNotFoundError:  # its parent package
-        return False
-
-
 # --------------------------------------------------------------------------------------------------
 # Quantizing while loading
-
-INSTALL = {name: f"pip install 'luthier[{name}]'" for name in ("bitsandbytes", "torchao", "hqq")}
-"""What installs the library of each kind of `QuantizationSpec`."""
 
 
 def require_library(kind: str) -> None:
     """Raise ModelError, with the line that installs it, where the library of a kind of quantization is missing."""
-    if not _is_installed(kind):
+    if not is_installed(kind):
         raise ModelError(
             f"model.quantization.type={kind} needs the package {kind}, which is not installed: {INSTALL[kind]}"
         )
+    quiet()
 
 
 def loading_arguments(
@@ -178,8 +140,6 @@ def bitsandbytes_config(
     spec: BitsAndBytesSpec, dtype: torch.dtype, skipped: list[str] | None = None
 ) -> BitsAndBytesConfig:
     """transformers' form of the recipe's; `dtype` where the recipe leaves the type of the products open."""
-    # Its 8-bit product says on every call that it rounds inputs to float16; docs/quantization.md says it once.
-    logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
     if spec.bits == 8:
         return BitsAndBytesConfig(  # type: ignore[no-untyped-call]
             load_in_8bit=True, llm_int8_threshold=spec.outlier_threshold, llm_int8_skip_modules=skipped
