@@ -268,6 +268,9 @@ SAYS: dict[str, Callable[[Recipe], Any]] = {
     "use_dft_loss": lambda recipe: _stage(recipe).loss == "dft",
     "use_eaft_loss": lambda recipe: (_stage(recipe).loss, _stage(recipe).entropy_power) == ("eaft", 1),
     "warmup_ratio": lambda recipe: recipe.optim.warmup,
+    "quantization_bit": lambda recipe: recipe.model.quantization.bits,
+    "quantization_method": lambda recipe: {"bitsandbytes": "bnb"}[recipe.model.quantization.type],
+    "double_quantization": lambda recipe: recipe.model.quantization.double,
 }
 NOT_SAID = {
     "dataloader_num_workers",

@@ -220,13 +220,7 @@ def load_model(
             **_hub_arguments(spec),
         )
     except (*LOAD_ERRORS, KeyError, EOFError, UnpicklingError) as error:
-        if isinstance(error, KeyError) and error.args == (attention,):
-            # Falcon looks its attention up in a table of its own, where nothing can be registered.
-            name = (config.architectures or [type(config).__name__])[0]
-            raise NotIsolatedError(
-                f"{name} does not let its attention be chosen, so segments of a packed row would see each other"
-            ) from error
-        raise ModelError(f"{label} could not be loaded: {weights_fault(source.path, error)}") from error
+        raise _not_loaded(error, attention, config, label, source) from error
     model, report = loaded
     assert isinstance(model, PreTrainedModel)
     require_all_weights(report, len(model.state_dict()), label, drawn=drawn)
@@ -236,11 +230,29 @@ def load_model(
     if spec.upcast_layernorm:
         upcast_norms(model)
     if spec.gradient_checkpointing:
-        renamed = getattr(model, "activation_checkpointing_enable", None)  # transformers 5.23
-        (renamed or model.gradient_checkpointing_enable)({"use_reentrant": False})
+        _checkpoint_layers(model)
     nn.Module.to(model, device)
     finish_quantization(model, spec.quantization, device, label)
     return model
+
+
+def _not_loaded(
+    error: Exception, attention: str | None, config: PreTrainedConfig, label: str, source: ModelSource
+) -> Exception:
+    """What to raise for what loading raised."""
+    if isinstance(error, KeyError) and error.args == (attention,):
+        # Falcon looks its attention up in a table of its own, where nothing can be registered.
+        name = (config.architectures or [type(config).__name__])[0]
+        return NotIsolatedError(
+            f"{name} does not let its attention be chosen, so segments of a packed row would see each other"
+        )
+    return ModelError(f"{label} could not be loaded: {weights_fault(source.path, error)}")
+
+
+def _checkpoint_layers(model: PreTrainedModel) -> None:
+    """Layers compute their activations again in backward."""
+    renamed = getattr(model, "activation_checkpointing_enable", None)  # transformers 5.23
+    (renamed or model.gradient_checkpointing_enable)({"use_reentrant": False})
 
 
 def _bare(spec: ModelSpec, config: PreTrainedConfig) -> nn.Module:

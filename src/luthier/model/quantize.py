@@ -249,7 +249,7 @@ def _require_gradients(
 
 
 def _to_hqq(model: PreTrainedModel, spec: HqqSpec, device: torch.device, label: str) -> None:
-    """Replace every linear layer but the heads. transformers 5.23 cannot: its HqqConfig raises NotImplementedError."""
+    """Replace every linear layer but the heads. transformers 5.23 cannot: its HqqConfig is not carried out."""
     from hqq.core.quantize import BaseQuantizeConfig, HQQLinear
 
     # A linear layer by class as well, so that it is found wherever linear layers are looked for. `forward` is HQQ's;
