@@ -33,6 +33,7 @@ from luthier.model.positions import (
     require_positions,
 )
 from luthier.model.probes import LANGUAGE
+from luthier.model.quantize import require_adapter_method
 from luthier.model.selftest import build_with_rows
 from luthier.model.value_head import ScoreProbe, choose_padding
 from luthier.model.vocabulary import (
@@ -216,6 +217,7 @@ def build_model(
         base = load_model(
             settings.model, source, device, own_attention=own_attention, positions=positions, kind=kind
         )
+        require_adapter_method(base, settings.method, f"model.path={settings.model.path}")
         require_positions(base.config, longest, alone=settings.train.tokens_per_pass == 1)
         resized = resize_embeddings(base, vocabulary)
         require_token_rows(resized.num_tokens, resized.rows or 0, f"model.path={settings.model.path}")

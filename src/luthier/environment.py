@@ -124,4 +124,16 @@ def report() -> str:
     for library in OPTIONAL:
         state = library.install if library in absent else version_of(library.package) or "present"
         lines.append(f"  {library.package:<12}{library.purpose:<56}{state}")
-    return "\n".join(lines)
+    return "\n".join([*lines, "", *_quantization(hardware.device)])
+
+
+def _quantization(device: str) -> list[str]:
+    """What works of `model.quantization` here, by running a small layer forward and backward."""
+    import torch
+
+    from luthier.model.quantization_support import files, tried
+
+    lines = ["model.quantization (a small layer was run, forward and backward):"]
+    lines += [f"  {name:<29}{state}" for name, state in tried(torch.device(device)).items()]
+    lines += ["", "files that are quantized already:"]
+    return lines + [f"  {name:<29}{state}" for name, state in files().items()]

@@ -37,7 +37,8 @@ from luthier.exporting.source import (
 )
 from luthier.exporting.verify import SLACK, Check, Expected, plain, table, verify
 from luthier.model.faults import FAILED_MARK
-from luthier.model.load import DTYPES, load_config, load_tokenizer, locate
+from luthier.model.load import load_config, load_tokenizer, locate
+from luthier.model.quantize import DTYPES
 from luthier.model.value_head import choose_padding
 from luthier.model.vocabulary import recorded_change, replay_tokenizer
 from luthier.publish import CARD_NAME, model_card

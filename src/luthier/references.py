@@ -72,11 +72,15 @@ def _other_model(
     label, rows = f"stage.reference.path={spec.path}", chosen_rows(policy)
     described = settings.model.model_copy(
         update={"path": spec.path, "revision": None, "gguf_file": None, "gradient_checkpointing": False}
+        | {"quantization": spec.quantization}
     )
     source = locate(described)
 
     def build(own_attention: bool) -> nn.Module:
+        other: PreTrainedModel | PeftModel
         other = load_model(described, source, torch.device(hardware.device), own_attention=own_attention)
+        if spec.adapters and spec.quantization is not None:
+            return attach_adapter(other, spec.adapters[0], trainable=False)  # beside weights that are rounded
         for folder in spec.adapters:
             merged = attach_adapter(other, folder, trainable=False).merge_and_unload()
             assert isinstance(merged, PreTrainedModel)
@@ -120,8 +124,9 @@ def precomputation(
         "base": fingerprint(base),
         "adapters": [_adapter_hash(folder) for folder in (spec.adapters if spec.path else adapters)],
         "model": settings.model.model_dump(
-            mode="json", include={"dtype", "rope_scaling", "vocabulary", "upcast_layernorm"}
+            mode="json", include={"dtype", "quantization", "rope_scaling", "vocabulary", "upcast_layernorm"}
         ),
+        "quantization": None if spec.quantization is None else spec.quantization.model_dump(mode="json"),
         "max_length": settings.data.max_length if settings.model.rope_scaling is not None else None,
         "seed": settings.train.seed if settings.model.vocabulary is not None else None,
         "precision": settings.train.precision,

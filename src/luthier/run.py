@@ -33,6 +33,8 @@ from luthier.methods.groups import ParameterCount, count_parameters
 from luthier.model.load import ModelSource, fingerprint, locate
 from luthier.model.logprobs import chosen_rows
 from luthier.model.positions import loaded_positions
+from luthier.model.quantize import untested_files
+from luthier.model.quantized_layers import measured
 from luthier.publish import CARD_NAME, model_card, upload
 from luthier.recipe.load import LoadedRecipe, dump_recipe, load_recipe
 from luthier.recipe.resolve import Hardware, resolve
@@ -191,6 +193,14 @@ def _model_record(settings: Recipe, material: Material, model: nn.Module, say: S
         say(f"note: positions are stretched ({positions})")
     elif settings.model.rope_scaling is not None:
         say("note: model.rope_scaling changes nothing: the model reads data.max_length tokens as it is")
+    if (quantized := measured(model)) is not None:
+        record["quantized"] = asdict(quantized)
+        say(
+            f"quantized: {quantized.layers} layers with {quantized.weights / quantized.total:.0%} of all weights; the "
+            f"model takes {quantized.bytes / 2**30:.2f} GiB"
+        )
+    if settings.model.quantization is None and (untested := untested_files(model)) is not None:
+        say(f"note: {untested}")
     if rows.padded:
         share = padding_share(settings, material)
         record["rows"]["padding_share"] = round(share, 4)

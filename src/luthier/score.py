@@ -164,7 +164,7 @@ class _Scorer:
         data: dict[str, Any] = {"train": [_ROWS]}
         train: dict[str, Any] = {}
         if run is not None:
-            kept = ("dtype", "rows", "padding_side", "trust_remote_code", "upcast_layernorm")
+            kept = ("dtype", "quantization", "rows", "padding_side", "trust_remote_code", "upcast_layernorm")
             spec |= {name: getattr(run.model, name) for name in kept}
             data |= {name: getattr(run.data, name) for name in ("max_length", "overflow", "rules")}
             data["parse_special_tokens"] = run.data.parse_special_tokens

@@ -313,7 +313,7 @@ WEIGHTS = [
     case(
         "a quantized model without its library",
         config(model(), quantization_config={"quant_method": "gptq", "bits": 4}),
-        "model.path=m could not be loaded: Loading a GPTQ quantized model requires optimum (`pip install optimum`)",
+        "model.path=m: its files are quantized with gptq, and optimum is not installed: pip install optimum gptqmodel",
     ),
     case("a GGUF file that is missing", {}, "model.path=./x.gguf: no such folder or .gguf file", "./x.gguf"),
     case(

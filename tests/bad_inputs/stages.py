@@ -118,10 +118,9 @@ CASES: list[BadInput] = [
         "lf.yaml:6: dpo_label_smoothing: goes with pref_loss: sigmoid only",
     ),
     flat(
-        "lf: a quantized reference",
-        "stage: dpo\nref_model: r\nref_model_quantization_bit: 4\n",
-        "lf.yaml:6: ref_model_quantization_bit: a quantized reference comes in a later version; remove it, or write "
-        "precompute: true into stage.reference of a native recipe",
+        "lf: a reference of bits that there are not",
+        "stage: dpo\nref_model: r\nref_model_quantization_bit: 3\n",
+        "lf.yaml:6: ref_model_quantization_bit: the number 3: bnb has 4, 8 bits",
     ),
     flat(
         "lf: packed pairs",

@@ -60,6 +60,9 @@ TRANSLATED: dict[str, tuple[str, ...]] = {
     "train_qlora/llama3_lora_sft_aqlm.yaml": (),
     "train_qlora/llama3_lora_sft_awq.yaml": (),
     "train_qlora/llama3_lora_sft_gptq.yaml": (),
+    "train_qlora/qwen3_lora_sft_bnb_npu.yaml": (),
+    "train_qlora/qwen3_lora_sft_otfq.yaml": (),
+    "extras/fsdp_qlora/llama3_lora_sft.yaml": (),
 }
 """The notes of each that is translated."""
 
@@ -75,11 +78,6 @@ MEDIA = tuple(
     for key in ("image_max_pixels", "video_max_pixels")
 )
 MEGATRON = "Megatron is not part of Luthier; remove it"
-OFT = "finetuning_type: oft comes in a later version; this one has lora, freeze and full"
-QUANTIZED = (
-    "quantization_bit: training on a quantized model comes in a later version; "
-    "remove it to train on the full weights"
-)
 SHARDING = DEEPSPEED.removeprefix("deepspeed: ")
 TALK = (
     "infer_backend: this file does not train; to train add do_train: true and dataset; "
@@ -103,7 +101,6 @@ REFUSED: dict[str, tuple[str, ...]] = {
         f"fsdp: {SHARDING}",
         f"fsdp_transformer_layer_cls_to_wrap: {SHARDING}",
     ),
-    "extras/fsdp_qlora/llama3_lora_sft.yaml": (QUANTIZED,),
     "extras/llama_pro/llama3_freeze_sft.yaml": (
         "use_llama_pro: LLaMA-Pro's block expansion comes in a later version; remove it to train the last layers",
     ),
@@ -121,7 +118,7 @@ REFUSED: dict[str, tuple[str, ...]] = {
     "extras/oft/qwen2_5vl_oft_sft.yaml": (*MEDIA, OFT),
     "extras/pissa/llama3_lora_sft.yaml": (f"pissa_init: {ADAPTER}",),
     "extras/qoft/llama3_oft_sft_awq.yaml": (OFT,),
-    "extras/qoft/llama3_oft_sft_bnb_npu.yaml": (QUANTIZED, OFT),
+    "extras/qoft/llama3_oft_sft_bnb_npu.yaml": (OFT,),
     "extras/qoft/llama3_oft_sft_gptq.yaml": (OFT,),
     "inference/qwen3.yaml": (TALK,),
     "inference/qwen3_full_sft.yaml": (TALK,),
@@ -169,8 +166,6 @@ REFUSED: dict[str, tuple[str, ...]] = {
     ),
     "train_lora/qwen3vl_lora_dpo.yaml": MEDIA,
     "train_lora/qwen3vl_lora_sft.yaml": MEDIA,
-    "train_qlora/qwen3_lora_sft_bnb_npu.yaml": (QUANTIZED,),
-    "train_qlora/qwen3_lora_sft_otfq.yaml": (QUANTIZED,),
 }
 REFUSED |= {
     f"ktransformers/train_lora/{name}_lora_sft_kt.yaml": (
@@ -295,6 +290,9 @@ SAYS: dict[str, Callable[[Recipe], Any]] = {
     "use_dft_loss": lambda recipe: _stage(recipe).loss == "dft",
     "use_eaft_loss": lambda recipe: (_stage(recipe).loss, _stage(recipe).entropy_power) == ("eaft", 1),
     "warmup_ratio": lambda recipe: recipe.optim.warmup,
+    "quantization_bit": lambda recipe: recipe.model.quantization.bits,
+    "quantization_method": lambda recipe: {"bitsandbytes": "bnb"}[recipe.model.quantization.type],
+    "double_quantization": lambda recipe: recipe.model.quantization.double,
 }
 NOT_SAID = {
     "badam_verbose",

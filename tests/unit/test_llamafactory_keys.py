@@ -481,7 +481,7 @@ def test_errors_of_overrides_name_the_override() -> None:
 
 
 def test_all_problems_at_once() -> None:
-    text = "lora_rnk: 8\nquantization_bit: 4\nstage: ppo\nuse_llama_pro: true\n"
+    text = "lora_rnk: 8\nquantization_bit: 5\nstage: ppo\nuse_llama_pro: true\n"
     assert [line.split(":")[1] for line in problems(text)] == ["4", "5", "6", "7"]
 
 

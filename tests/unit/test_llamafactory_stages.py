@@ -286,9 +286,8 @@ def test_the_accuracy_of_a_reward_model_needs_no_key() -> None:
         ),
         (
             "kto",
-            {"ref_model": "r", "ref_model_quantization_bit": 4},
-            "ref_model_quantization_bit: a quantized reference comes in a later version; remove it, or write "
-            "precompute: true into stage.reference of a native recipe",
+            {"ref_model": "r", "ref_model_quantization_bit": 3},
+            "ref_model_quantization_bit: the number 3: bnb has 4, 8 bits",
         ),
         (
             "sft",

@@ -40,8 +40,9 @@ from luthier.data.report import check_max_lost
 from luthier.environment import detect_hardware
 from luthier.methods.groups import count_parameters
 from luthier.model.faults import LOAD_ERRORS
-from luthier.model.load import DTYPES, ModelSource, fingerprint, load_config, locate
+from luthier.model.load import ModelSource, fingerprint, load_config, locate
 from luthier.model.logprobs import chosen_rows
+from luthier.model.quantize import DTYPES
 from luthier.model.vocabulary import VocabularyChange
 from luthier.recipe.load import LoadedRecipe, load_recipe
 from luthier.recipe.resolve import Hardware, resolve

@@ -31,6 +31,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from luthier.data.collate import branch_batch, flat_batch
 from luthier.model.kernel import chunk_rows
 from luthier.model.logprobs import ModelPolicy
+from luthier.model.quantized_layers import stored_bytes
 from luthier.model.reference import OtherModel, Reference, StartingPoint
 from luthier.optim.state_size import gradients_at_once
 from luthier.recipe.schema import OptimSpec
@@ -71,7 +72,7 @@ def tensor_bytes(tensors: Iterable[Tensor]) -> int:
 
 def weight_bytes(model: nn.Module) -> int:
     """Parameters and buffers, tied ones once."""
-    return tensor_bytes(model.parameters()) + tensor_bytes(model.buffers())
+    return stored_bytes(model)
 
 
 def trained(model: nn.Module) -> list[nn.Parameter]:

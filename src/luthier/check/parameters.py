@@ -8,6 +8,7 @@ from torch import nn
 
 from luthier.methods.adapter_files import PARTS
 from luthier.methods.groups import ParameterCount
+from luthier.model.quantized_layers import packed_weights
 from luthier.model.value_head import value_head
 
 KINDS = ("embeddings", "attention", "mlp", "norm", "mixer", "head", "adapter", "other")
@@ -44,7 +45,7 @@ def count_by_kind(model: nn.Module) -> dict[str, ParameterCount]:
             kind = "head"
         else:
             kind = _kind(name, modules[name.rpartition(".")[0]])
-        total[kind] += parameter.numel()
+        total[kind] += packed_weights(modules[name.rpartition(".")[0]], parameter)
         trainable[kind] += parameter.numel() * parameter.requires_grad
     return {kind: ParameterCount(trainable[kind], total[kind]) for kind in KINDS if total[kind]}
 

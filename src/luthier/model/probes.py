@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from luthier.model.logprobs import ModelPolicy, install_target_forward
+from luthier.model.quantized_layers import arithmetic_types
 from luthier.model.rows import Rows
 from luthier.types import Batch
 
@@ -21,6 +22,11 @@ TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.25, torch.float16: 0.1}
 """Largest difference of a log-probability, or of a score. A leak moves random tokens by far more than rounding does."""
 REACH = 1e-9
 """Largest part of a gradient that may go where none should; isolated segments measured 0 exactly."""
+
+
+def coarsest(model: nn.Module, kind: torch.dtype) -> torch.dtype:
+    """The least exact type that numbers go through: `kind`, or one that quantized layers compute in."""
+    return max({kind, *arithmetic_types(model)}, key=TOLERANCE.__getitem__)
 
 
 class Probe(Protocol):

@@ -23,6 +23,7 @@ from luthier.model.probes import (
     REACH,
     TOLERANCE,
     Probe,
+    coarsest,
     gradient_part,
     inner_model,
     model_name,
@@ -177,7 +178,7 @@ def _measured(model: nn.Module, arithmetic: torch.dtype | None, probe: Probe) ->
     first = next(model.parameters())
     with torch.autocast(first.device.type, dtype=arithmetic, enabled=arithmetic is not None):
         result = run_self_test(model, probe)
-    return result, arithmetic or first.dtype
+    return result, coarsest(model, arithmetic or first.dtype)
 
 
 def _passes(result: SelfTest, tolerance: float) -> bool:

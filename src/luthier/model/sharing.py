@@ -21,6 +21,7 @@ from luthier.model.probes import (
     REACH,
     TOLERANCE,
     Probe,
+    coarsest,
     gradient_part,
     inner_model,
     model_name,
@@ -145,7 +146,7 @@ def require_sharing(
     `arithmetic` is the type of an autocast that training will use; None where there is none.
     """
     first, name = next(model.parameters()), model_name(model)
-    kind = arithmetic or first.dtype
+    kind = coarsest(model, arithmetic or first.dtype)
     try:
         with torch.autocast(first.device.type, dtype=arithmetic, enabled=arithmetic is not None):
             result = run_sharing_test(model, probe)

@@ -92,8 +92,8 @@ _PREFERENCES = (
         ref_model_adapters=("stage.reference.adapters", None),
     )
     | read(
-        "refused: a quantized reference comes later",
-        ref_model_quantization_bit=("stage.reference", None),
+        "with ref_model; 4 or 8 with bnb, 1 to 6 or 8 with hqq",
+        ref_model_quantization_bit=("stage.reference.quantization.bits", None),
     )
     | keys(
         Rule.NOTED,

@@ -48,10 +48,23 @@ MODEL_KEYS: dict[str, Key] = (
         ms_hub_token=None,
         om_hub_token=None,
     )
+    | read(
+        "4 or 8 with bnb, 1 to 6 or 8 with hqq",
+        quantization_bit=("model.quantization.bits", None),
+    )
+    | read(
+        "with quantization_bit; eetq is refused",
+        quantization_method=("model.quantization.type", "bnb"),
+    )
+    | read(
+        "with quantization_bit: 4 and bnb",
+        quantization_type=("model.quantization.quant_type", "nf4"),
+        double_quantization=("model.quantization.double", True),
+    )
     | keys(
         Rule.REFUSED,
-        "training on a quantized model comes in a later version; remove it to train on the full weights",
-        quantization_bit=None,
+        "a device map is for generating, and that tool refuses it in training too; remove it",
+        quantization_device_map=None,
     )
     | keys(
         Rule.NOTED,
@@ -70,10 +83,6 @@ MODEL_KEYS: dict[str, Key] = (
         offload_folder="offload",
         use_kv_cache=True,
         print_param_status=False,
-        quantization_method="bnb",
-        quantization_type="nf4",
-        double_quantization=True,
-        quantization_device_map=None,
     )
     | keys(
         Rule.REFUSED,

@@ -89,6 +89,47 @@ def _described_tokens(flat: Flat) -> dict[str, str]:
     return tree
 
 
+_QUANTIZATION_KEYS = ("quantization_method", "quantization_type", "double_quantization")
+
+
+def _quantization(flat: Flat) -> None:
+    if not flat.given("quantization_bit"):
+        if not flat.given("ref_model_quantization_bit"):
+            for key in _QUANTIZATION_KEYS:
+                if flat.changed(key):
+                    flat.note(f"{flat.written(key)}: no effect without quantization_bit")
+        return
+    chosen = quantized(flat, "quantization_bit")
+    if chosen is not None:
+        flat.put("model.quantization", chosen, "quantization_bit")
+
+
+def quantized(flat: Flat, key: str) -> dict[str, Any] | None:
+    """`model.quantization` of so many bits as `key` says, by the method that the file names; None with a problem."""
+    method, bits = flat.choice("quantization_method", ("bnb", "hqq", "eetq")), flat.get(key)
+    if method == "eetq":
+        flat.problem(
+            "quantization_method",
+            "EETQ's kernels exist for CUDA alone and no library of the tested set has them; write bnb with 8 bits",
+        )
+        return None
+    possible = (4, 8) if method == "bnb" else (1, 2, 3, 4, 5, 6, 8)
+    if bits not in possible or isinstance(bits, bool):
+        flat.problem(key, f"{found(bits)}: {method} has {', '.join(map(str, possible))} bits")
+        return None
+    if method == "hqq":
+        chosen: dict[str, Any] = {"type": "hqq", "bits": bits, "axis": 0}
+    else:
+        chosen = {"type": "bitsandbytes", "bits": bits}
+    if method == "bnb" and bits == 4:
+        kind = flat.choice("quantization_type", ("nf4", "fp4"))
+        return chosen | {"quant_type": kind, "double": flat.flag("double_quantization")}
+    for other in _QUANTIZATION_KEYS[1:]:
+        if flat.changed(other):
+            flat.note(f"{flat.written(other)}: no effect with {method} of {bits} bits")
+    return chosen
+
+
 _PRECISION = ("bf16", "pure_bf16", "fp16")
 _EVAL_PRECISION = ("bf16_full_eval", "fp16_full_eval")
 
@@ -264,6 +305,6 @@ def _continued(flat: Flat) -> None:
     flat.put("method.create_new_adapter", not flat.flag(early), early)
 
 
-MODEL_SUBJECTS = (_attention, _vocabulary, _precision, _method)
+MODEL_SUBJECTS = (_attention, _vocabulary, _quantization, _precision, _method)
 EXPORTED_SUBJECTS = (_vocabulary, _method)
 """What a file that only exports says of its model."""

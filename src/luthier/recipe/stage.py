@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 
 from luthier.recipe.base import Spec
+from luthier.recipe.quantization import QuantizationSpec
 
 
 class ReferenceSpec(Spec):
@@ -16,6 +17,8 @@ class ReferenceSpec(Spec):
     """Another model; absent, what training starts from."""
     adapters: tuple[str, ...] = ()
     """Adapters on top of `path`, added into its weights."""
+    quantization: QuantizationSpec | None = None
+    """How the weights of `path` are kept; absent, as its files have them."""
     precompute: bool = False
     """Compute its log-probabilities once, keep them in the cache and free it."""
 
@@ -23,6 +26,16 @@ class ReferenceSpec(Spec):
     def _adapters_of_a_model(self) -> ReferenceSpec:
         if self.adapters and self.path is None:
             raise ValueError("adapters belong to a model: give reference.path too")
+        if self.quantization is not None and self.path is None:
+            raise ValueError(
+                "quantization belongs to a model: give reference.path too; without one the reference is the model's "
+                "own base (model.quantization)"
+            )
+        if self.quantization is not None and len(self.adapters) > 1:
+            raise ValueError(
+                "one adapter at most goes on a quantized reference: a second would be added into weights that were "
+                "rounded"
+            )
         return self
 
 

@@ -20,6 +20,7 @@ from luthier.data.read import read_rows
 from luthier.data.registry import resolve_datasets
 from luthier.model.load import ModelSource, locate
 from luthier.model.logprobs import ModelPolicy
+from luthier.model.probes import coarsest
 from luthier.model.reference import Reference, StartingPoint
 from luthier.model.vocabulary import VocabularyChange
 from luthier.recipe.load import LoadedRecipe
@@ -123,7 +124,7 @@ class Bench:
     def arithmetic(self) -> torch.dtype:
         """The least exact type that takes part."""
         autocast = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(self.settings.train.precision)
-        return autocast or next(self.model.parameters()).dtype
+        return coarsest(self.model, autocast or next(self.model.parameters()).dtype)
 
     def autocast(self) -> torch.autocast:
         """The arithmetic that training uses."""

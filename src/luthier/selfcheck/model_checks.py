@@ -13,12 +13,14 @@ from typing import Any
 
 import torch
 from peft import PeftModel
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from luthier.data.collate import branch_batch, flat_batch
 from luthier.model.kernel import chunk_rows
+from luthier.model.load import load_config
 from luthier.model.logprobs import ModelPolicy, chosen_rows, logits_transform
+from luthier.model.quantize import finish_quantization, loading_arguments
 from luthier.selfcheck.bench import Bench, largest, relative_difference
 from luthier.selfcheck.outcome import Outcome, left_out
 from luthier.types import IGNORE_INDEX, Batch, Sample
@@ -161,6 +163,20 @@ def saved(bench: Bench) -> Outcome:
     return Outcome("saved", "saved = reloaded", largest(differences) / size, bench.bound, unit, detail)
 
 
+def _quantized(bench: Bench, dtype: torch.dtype) -> dict[str, Any]:
+    """Arguments of transformers for a base that is kept in fewer bits."""
+    settings = bench.settings.model
+    config = load_config(settings, bench.source)
+
+    def bare() -> nn.Module:
+        assert isinstance(bench.model, PeftModel)
+        base = bench.model.get_base_model()
+        assert isinstance(base, nn.Module)
+        return base
+
+    return loading_arguments(settings.quantization, config, bench.device, dtype, settings.path, bare)
+
+
 def _load_plain(bench: Bench, folder: Path) -> Any:
     dtype = next(bench.model.parameters()).dtype
     loader: Any = AutoModelForSequenceClassification if bench.scores else AutoModelForCausalLM
@@ -168,6 +184,7 @@ def _load_plain(bench: Bench, folder: Path) -> Any:
     if not isinstance(bench.model, PeftModel):
         model: Any = loader.from_pretrained(folder, dtype=dtype)
     else:
-        base = loader.from_pretrained(bench.source.path, dtype=dtype, **labels)
+        base = loader.from_pretrained(bench.source.path, dtype=dtype, **labels, **_quantized(bench, dtype))
+        finish_quantization(base, bench.settings.model.quantization, bench.device, str(folder))
         model = PeftModel.from_pretrained(base, str(folder))
     return model.to(bench.device).eval()
