@@ -98,7 +98,7 @@ def main() -> None:
         rows[name] = measure(settings, arguments.layers)
         print(f"{name:30} {rows[name]['state'] / 1e6:9.1f} MB of states", flush=True)
     whole = rows["adamw"]["state"]
-    for name, row in rows.items():
+    for row in rows.values():
         row["state_share_of_adamw"] = round(row["state"] / whole, 4)  # type: ignore[assignment]
         row["state_bytes_per_parameter"] = round(row["state"] / parameters, 3)  # type: ignore[assignment]
     result = {
