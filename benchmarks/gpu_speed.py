@@ -108,7 +108,7 @@ class Luthier:
         install_target_forward(base)
         self._model.train()
         groups = method.parameter_groups(self._model, 0.0, LEARNING_RATE)
-        self._optimizer = build_optimizer(AdamwSpec(lr=LEARNING_RATE), groups)
+        self._optimizer = build_optimizer(AdamwSpec(lr=LEARNING_RATE), groups, self._model)
         self._policy = ModelPolicy(self._model)
 
     def step(self, rows: Sequence[Sample]) -> Tensor:

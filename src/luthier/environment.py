@@ -123,7 +123,7 @@ def report() -> str:
     absent = missing()
     for library in OPTIONAL:
         state = library.install if library in absent else version_of(library.package) or "present"
-        lines.append(f"  {library.package:<12}{library.purpose:<56}{state}")
+        lines.append(f"  {library.package:<14}{library.purpose:<56}{state}")
     return "\n".join([*lines, "", *_quantization(hardware.device)])
 
 

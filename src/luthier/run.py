@@ -103,9 +103,8 @@ def _train(loaded: LoadedRecipe, hardware: Hardware, quiet: bool) -> TrainResult
     tokenizer, vocabulary = load_tokens(settings, source, say)
     material = read_material(settings, tokenizer, say)
     _show(settings, material, say)
-    model, method = build_model(
-        settings, source, hardware, vocabulary, longest=longest_sample(settings, material)
-    )
+    longest = longest_sample(settings, material)
+    model, method = build_model(settings, source, hardware, vocabulary, longest=longest)
     manifest = _manifest(settings, source, material)
     # Only now, when nothing of the input can be wrong any more, is anything written.
     resumed = _open_run(output, loaded, manifest["identity"], say, main=main)

@@ -17,7 +17,7 @@ import yaml
 
 from luthier.recipe.known_keys import known_key
 from luthier.recipe.load import dump_recipe, load_recipe
-from luthier.recipe.schema import FullSpec, LoraSpec, Recipe
+from luthier.recipe.schema import FullSpec, LlamaProSpec, LoraSpec, OftSpec, Recipe
 from luthier.types import RecipeError
 
 EXAMPLES: dict[str, dict[str, Any]] = json.loads(
@@ -41,7 +41,19 @@ TRANSLATED: dict[str, tuple[str, ...]] = {
     "extras/dft/qwen2_full_sft.yaml": (),
     "extras/eaft/qwen25_05b_eaft_full.yaml": (),
     "extras/galore/llama3_full_sft.yaml": ("galore_layerwise: " + UNCLIPPED,),
+    "extras/llama_pro/llama3_freeze_sft.yaml": (
+        "use_llama_pro: the model was expanded before, as there; method.expand: true in a recipe expands it",
+    ),
+    "extras/loraplus/llama3_lora_sft.yaml": (),
     "extras/muon/qwen2_full_sft.yaml": (),
+    "extras/oft/llama3_oft_sft.yaml": (),
+    "extras/pissa/llama3_lora_sft.yaml": (
+        "pissa_init: the base is not changed here, and what is saved is a plain LoRA of twice the rank for it, "
+        "as with pissa_convert: true",
+    ),
+    "extras/qoft/llama3_oft_sft_awq.yaml": (),
+    "extras/qoft/llama3_oft_sft_bnb_npu.yaml": (),
+    "extras/qoft/llama3_oft_sft_gptq.yaml": (),
     "train_lora/qwen3_lora_dpo.yaml": (),
     "train_lora/qwen3_lora_kto.yaml": (
         "stage: kto: the divergence is estimated from the rows of the whole step here, of each device's batch there",
@@ -67,7 +79,6 @@ TRANSLATED: dict[str, tuple[str, ...]] = {
 """The notes of each that is translated."""
 
 ACCELERATE = "configures accelerate, it is no recipe; give the file that names model and data"
-ADAPTER = "this kind of adapter comes in a later version; remove it for plain LoRA"
 DEEPSPEED = (
     "deepspeed: sharding over GPUs comes in a later version; remove it to train with plain data parallelism"
 )
@@ -101,10 +112,6 @@ REFUSED: dict[str, tuple[str, ...]] = {
         f"fsdp: {SHARDING}",
         f"fsdp_transformer_layer_cls_to_wrap: {SHARDING}",
     ),
-    "extras/llama_pro/llama3_freeze_sft.yaml": (
-        "use_llama_pro: LLaMA-Pro's block expansion comes in a later version; remove it to train the last layers",
-    ),
-    "extras/loraplus/llama3_lora_sft.yaml": (f"loraplus_lr_ratio: {ADAPTER}",),
     "extras/mod/llama3_full_sft.yaml": (
         "mixture_of_depths: mixture of depths is not part of Luthier; remove it",
     ),
@@ -114,12 +121,7 @@ REFUSED: dict[str, tuple[str, ...]] = {
     "extras/nlg_eval/llama3_lora_predict.yaml": (
         "do_predict: this file generates answers over a data set; the verb predict comes in a later version",
     ),
-    "extras/oft/llama3_oft_sft.yaml": (OFT,),
-    "extras/oft/qwen2_5vl_oft_sft.yaml": (*MEDIA, OFT),
-    "extras/pissa/llama3_lora_sft.yaml": (f"pissa_init: {ADAPTER}",),
-    "extras/qoft/llama3_oft_sft_awq.yaml": (OFT,),
-    "extras/qoft/llama3_oft_sft_bnb_npu.yaml": (OFT,),
-    "extras/qoft/llama3_oft_sft_gptq.yaml": (OFT,),
+    "extras/oft/qwen2_5vl_oft_sft.yaml": (*MEDIA,),
     "inference/qwen3.yaml": (TALK,),
     "inference/qwen3_full_sft.yaml": (TALK,),
     "inference/qwen3_lora_sft.yaml": (TALK,),
@@ -224,6 +226,10 @@ def _lora(recipe: Recipe) -> LoraSpec:
     return recipe.method
 
 
+def _method(recipe: Recipe) -> Any:
+    return recipe.method
+
+
 def _stage(recipe: Recipe) -> Any:
     return recipe.stage
 
@@ -260,7 +266,15 @@ SAYS: dict[str, Callable[[Recipe], Any]] = {
     "dataset": lambda recipe: ",".join(map(str, recipe.data.train)),
     "ddp_timeout": lambda recipe: recipe.train.extra.get("ddp_timeout", 1800),
     "do_train": lambda recipe: not recipe.train.eval_only,
-    "finetuning_type": lambda recipe: recipe.method.type,
+    "finetuning_type": lambda recipe: {"llama_pro": "freeze"}.get(recipe.method.type, recipe.method.type),
+    "freeze_trainable_layers": lambda recipe: _method(recipe).blocks,
+    "freeze_trainable_modules": lambda recipe: ",".join(_method(recipe).modules),
+    "use_llama_pro": lambda recipe: recipe.method.type == "llama_pro",
+    "loraplus_lr_ratio": lambda recipe: _lora(recipe).lora_plus_ratio,
+    "oft_block_size": lambda recipe: _method(recipe).block_size,
+    "oft_target": lambda recipe: {"all-linear": "all"}.get(_method(recipe).targets),
+    "pissa_init": lambda recipe: _lora(recipe).init == "pissa",
+    "pissa_iter": lambda recipe: _lora(recipe).init_iterations,
     "flash_attn": lambda recipe: {"auto": "fa2"}.get(recipe.model.attention),
     "gradient_accumulation_steps": lambda recipe: recipe.train.accumulation,
     "learning_rate": lambda recipe: recipe.optim.lr,
@@ -296,6 +310,7 @@ SAYS: dict[str, Callable[[Recipe], Any]] = {
 }
 NOT_SAID = {
     "badam_verbose",
+    "pissa_convert",
     "dataloader_num_workers",
     "disable_gradient_checkpointing",
     "overwrite_cache",
@@ -313,7 +328,7 @@ def test_translated_examples(name: str) -> None:
     assert loaded.llamafactory
     said = {key: SAYS[key](loaded.recipe) for key in values if key not in NOT_SAID}
     assert said == {key: value for key, value in values.items() if key not in NOT_SAID}
-    assert isinstance(loaded.recipe.method, (FullSpec, LoraSpec))
+    assert isinstance(loaded.recipe.method, (FullSpec, LlamaProSpec, LoraSpec, OftSpec))
 
 
 def test_examples_of_merges_are_exports_here() -> None:

