@@ -257,7 +257,7 @@ def _learn(
         _save(trainer, manifest)
         metrics |= trained
     if settings.train.eval_at_end and (settings.data.eval or settings.data.dev_split):
-        evaluated = trainer.evaluate()
+        evaluated = trainer.evaluate_at_end()
         trainer.save_metrics("eval", evaluated)
         metrics |= evaluated
     return metrics

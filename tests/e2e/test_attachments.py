@@ -122,15 +122,18 @@ def log(run: Path, key: str) -> dict[int, float]:
 
 
 def test_hooks_see_the_real_state(recipe: dict[str, Any], tmp_path: Path) -> None:
-    run = train(recipe, callbacks=[str(tmp_path / "mine.py:Watch")], metrics=["accuracy"]).output
+    result = train(recipe, callbacks=[str(tmp_path / "mine.py:Watch")], metrics=["accuracy"])
+    run = result.output
     (begin,) = seen(tmp_path, "begin")
     trained = sum(tensor.numel() for tensor in load_file(run / "adapter_model.safetensors").values())
     assert begin == {"event": "begin", "output": str(run), "max_steps": 12, "trains": trained}
     steps = seen(tmp_path, "step")
     assert {line["step"]: line["tokens"] for line in steps} == log(run, "tokens")
     evaluations = seen(tmp_path, "evaluate")
-    assert [line["step"] for line in evaluations] == [2, 4, 6, 8, 10, 12, 12]
+    # The one after the last step is that of the finished run too.
+    assert [line["step"] for line in evaluations] == [2, 4, 6, 8, 10, 12]
     for key in ("eval_loss", "eval_accuracy"):
+        assert result.metrics[key] == evaluations[-1]["metrics"][key]
         assert {line["step"]: line["metrics"][key] for line in evaluations} == log(run, key)
 
 

@@ -67,6 +67,16 @@ class Evaluation(Seq2SeqTrainer):
     _metrics: tuple[Metric, ...]
     _eval_arithmetic: torch.dtype | None
     _reference: Reference | None
+    _evaluated: tuple[int, dict[str, float]] | None = None
+    """The last evaluation and the step after which it was."""
+
+    def evaluate_at_end(self) -> dict[str, float]:
+        """The numbers of what was trained: those of the last step's evaluation where there was one."""
+        if self._evaluated is not None and not self.args.load_best_model_at_end:
+            step, metrics = self._evaluated
+            if step == self.state.global_step:
+                return dict(metrics)
+        return self.evaluate()
 
     def evaluate(  # type: ignore[override]
         self,
@@ -94,6 +104,7 @@ class Evaluation(Seq2SeqTrainer):
         speed = {"runtime": round(seconds, 4), "tokens_per_second": round(num_tokens / seconds, 3)}
         metrics = joined(metrics, {f"{metric_key_prefix}_{name}": value for name, value in speed.items()})
         self.log(metrics)
+        self._evaluated = (self.state.global_step, metrics)
         if self.is_in_train:
             self._check_best_metric(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
