@@ -53,8 +53,8 @@ def plant(monkeypatch: pytest.MonkeyPatch, at: set[int], factor: float) -> Calla
         seen.append({index for batch in inputs for _, index in batch.samples})
         return step(self, model, inputs, *rest)
 
-    def planted(self: SupervisedFineTuning, policy: Any, batch: Any) -> LossSum:
-        found = loss(self, policy, batch)
+    def planted(self: SupervisedFineTuning, policy: Any, batch: Any, observed: Any) -> LossSum:
+        found = loss(self, policy, batch, observed)
         if now["step"] not in at:
             return found
         terms = {name: Term(term.total * factor, term.weight) for name, term in found.terms.items()}

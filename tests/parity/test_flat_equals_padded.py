@@ -39,7 +39,7 @@ def packed(model: nn.Module, passes: Sequence[Sequence[Sample]]) -> Result:
     loss = 0.0
     model.zero_grad()
     for batch in batches:
-        part = STAGE.loss(ModelPolicy(model), batch).terms["loss"].total / weight
+        part = STAGE.loss(ModelPolicy(model), batch, {}).terms["loss"].total / weight
         part.backward()
         loss += float(part)
     return loss, gradients(model)

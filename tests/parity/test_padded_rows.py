@@ -35,7 +35,7 @@ def through_stage(model: nn.Module, passes: Sequence[Sequence[Sample]]) -> Resul
     loss = 0.0
     model.zero_grad()
     for batch in batches:
-        part = STAGE.loss(ModelPolicy(model), batch).terms["loss"].total / weight
+        part = STAGE.loss(ModelPolicy(model), batch, {}).terms["loss"].total / weight
         part.backward()
         loss += float(part.detach())
     return loss, gradients(model)
@@ -125,7 +125,7 @@ def test_a_pass_without_targets_has_no_gradient(side: str) -> None:
     """The dummy of a process that has nothing to do."""
     model = without_dropout(train_all(padded_model("bloom", side)))
     samples = [Sample(sample.input_ids, sample.weights * 0) for sample in random_samples((5, 9))]
-    loss = STAGE.loss(ModelPolicy(model), STAGE.collate(samples)).terms["loss"].total
+    loss = STAGE.loss(ModelPolicy(model), STAGE.collate(samples), {}).terms["loss"].total
     loss.backward()
     assert float(loss) == 0.0
     assert all(float(gradient.abs().max()) == 0.0 for gradient in gradients(model).values())
