@@ -154,7 +154,8 @@ class Recipe(Spec):
     @model_validator(mode="after")
     def _what_the_optimizer_needs(self) -> Recipe:
         optim, train = self.optim, self.train
-        if isinstance(optim, LowRankSpec | BadamSpec | BadamRatioSpec) and isinstance(self.method, AdapterSpec):
+        by_blocks = isinstance(optim, LowRankSpec | BadamSpec | BadamRatioSpec)
+        if by_blocks and isinstance(self.method, AdapterSpec):
             raise ValueError(
                 f"optim.type: {optim.type} saves memory where whole weights train, and adapters are small already; "
                 "write method: {type: full}, or optim: {type: adamw}"
