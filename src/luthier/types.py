@@ -9,7 +9,7 @@ Shape legend, used in the whole project:
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol
@@ -29,6 +29,14 @@ from luthier.errors import (
     RecipeError as RecipeError,
     RowError as RowError,
     RunInterrupted as RunInterrupted,
+)
+from luthier.generation import (
+    Event as Event,
+    Generation as Generation,
+    GenerationError as GenerationError,
+    GenerationSettings as GenerationSettings,
+    Request as Request,
+    TokenChoice as TokenChoice,
 )
 
 if TYPE_CHECKING:
@@ -358,15 +366,16 @@ class Method(Protocol):
 class Engine(Protocol):
     """Token ids in, tokens out."""
 
-    def generate(self, prompts: Sequence[Sequence[int]], settings: GenerationSettings) -> list[list[int]]: ...
+    def generate(
+        self, prompts: Sequence[Sequence[int]], settings: GenerationSettings, adapter: str | None = None
+    ) -> list[Generation]:
+        """The answer to each prompt, in order."""
+        ...
 
+    def answers(self, requests: Sequence[Request]) -> Iterator[tuple[int, Generation]]:
+        """The number of each request and its answer, as they are finished."""
+        ...
 
-@dataclass(frozen=True, slots=True)
-class GenerationSettings:
-    """How an answer is drawn; temperature 0 is greedy."""
-
-    max_new_tokens: int = 128
-    temperature: float = 0.0
-    top_p: float = 1.0
-    seed: int | None = None
-    stop_ids: tuple[int, ...] = ()
+    def stream(self, request: Request) -> Iterator[Event]:
+        """The tokens of one answer as they come; the last event has its end."""
+        ...

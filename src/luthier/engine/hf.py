@@ -2,74 +2,244 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import deque
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from itertools import count
+from typing import Any
 
+import psutil
 import torch
-from transformers import GenerationConfig, PreTrainedModel
+from peft import PeftModel
+from torch import nn
 
-from luthier.types import GenerationSettings
+from luthier.engine.beams import search_beams
+from luthier.engine.choosing import Chooser
+from luthier.engine.key_values import bytes_per_token
+from luthier.engine.lane import Decode, Lane, Row
+from luthier.engine.selftest import answers_together
+from luthier.generation import Event, Generation, GenerationError, GenerationSettings, Request
+
+BASE = "base"
+"""The name of the model without its adapters."""
+
+_SHARE = 0.5
+"""Of the free memory, the part that keys and values may take where no bound is given."""
 
 
 class HfEngine:
-    """Batched generation with left padding on a loaded model, with or without adapters."""
+    """Answers on a loaded model, with or without adapters, many rows at a time.
 
-    def __init__(self, model: PreTrainedModel, *, batch_size: int = 8) -> None:
-        self._model = model
-        self._batch_size = batch_size
+    rows: the most that are answered at once. memory: bytes that their keys and values may take; half of what is free
+    where absent. decode: tokens to text, for stop strings. adapters: names, of those attached, that requests may
+    choose; the first is the default. None: the model as it is.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        rows: int = 8,
+        memory: int | None = None,
+        decode: Decode | None = None,
+        adapters: Sequence[str] = (),
+    ) -> None:
+        self.model = model
+        self.adapters = tuple(adapters)
+        self._inner: nn.Module = model.get_base_model() if isinstance(model, PeftModel) else model
+        self._rows, self._decode = rows, decode
+        config: Any = self._inner.config
+        self.context_length: int | None = getattr(config.get_text_config(), "max_position_embeddings", None)
+        self._token_bytes = bytes_per_token(config, next(self._inner.parameters()).dtype)
+        self._memory = memory
+        self._together: bool | None = None
+        self._tickets = count()
+        self._waiting: deque[Row] = deque()
+        self._lanes: dict[str | None, Lane] = {}
+
+    # ---- one request, one stream, many
+
+    def generate(
+        self, prompts: Sequence[Sequence[int]], settings: GenerationSettings, adapter: str | None = None
+    ) -> list[Generation]:
+        """The answer to each prompt, in order. Raises GenerationError for a prompt that leaves no room."""
+        requests = [Request(tuple(prompt), settings, adapter) for prompt in prompts]
+        answers = dict(self.answers(requests))
+        return [answers[number] for number in range(len(requests))]
+
+    def answers(self, requests: Sequence[Request]) -> Iterator[tuple[int, Generation]]:
+        """The number of each request and its answer, as they are finished.
+
+        Prompts of like length are read together, so that little is padded. Raises GenerationError before the first
+        answer where a request cannot be held.
+        """
+        for request in requests:
+            self.limit(request)
+        order = sorted(range(len(requests)), key=lambda number: len(requests[number].prompt))
+        alone = [number for number in order if requests[number].settings.num_beams > 1]
+        tickets = {self.submit(requests[number]): number for number in order if number not in set(alone)}
+        try:
+            while tickets:
+                for event in self.step():
+                    if event.end is not None and event.ticket in tickets:
+                        yield tickets.pop(event.ticket), event.end
+        finally:
+            for ticket in tickets:
+                self.cancel(ticket)
+        for number in alone:
+            yield number, self._beams(requests[number])
+
+    def stream(self, request: Request) -> Iterator[Event]:
+        """The tokens of one answer as they come; the last event has its end."""
+        if request.settings.num_beams > 1:
+            end = self._beams(request)
+            for choice in end.choices[:-1]:
+                yield Event(-1, choice)
+            yield Event(-1, end.choices[-1] if end.choices else None, end)
+            return
+        ticket, ended = self.submit(request), False
+        try:
+            while not ended:
+                for event in self.step():
+                    if event.ticket == ticket:
+                        ended = event.end is not None
+                        yield event
+        finally:
+            if not ended:
+                self.cancel(ticket)
+
+    # ---- for who keeps the loop
+
+    def limit(self, request: Request) -> int:
+        """The most tokens that the answer can have. Raises GenerationError where there is no room for one."""
+        settings, length = request.settings, len(request.prompt)
+        if not length:
+            raise GenerationError("the prompt is empty")
+        if settings.stop and self._decode is None:
+            raise GenerationError("stop: this engine knows no text, only tokens")
+        if request.adapter not in (None, BASE, *self.adapters):
+            raise GenerationError(
+                f"adapter: there is no {request.adapter!r}; choose from {[BASE, *self.adapters]}"
+            )
+        room = settings.max_new_tokens
+        if settings.max_length is not None:
+            room = min(room, settings.max_length - length)
+        if room <= 0:
+            raise GenerationError(
+                f"the prompt has {length} tokens, and max_length={settings.max_length} leaves no room"
+            )
+        if self.context_length is not None:
+            room = min(room, self.context_length - length)
+        if room <= 0:
+            raise GenerationError(
+                f"the prompt has {length} tokens, and the model's context of {self.context_length} leaves no room"
+            )
+        return room
+
+    def submit(self, request: Request) -> int:
+        """Put a request behind those that wait; its ticket is in the events of `step`.
+
+        Raises GenerationError for one that cannot be held, or that wants beams.
+        """
+        if request.settings.num_beams > 1:
+            raise GenerationError("num_beams: beams are searched one prompt at a time, not among others")
+        row = Row(
+            next(self._tickets),
+            request,
+            self.limit(request),
+            Chooser(request.settings, request.prompt, next(self._inner.parameters()).device),
+        )
+        self._waiting.append(row)
+        return row.ticket
+
+    @property
+    def busy(self) -> bool:
+        """Whether any request waits or is under way."""
+        return bool(self._waiting) or any(len(lane) for lane in self._lanes.values())
+
+    @property
+    def waiting(self) -> int:
+        """Requests that wait for room."""
+        return len(self._waiting)
+
+    @property
+    def running(self) -> int:
+        """Requests under way."""
+        return sum(len(lane) for lane in self._lanes.values())
+
+    def cancel(self, ticket: int) -> Generation | None:
+        """Forget a request, and free its room; what it had, or None where it was finished before."""
+        for row in self._waiting:
+            if row.ticket == ticket:
+                self._waiting.remove(row)
+                return row.ended("cancelled")
+        ends = (lane.cancel(ticket) for lane in self._lanes.values())
+        return next((end for end in ends if end is not None), None)
 
     @torch.inference_mode()
-    def generate(self, prompts: Sequence[Sequence[int]], settings: GenerationSettings) -> list[list[int]]:
-        """The answer to each prompt, in order, without its stop token.
+    def step(self) -> list[Event]:
+        """One token for every row under way, those that come in now among them."""
+        events: list[Event] = []
+        with _evaluating(self.model):
+            if self._together is None:
+                self._together = self._rows > 1 and answers_together(self._inner)
+            new = self._next_rows()
+            for name, lane in list(self._lanes.items()):
+                with self._active(name):
+                    if len(lane):
+                        events += lane.step()
+            for name, rows in new.items():
+                lane = self._lanes.setdefault(name, Lane(self._inner, self._decode, together=self._together))
+                with self._active(name):
+                    events += lane.admit(rows)
+        return events
 
-        Prompts of like length go together, so that little is padded; the answers' order is the prompts'.
-        """
-        order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
-        answers: list[list[int]] = [[] for _ in prompts]
-        training = self._model.training
-        self._model.eval()  # type: ignore[no-untyped-call]
-        try:
-            for start in range(0, len(order), self._batch_size):
-                indices = order[start : start + self._batch_size]
-                batch = self._batch([prompts[index] for index in indices], settings)
-                for index, answer in zip(indices, batch, strict=True):
-                    answers[index] = answer
-        finally:
-            self._model.train(training)
-        return answers
+    def _next_rows(self) -> dict[str | None, list[Row]]:
+        """Those that wait and fit, by adapter."""
+        new: dict[str | None, list[Row]] = {}
+        most = self._rows if self._together else 1
+        running, room = self.running, self._cache_tokens()
+        longest = max((lane.longest for lane in self._lanes.values()), default=0)
+        while self._waiting and running < most:
+            row = self._waiting[0]
+            longest = max(longest, len(row.request.prompt) + row.limit)
+            if running and (running + 1) * longest > room:
+                break
+            new.setdefault(row.request.adapter, []).append(self._waiting.popleft())
+            running += 1
+        return new
 
-    def _batch(self, prompts: Sequence[Sequence[int]], settings: GenerationSettings) -> list[list[int]]:
-        width = max(len(prompt) for prompt in prompts)
-        pad = settings.stop_ids[0] if settings.stop_ids else 0
-        device = self._model.device
-        ids = torch.tensor(
-            [[pad] * (width - len(prompt)) + list(prompt) for prompt in prompts], device=device
-        )
-        mask = torch.tensor(
-            [[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts], device=device
-        )
-        if settings.seed is not None:
-            torch.manual_seed(settings.seed)
-        output = self._model.generate(  # type: ignore[operator]
-            input_ids=ids, attention_mask=mask, generation_config=_generation_config(settings, pad)
-        )
-        return [_until_stop(row, settings.stop_ids) for row in output[:, width:].tolist()]
+    def _cache_tokens(self) -> int:
+        if self._memory is None:
+            device = next(self._inner.parameters()).device
+            free = (
+                torch.cuda.mem_get_info(device)[0]
+                if device.type == "cuda"
+                else psutil.virtual_memory().available
+            )
+            self._memory = int(free * _SHARE)
+        return self._memory // self._token_bytes
 
+    def _active(self, name: str | None) -> AbstractContextManager[Any]:
+        if name == BASE and isinstance(self.model, PeftModel):
+            return self.model.disable_adapter()
+        chosen = name if name is not None else next(iter(self.adapters), None)
+        if chosen is not None and chosen != BASE and isinstance(self.model, PeftModel):
+            self.model.set_adapter(chosen, inference_mode=True)
+        return nullcontext()
 
-def _generation_config(settings: GenerationSettings, pad: int) -> GenerationConfig:
-    sampled = settings.temperature > 0
-    return GenerationConfig(  # type: ignore[no-untyped-call]
-        max_new_tokens=settings.max_new_tokens,
-        do_sample=sampled,
-        temperature=settings.temperature if sampled else None,
-        top_p=settings.top_p if sampled else None,
-        eos_token_id=list(settings.stop_ids) or None,
-        pad_token_id=pad,
-    )
+    def _beams(self, request: Request) -> Generation:
+        with _evaluating(self.model), self._active(request.adapter):
+            return search_beams(self._inner, request, self.limit(request), self._decode)
 
 
-def _until_stop(ids: list[int], stop_ids: Sequence[int]) -> list[int]:
-    """The ids before the first stop token."""
-    for position, token in enumerate(ids):
-        if token in stop_ids:
-            return ids[:position]
-    return ids
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    training = model.training
+    if training:
+        model.eval()
+    try:
+        yield
+    finally:
+        if training:
+            model.train()

@@ -56,7 +56,8 @@ def ask(
         sequences = tuple(probe.ids for probe in probes)
         return Answers(sequences, scores=tuple(float(_output(model, ids)[0, 0]) for ids in sequences))
     settings = GenerationSettings(max_new_tokens=GREEDY_TOKENS, stop_ids=tuple(stop_ids))
-    greedy = engine_of(model).generate([probe.prompt for probe in probes], settings)
+    made = engine_of(model).generate([probe.prompt for probe in probes], settings)
+    greedy = [answer.ids for answer in made]
     sequences = (
         *(probe.ids for probe in probes),
         *((*probe.prompt, *answer) for probe, answer in zip(probes, greedy, strict=True)),

@@ -75,7 +75,7 @@ def answers(settings: Recipe, questions: Sequence[Question], adapter: Path | Non
     model = base if adapter is None else load_adapter(base, adapter)
     prompts = [template.prompt(Conversation((Message("user", question.question),))) for question in questions]
     limits = GenerationSettings(max_new_tokens=MAX_NEW_TOKENS, stop_ids=template.stop_ids)
-    return [template.decode(ids).strip() for ids in HfEngine(model).generate(prompts, limits)]  # type: ignore[arg-type]
+    return [template.decode(answer.ids).strip() for answer in HfEngine(model).generate(prompts, limits)]
 
 
 def _free(output: Path) -> Path:

@@ -1,0 +1,105 @@
+"""Beam search, as transformers does it: one prompt at a time."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import FloatTensor, LongTensor, Tensor, nn
+from transformers import (
+    GenerationConfig,
+    LogitsProcessor,
+    LogitsProcessorList,
+    StoppingCriteria,
+    StoppingCriteriaList,
+)
+
+from luthier.engine.lane import Decode
+from luthier.generation import Generation, GenerationError, GenerationSettings, Request, TokenChoice
+
+
+class _Finite(LogitsProcessor):  # type: ignore[no-untyped-call]
+    """Counts steps with NaN or infinity among the scores, and takes them out."""
+
+    def __init__(self) -> None:
+        self.bad = 0
+
+    def __call__(self, input_ids: LongTensor, scores: FloatTensor) -> FloatTensor:
+        if bool((scores.isnan() | scores.isposinf()).any()):
+            self.bad += 1
+            scores = scores.nan_to_num(
+                nan=-torch.inf, posinf=torch.finfo(scores.dtype).max, neginf=-torch.inf
+            )  # type: ignore[assignment]
+        return scores
+
+
+class _Strings(StoppingCriteria):
+    """Ends the beams whose answer has a stop string."""
+
+    def __init__(self, stop: tuple[str, ...], prompt: int, decode: Decode) -> None:
+        self.stop, self.prompt, self.decode = stop, prompt, decode
+
+    def __call__(self, input_ids: LongTensor, scores: Any, **kwargs: Any) -> Tensor:  # type: ignore[override]
+        texts = [self.decode(row) for row in input_ids[:, self.prompt :].tolist()]
+        done = [any(stop in text for stop in self.stop) for text in texts]
+        return torch.tensor(done, device=input_ids.device)
+
+
+@torch.inference_mode()
+def search_beams(model: nn.Module, request: Request, limit: int, decode: Decode | None) -> Generation:
+    """The best of `num_beams` answers. Raises GenerationError for settings that beams do not have."""
+    settings, length = request.settings, len(request.prompt)
+    for name in ("logprobs", "presence_penalty", "frequency_penalty"):
+        if getattr(settings, name):
+            raise GenerationError(f"{name} does not go with num_beams={settings.num_beams}")
+    sampled = settings.temperature > 0
+    config = GenerationConfig(  # type: ignore[no-untyped-call]
+        max_new_tokens=limit,
+        num_beams=settings.num_beams,
+        length_penalty=settings.length_penalty,
+        repetition_penalty=settings.repetition_penalty,
+        do_sample=sampled,
+        **(_cuts(settings) if sampled else {}),
+        eos_token_id=list(settings.stop_ids) or None,
+        pad_token_id=settings.stop_ids[0] if settings.stop_ids else 0,
+    )
+    finite = _Finite()
+    stopping = StoppingCriteriaList()
+    if settings.stop and decode is not None:
+        stopping.append(_Strings(settings.stop, length, decode))
+    device = next(model.parameters()).device
+    ids = torch.tensor([request.prompt], device=device)
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        if settings.seed is not None:
+            torch.manual_seed(settings.seed)
+        output = model.generate(  # type: ignore[operator]
+            input_ids=ids,
+            attention_mask=torch.ones_like(ids),
+            generation_config=config,
+            logits_processor=LogitsProcessorList([finite]),
+            stopping_criteria=stopping,
+        )
+    return _ended(request, output[0, length:].tolist(), limit, finite.bad, decode)
+
+
+def _cuts(settings: GenerationSettings) -> dict[str, Any]:
+    return {
+        "temperature": settings.temperature,
+        "top_p": settings.top_p,
+        "top_k": settings.top_k,
+        "min_p": settings.min_p or None,
+    }
+
+
+def _ended(request: Request, ids: list[int], limit: int, bad: int, decode: Decode | None) -> Generation:
+    """The answer without its stop token and what stands behind it."""
+    settings = request.settings
+    for position, token in enumerate(ids):
+        if token in settings.stop_ids:
+            return Generation(tuple(map(TokenChoice, ids[:position])), "stop", token, bad)
+    choices = tuple(map(TokenChoice, ids))
+    text = decode(ids) if settings.stop and decode is not None else ""
+    found = [(text.index(stop), stop) for stop in settings.stop if stop in text]
+    if found:
+        return Generation(choices, "stop", min(found)[1], bad)
+    return Generation(choices, "length" if len(ids) >= limit else "stop", None, bad)

@@ -1,0 +1,97 @@
+"""Keys and values of the rows that are being answered: rows join and leave between two tokens.
+
+All rows end at the same place and start where their prompt did, so the left of a short row is padding. A buffer grows
+by blocks: transformers' own cache copies everything for every token.
+
+Shapes: R rows, H heads, L tokens from the start of the longest row, E head dimension.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers import DynamicCache, PretrainedConfig
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+
+_BLOCK = 64
+"""Tokens by which a buffer grows."""
+
+
+class RowsLayer(DynamicLayer):
+    """One layer: `keys` and `values` (R, H, L, E) are the used part of a buffer.
+
+    A layer with a sliding window keeps all tokens too: the mask hides those outside of it.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._buffers: tuple[Tensor, Tensor] | None = None
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)  # type: ignore[no-untyped-call]
+        used, added = self.get_seq_length(), key_states.shape[-2]  # type: ignore[no-untyped-call]
+        total = used + added
+        if self._buffers is None or total > self._buffers[0].shape[-2]:
+            room = -(-total // _BLOCK) * _BLOCK
+            self._buffers = (
+                self._grown(self.keys, key_states, room),
+                self._grown(self.values, value_states, room),
+            )
+        for buffer, states in zip(self._buffers, (key_states, value_states), strict=True):
+            buffer[..., used:total, :] = states
+        self._show(total)
+        return self.keys, self.values
+
+    def join(self, other: RowsLayer) -> None:
+        """Add the rows of another layer below."""
+        lengths = self.keys.shape[-2], other.keys.shape[-2]
+        longest = max(lengths)
+        joined = [
+            torch.cat([F.pad(part, (0, 0, longest - part.shape[-2], 0)) for part in parts])
+            for parts in ((self.keys, other.keys), (self.values, other.values))
+        ]
+        self._set(joined)
+
+    def keep(self, rows: Tensor, cut: int) -> None:
+        """Keep these rows alone, and drop `cut` tokens of padding on the left."""
+        self._set([part[rows][..., cut:, :] for part in (self.keys, self.values)])
+
+    def _set(self, parts: Sequence[Tensor]) -> None:
+        self._buffers = (parts[0].contiguous(), parts[1].contiguous())
+        self._show(parts[0].shape[-2])
+
+    def _show(self, used: int) -> None:
+        assert self._buffers is not None
+        self.keys, self.values = (buffer[..., :used, :] for buffer in self._buffers)
+
+    def _grown(self, old: Tensor, like: Tensor, room: int) -> Tensor:
+        buffer = like.new_zeros(*like.shape[:-2], room, like.shape[-1])
+        if old.numel():
+            buffer[..., : old.shape[-2], :] = old
+        return buffer
+
+
+def rows_cache(config: PretrainedConfig) -> DynamicCache | None:
+    """A cache whose rows can join and leave; None for a model that keeps anything but keys and values."""
+    cache = DynamicCache(config=config)
+    if not cache.layers or any(
+        type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer) for layer in cache.layers
+    ):
+        return None
+    cache.layers = [RowsLayer() for _ in cache.layers]
+    return cache
+
+
+def bytes_per_token(config: PretrainedConfig, dtype: torch.dtype) -> int:
+    """What one token of one row takes in the cache, in bytes."""
+    text = config.get_text_config()
+    heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
+    dimension = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    return int(2 * text.num_hidden_layers * heads * dimension * dtype.itemsize)
