@@ -5,32 +5,32 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import FloatTensor, LongTensor, Tensor, nn
+from torch import LongTensor, Tensor, nn
 from transformers import (
     GenerationConfig,
-    LogitsProcessor,
-    LogitsProcessorList,
     StoppingCriteria,
     StoppingCriteriaList,
 )
 
+from luthier.engine.choosing import mended
 from luthier.engine.lane import Decode
 from luthier.generation import Generation, GenerationError, GenerationSettings, Request, TokenChoice
 
 
-class _Finite(LogitsProcessor):  # type: ignore[no-untyped-call]
-    """Counts steps with NaN or infinity among the scores, and takes them out."""
+class _Finite:
+    """A hook on the model that counts steps with NaN or infinity among the scores, and takes them out.
+
+    Beams are compared by log-probabilities, of which one NaN makes all the others NaN too.
+    """
 
     def __init__(self) -> None:
         self.bad = 0
 
-    def __call__(self, input_ids: LongTensor, scores: FloatTensor) -> FloatTensor:
-        if bool((scores.isnan() | scores.isposinf()).any()):
+    def __call__(self, model: nn.Module, inputs: Any, output: Any) -> None:
+        logits = output.logits
+        if bool((logits.isnan() | logits.isposinf()).any()):
             self.bad += 1
-            scores = scores.nan_to_num(
-                nan=-torch.inf, posinf=torch.finfo(scores.dtype).max, neginf=-torch.inf
-            )  # type: ignore[assignment]
-        return scores
+            output.logits = mended(logits)
 
 
 class _Strings(StoppingCriteria):
@@ -39,7 +39,7 @@ class _Strings(StoppingCriteria):
     def __init__(self, stop: tuple[str, ...], prompt: int, decode: Decode) -> None:
         self.stop, self.prompt, self.decode = stop, prompt, decode
 
-    def __call__(self, input_ids: LongTensor, scores: Any, **kwargs: Any) -> Tensor:  # type: ignore[override]
+    def __call__(self, input_ids: LongTensor, scores: Any, **kwargs: Any) -> Tensor:
         texts = [self.decode(row) for row in input_ids[:, self.prompt :].tolist()]
         done = [any(stop in text for stop in self.stop) for text in texts]
         return torch.tensor(done, device=input_ids.device)
@@ -69,14 +69,14 @@ def search_beams(model: nn.Module, request: Request, limit: int, decode: Decode 
         stopping.append(_Strings(settings.stop, length, decode))
     device = next(model.parameters()).device
     ids = torch.tensor([request.prompt], device=device)
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+    hook = model.register_forward_hook(finite)
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), hook:
         if settings.seed is not None:
             torch.manual_seed(settings.seed)
         output = model.generate(  # type: ignore[operator]
             input_ids=ids,
             attention_mask=torch.ones_like(ids),
             generation_config=config,
-            logits_processor=LogitsProcessorList([finite]),
             stopping_criteria=stopping,
         )
     return _ended(request, output[0, length:].tolist(), limit, finite.bad, decode)

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -45,13 +46,13 @@ class Chooser:
             self._generator = torch.Generator(self.device).manual_seed(seed)
         cuts = LogitsProcessorList()
         if settings.temperature not in (0.0, 1.0):
-            cuts.append(TemperatureLogitsWarper(settings.temperature))  # type: ignore[no-untyped-call]
+            cuts.append(TemperatureLogitsWarper(settings.temperature))
         if settings.temperature > 0 and settings.top_k:
-            cuts.append(TopKLogitsWarper(settings.top_k))  # type: ignore[no-untyped-call]
+            cuts.append(TopKLogitsWarper(settings.top_k))
         if settings.temperature > 0 and settings.top_p < 1:
-            cuts.append(TopPLogitsWarper(settings.top_p))  # type: ignore[no-untyped-call]
+            cuts.append(TopPLogitsWarper(settings.top_p))
         if settings.temperature > 0 and settings.min_p > 0:
-            cuts.append(MinPLogitsWarper(settings.min_p))  # type: ignore[no-untyped-call]
+            cuts.append(MinPLogitsWarper(settings.min_p))
         self._cuts = cuts
 
     @property
@@ -65,7 +66,8 @@ class Chooser:
         """The next token; None where no score is a number."""
         scores = self._penalized(logits_V)[None]
         assert self._cuts is not None
-        scores = self._cuts(torch.empty(1, 0, dtype=torch.long, device=scores.device), scores)
+        none: Any = torch.empty(1, 0, dtype=torch.long, device=scores.device)
+        scores = self._cuts(none, scores)
         if not bool((scores > -torch.inf).any()):
             return None
         if self._generator is None:
@@ -76,7 +78,7 @@ class Chooser:
         settings, scores = self.settings, logits_V.float()
         if settings.repetition_penalty != 1:
             seen = torch.tensor([[*self.prompt, *self.drawn]], device=scores.device)
-            penalty = RepetitionPenaltyLogitsProcessor(settings.repetition_penalty)  # type: ignore[no-untyped-call]
+            penalty = RepetitionPenaltyLogitsProcessor(settings.repetition_penalty)
             scores = penalty(seen, scores[None])[0]
         if self.drawn and (settings.presence_penalty or settings.frequency_penalty):
             counts = Counter(self.drawn)
@@ -97,7 +99,7 @@ def choose_rows(choosers: Sequence[Chooser], logits_RV: Tensor) -> list[TokenCho
     if bool(bad_R.any()):
         for chooser, bad in zip(choosers, bad_R.tolist(), strict=True):
             chooser.bad_scores += bad
-        logits_RV = _mended(logits_RV)
+        logits_RV = mended(logits_RV)
     likeliest = logits_RV.argmax(-1).tolist()
     dead = (logits_RV.amax(-1) == -torch.inf).tolist()
     choices: list[TokenChoice | None] = []
@@ -113,7 +115,8 @@ def choose_rows(choosers: Sequence[Chooser], logits_RV: Tensor) -> list[TokenCho
     return choices
 
 
-def _mended(logits_RV: Tensor) -> Tensor:
+def mended(logits_RV: Tensor) -> Tensor:
+    """Scores without NaN, which is ruled out, and infinity, which is the largest number."""
     largest = torch.finfo(logits_RV.dtype).max
     return logits_RV.nan_to_num(nan=-torch.inf, posinf=largest, neginf=-torch.inf)
 

@@ -50,7 +50,6 @@ class HfEngine:
         self._rows, self._decode = rows, decode
         config: Any = self._inner.config
         self.context_length: int | None = getattr(config.get_text_config(), "max_position_embeddings", None)
-        self._token_bytes = bytes_per_token(config, next(self._inner.parameters()).dtype)
         self._memory = memory
         self._together: bool | None = None
         self._tickets = count()
@@ -198,12 +197,12 @@ class HfEngine:
         """Those that wait and fit, by adapter."""
         new: dict[str | None, list[Row]] = {}
         most = self._rows if self._together else 1
-        running, room = self.running, self._cache_tokens()
+        running = self.running
         longest = max((lane.longest for lane in self._lanes.values()), default=0)
         while self._waiting and running < most:
             row = self._waiting[0]
             longest = max(longest, len(row.request.prompt) + row.limit)
-            if running and (running + 1) * longest > room:
+            if running and (running + 1) * longest > self._cache_tokens():
                 break
             new.setdefault(row.request.adapter, []).append(self._waiting.popleft())
             running += 1
@@ -218,7 +217,7 @@ class HfEngine:
                 else psutil.virtual_memory().available
             )
             self._memory = int(free * _SHARE)
-        return self._memory // self._token_bytes
+        return self._memory // bytes_per_token(self._inner.config, next(self._inner.parameters()).dtype)  # type: ignore[arg-type]
 
     def _active(self, name: str | None) -> AbstractContextManager[Any]:
         if name == BASE and isinstance(self.model, PeftModel):

@@ -21,61 +21,63 @@ _BLOCK = 64
 """Tokens by which a buffer grows."""
 
 
-class RowsLayer(DynamicLayer):
+class RowsLayer(DynamicLayer):  # type: ignore[no-untyped-call]
     """One layer: `keys` and `values` (R, H, L, E) are the used part of a buffer.
 
     A layer with a sliding window keeps all tokens too: the mask hides those outside of it.
     """
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._used = 0
         self._buffers: tuple[Tensor, Tensor] | None = None
 
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
         if not self.is_initialized:
-            self.lazy_initialization(key_states, value_states)  # type: ignore[no-untyped-call]
-        used, added = self.get_seq_length(), key_states.shape[-2]  # type: ignore[no-untyped-call]
-        total = used + added
+            self.lazy_initialization(key_states, value_states)
+        total = self._used + key_states.shape[-2]
         if self._buffers is None or total > self._buffers[0].shape[-2]:
-            room = -(-total // _BLOCK) * _BLOCK
-            self._buffers = (
-                self._grown(self.keys, key_states, room),
-                self._grown(self.values, value_states, room),
-            )
+            self._buffers = (self._grown(0, key_states, total), self._grown(1, value_states, total))
         for buffer, states in zip(self._buffers, (key_states, value_states), strict=True):
-            buffer[..., used:total, :] = states
-        self._show(total)
-        return self.keys, self.values
+            buffer[..., self._used : total, :] = states
+        return self._show(total)
 
     def join(self, other: RowsLayer) -> None:
         """Add the rows of another layer below."""
-        lengths = self.keys.shape[-2], other.keys.shape[-2]
-        longest = max(lengths)
-        joined = [
-            torch.cat([F.pad(part, (0, 0, longest - part.shape[-2], 0)) for part in parts])
-            for parts in ((self.keys, other.keys), (self.values, other.values))
-        ]
-        self._set(joined)
+        longest = max(self._used, other._used)
+        parts = zip(self._parts(), other._parts(), strict=True)
+        self._set([torch.cat([_padded(mine, longest), _padded(theirs, longest)]) for mine, theirs in parts])
 
     def keep(self, rows: Tensor, cut: int) -> None:
         """Keep these rows alone, and drop `cut` tokens of padding on the left."""
-        self._set([part[rows][..., cut:, :] for part in (self.keys, self.values)])
+        self._set([part[rows][..., cut:, :] for part in self._parts()])
+
+    def _parts(self) -> list[Tensor]:
+        assert self._buffers is not None
+        return [buffer[..., : self._used, :] for buffer in self._buffers]
 
     def _set(self, parts: Sequence[Tensor]) -> None:
         self._buffers = (parts[0].contiguous(), parts[1].contiguous())
         self._show(parts[0].shape[-2])
 
-    def _show(self, used: int) -> None:
-        assert self._buffers is not None
-        self.keys, self.values = (buffer[..., :used, :] for buffer in self._buffers)
+    def _show(self, used: int) -> tuple[Tensor, Tensor]:
+        self._used = used
+        keys, values = self._parts()
+        self.keys, self.values = keys, values
+        return keys, values
 
-    def _grown(self, old: Tensor, like: Tensor, room: int) -> Tensor:
+    def _grown(self, which: int, like: Tensor, total: int) -> Tensor:
+        room = -(-total // _BLOCK) * _BLOCK
         buffer = like.new_zeros(*like.shape[:-2], room, like.shape[-1])
-        if old.numel():
-            buffer[..., : old.shape[-2], :] = old
+        if self._used:
+            buffer[..., : self._used, :] = self._parts()[which]
         return buffer
+
+
+def _padded(part: Tensor, length: int) -> Tensor:
+    return F.pad(part, (0, 0, length - part.shape[-2], 0))
 
 
 def rows_cache(config: PretrainedConfig) -> DynamicCache | None:

@@ -124,9 +124,10 @@ class Lane:
 
     def _forward(self, ids: Tensor, mask: Tensor, positions: Tensor, cache: Cache) -> Tensor:
         """(R, V) logits of the next tokens."""
-        inputs: dict[str, Any] = {"input_ids": ids, "past_key_values": cache, "use_cache": True}
-        if self._together or "attention_mask" in self._accepted:
-            inputs["attention_mask"] = mask
+        held = (
+            "cache_params" if "cache_params" in self._accepted else "past_key_values"
+        )  # Mamba's name for it
+        inputs: dict[str, Any] = {"input_ids": ids, "attention_mask": mask, held: cache, "use_cache": True}
         if "position_ids" in self._accepted:
             inputs["position_ids"] = positions
         if "logits_to_keep" in self._accepted:
