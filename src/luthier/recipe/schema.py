@@ -11,6 +11,7 @@ from pydantic import model_validator
 from luthier.recipe.base import Spec
 from luthier.recipe.data import ColumnSpec, DatasetSpec, DataSpec, TagSpec, TemplateSpec
 from luthier.recipe.export import ExportSpec
+from luthier.recipe.generation import GenerationSpec
 from luthier.recipe.method import (
     AdapterSpec,
     FreezeSpec,
@@ -82,6 +83,7 @@ __all__ = [
     "FreezeSpec",
     "FullSpec",
     "GaloreSpec",
+    "GenerationSpec",
     "GroupSpec",
     "HqqSpec",
     "HubSpec",
@@ -130,6 +132,7 @@ class Recipe(Spec):
     method: MethodSpec = LoraSpec()
     optim: AnyOptimSpec = AdamwSpec()
     train: TrainSpec = TrainSpec()
+    generation: GenerationSpec = GenerationSpec()
     export: ExportSpec = ExportSpec()
 
     @model_validator(mode="after")
