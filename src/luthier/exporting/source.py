@@ -82,7 +82,7 @@ def from_recipe(recipe: Recipe, label: str) -> Trained:
         trained = from_folder(whole)
         if trained.recipe is not None:
             _require_template(recipe, trained.recipe, spec.path)
-        return trained
+        return replace(trained, model=_reached_as(trained.model, spec))
     spec = _as_trained(spec, adapters, label)
     saved = Path(adapters[-1]) if adapters else None
     tokenizer = spec.tokenizer or (str(saved) if saved and _has_tokenizer(saved) else spec.path)
@@ -141,15 +141,18 @@ def _adapter(
         spec = run.model if run is not None else ModelSpec(path=str(config.get("base_model_name_or_path")))
     else:
         _as_trained(base, adapters, "the recipe")
-        spec = (
-            base
-            if run is None
-            else run.model.model_copy(update={"path": base.path, "revision": base.revision})
-        )
+        spec = base if run is None else _reached_as(run.model, base)
+        spec = spec.model_copy(update={"path": base.path, "revision": base.revision})
     tokenizer = str(folder) if _has_tokenizer(folder) else spec.tokenizer or spec.path
     spec = spec.model_copy(update={**_PLAIN, "tokenizer": None, "gguf_file": spec.gguf_file})
     spec = _as_trained(spec, adapters, "the recipe")
     return Trained(str(folder), spec, adapters, tokenizer, kind, run, manifest, _bases(adapters))
+
+
+def _reached_as(model: ModelSpec, given: ModelSpec) -> ModelSpec:
+    """The model of a run, with what a recipe says of reaching it: runs keep no token."""
+    said = {name: getattr(given, name) for name in ("token", "cache_dir", "trust_remote_code")}
+    return model.model_copy(update={name: value for name, value in said.items() if value})
 
 
 def with_adapters(trained: Trained, adapters: Sequence[str]) -> Trained:
