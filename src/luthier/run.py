@@ -89,8 +89,7 @@ def train(
 
 def _train(loaded: LoadedRecipe, hardware: Hardware, quiet: bool) -> TrainResult:
     settings = loaded.recipe
-    output = Path(settings.train.output)
-    world_size = hardware.world_size
+    output, world_size = Path(settings.train.output), hardware.world_size
     require_one_process(hardware)
     arguments = training_arguments(settings, use_cpu=hardware.device == "cpu")
     main = arguments.process_index == 0
