@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 from luthier.methods.adapter_files import ADAPTER, attach_adapter, linear_names, missing_weights
 from luthier.methods.groups import checkpoints_activations, decay_groups
 from luthier.methods.token_rows import fuse_token_rows
+from luthier.model.base_record import remembered_base, write_base
 from luthier.model.faults import reason
 from luthier.model.positions import loaded_positions, read_positions, stretch_loaded, write_positions
 from luthier.model.value_head import value_head, write_value_head
@@ -185,6 +186,9 @@ class Adapter(ABC):
         positions = loaded_positions(model)
         if positions is not None:
             write_positions(folder, positions)
+        base = remembered_base(model)
+        if base is not None:
+            write_base(folder, base)
 
     def load(self, model: PeftModel, folder: Path) -> None:
         """Put the adapter of `folder` into `model`. Raises CheckpointError where it does not fit exactly."""

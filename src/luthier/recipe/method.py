@@ -57,6 +57,11 @@ class AdapterSpec(Spec):
         """Whether an adapter goes on as it is, instead of a fresh one."""
         return bool(self.adapters) and not self.create_new_adapter
 
+    @property
+    def merged_first(self) -> tuple[str, ...]:
+        """Those of `adapters` that are added into the base below the one that trains."""
+        return self.adapters[:-1] if self.continues else self.adapters
+
 
 class TargetedSpec(AdapterSpec):
     """An adapter on layers that the recipe names."""
