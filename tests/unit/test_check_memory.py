@@ -15,7 +15,6 @@ from luthier.check.memory import (
     Activations,
     Growth,
     PassShape,
-    SavedTensors,
     Sizes,
     at_its_fullest,
     gradient_bytes,
@@ -29,6 +28,7 @@ from luthier.check.memory import (
     weight_bytes,
     without_checkpointing,
 )
+from luthier.check.saved import SavedTensors
 from luthier.data.collate import branch_batch
 from luthier.data.encode import EncodeOptions
 from luthier.methods import build_method
