@@ -166,4 +166,6 @@ def test_torchao_keeps_its_weights_expanded(folder: Path) -> None:
     weights = sum(layer.weight.numel() for layer in quantized_layers(model).values())  # type: ignore[operator, union-attr]
     first = (64 + 2 * 32) * 64
     assert more == pytest.approx(4 * (weights - first), rel=1e-3)
+    again = prepared(folder, "lora", quantization={"type": "torchao"}, gradient_checkpointing=True)
+    assert measure_activations(again, "language", None, 60).growth.constant < 0.1 * more
     assert num_weights(model) == num_weights(plain) and weight_bytes(model) < weight_bytes(plain)

@@ -45,6 +45,10 @@ different lengths, and, with checkpointing, of the activations as they would be 
 2.36 (benchmarks/check_memory.py). MALLOC_MMAP_THRESHOLD_=262144 in the environment avoids it, at a price in
 speed."""
 
+ROUGH_FROM, MOST_HELD = 0.15, 1.8
+"""The share of the heap in the sum from which on the estimate is called rough; and what runs held at most, as a
+multiple of what was estimated (the same benchmark)."""
+
 SMALL_TENSORS = {"cpu": 30 * 2**20, "cuda": 0, "mps": 0}
 """Code and tables of libraries that are first touched by training."""
 
@@ -256,6 +260,17 @@ class Memory:
     @property
     def fits(self) -> bool:
         return self.total <= self.limit
+
+    @property
+    def rough(self) -> str | None:
+        """What to say where much of the sum is a guess; None where little is."""
+        held = self.parts.get("allocator", 0)
+        if held < ROUGH_FROM * self.total:
+            return None
+        return (
+            f"the memory estimate is rough: {held / 2**30:.1f} GiB of it is a guess at what the C library's heap holds "
+            f"without use, and measured runs held between nothing and {MOST_HELD} times as much"
+        )
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self) | {"total": self.total, "fits": self.fits}
