@@ -241,6 +241,8 @@ class _Check:
                 settings, source, hardware, model, stage, schedule, shape, before, reference
             ),
         )
+        if found.memory is not None and found.memory.rough is not None:
+            self._note(found.memory.rough)
         if not self._probe or found.memory is None:
             return
         if not found.memory.fits:
