@@ -104,7 +104,16 @@ def _train(loaded: LoadedRecipe, hardware: Hardware, quiet: bool) -> TrainResult
     material = read_material(settings, tokenizer, say)
     _show(settings, material, say)
     longest = longest_sample(settings, material)
-    model, method = build_model(settings, source, hardware, vocabulary, longest=longest)
+    model, method = build_model(
+        settings,
+        source,
+        hardware,
+        vocabulary,
+        longest=longest,
+        material=material,
+        resumed=_calibrated(settings),
+        say=say,
+    )
     manifest = _manifest(settings, source, material)
     # Only now, when nothing of the input can be wrong any more, is anything written.
     resumed = _open_run(output, loaded, manifest["identity"], say, main=main)
@@ -162,6 +171,14 @@ def prepare(
     material = read_material(settings, tokenizer, say)
     _show(settings, material, say)
     return material.data
+
+
+def _calibrated(settings: Recipe) -> Path | None:
+    """The checkpoint of a resumed run that holds what its method saw in the data, so that it need not look again."""
+    train_spec, init = settings.train, getattr(settings.method, "init", None)
+    if train_spec.overwrite or init not in ("eva", "corda"):
+        return None
+    return resolve_resume(Path(train_spec.output), train_spec.resume)[0]
 
 
 def _show(settings: Recipe, material: Material, say: Say) -> None:
