@@ -256,14 +256,19 @@ def build_model(
     assert isinstance(model, PreTrainedModel | PeftModel)
     if isinstance(methods[-1], Lora) and isinstance(model, PeftModel):
         begin_adapter(settings, source, device, model, methods[-1], material, resumed, say)
+    _finish(settings, model, methods[-1])
+    return model, methods[-1]
+
+
+def _finish(settings: Recipe, model: PreTrainedModel | PeftModel, method: Method) -> None:
+    """What comes once it is known what trains."""
     # The trainer cuts them again; here nothing has been written yet.
     optim = settings.optim
-    cut_groups(optim, methods[-1].parameter_groups(model, optim.weight_decay, optim.lr), model)
+    cut_groups(optim, method.parameter_groups(model, optim.weight_decay, optim.lr), model)
     if settings.train.neftune_alpha:
         EmbeddingNoise(model, settings.train.neftune_alpha)
     if settings.train.compile is not None:
         compile_layers(model, settings.train.compile)
-    return model, methods[-1]
 
 
 def begin_adapter(
