@@ -87,7 +87,7 @@ def _require_factors(name: str, layer: LoraLayer, init: str) -> None:
     if not isinstance(base, nn.Linear | Conv1D) or is_quantized_layer(base):
         raise ModelError(
             f"method.init={init} takes factors of plain linear weights, and {name} is a {type(base).__name__}; "
-            "choose other targets, or init: default"
+            f"choose other targets, or init: {'loftq' if is_quantized_layer(base) else 'default'}"
         )
     rank, most = layer.r[ADAPTER], min(base.weight.shape)
     if rank > most:
