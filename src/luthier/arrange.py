@@ -76,7 +76,7 @@ def first_batches(
     """
     samples = samples_of(material.stage, material.data.train, settings.data.max_length)
     plan = _epoch(settings, material, 1, padded, 0)
-    order = [index for step in plan for rank in step for indices in rank for index in indices][:num_samples]
+    order = [index for step in plan.units for batch in step for index in batch][:num_samples]
     sizes = plan.lengths if plan.sizes is None else plan.sizes
     limit = settings.train.tokens_per_pass or TOKENS_PER_BATCH
     groups: list[list[int]] = [[]]

@@ -168,7 +168,7 @@ def test_the_first_samples_of_the_runs_order_are_looked_at(recipe: dict[str, Any
         assert rows(first_batches(settings, material, count)) == order[:count]
     cut = settings.model_copy(update={"train": settings.train.model_copy(update={"tokens_per_pass": 128})})
     many = first_batches(cut, material, 100, least=30)
-    assert len(many) > 2 and rows(many) == order
+    assert len(many) > 2 and rows(many) == order  # whatever the passes are
     assert all(30 <= batch.num_tokens <= 128 for batch in many[:-1]) and many[-1].num_tokens >= 30
     # As many tokens as are wanted, where the rows have them.
     assert len(first_batches(cut, material, 100, least=10**6)) == 1

@@ -105,6 +105,22 @@ def test_the_start_is_the_best_of_its_rank_and_nearer_to_the_plain_model(
     assert (logits(adapted) - plain).norm() < rounded
 
 
+def test_the_fast_factors_are_near_the_exact_ones(recipe: dict[str, Any], model: Path) -> None:
+    files, left = load_file(model / "model.safetensors"), {}
+    for iterations in (None, 4):
+        recipe["method"]["init_iterations"] = iterations
+        for name, layer in lora_layers(built(recipe)[0]).items():
+            weight = files[f"{name.removeprefix('base_model.model.')}.weight"]
+            lost = weight - dequantized(layer.get_base_layer()).float()
+            start = layer.scaling["default"] * layer.lora_B["default"].weight @ layer.lora_A["default"].weight
+            left[iterations, name] = float((lost - start).norm() / lost.norm())
+    assert all(
+        left[None, name] < left[4, name] < min(0.95, 1.02 * left[None, name])
+        for kind, name in left
+        if kind is None
+    )
+
+
 class _OnTheCpu(Tensor):
     """PEFT's function moves weights to a GPU, whether there is one or not."""
 

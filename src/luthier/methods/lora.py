@@ -72,7 +72,7 @@ class Lora(Adapter):
         self, model: PeftModel, original: Callable[[str], Tensor], say: Callable[[str], None]
     ) -> None:
         """Begin from what rounding took off the base; see `start_from_rounding`."""
-        start_from_rounding(model, original, say)
+        start_from_rounding(model, original, self.spec.init_iterations, say)
 
     def least_tokens(self, model: PeftModel) -> int:
         """Fewest tokens of a pass of `calibrate`. Raises ModelError for layers that cannot be calibrated."""

@@ -26,11 +26,12 @@ _PREFIX = "base_model.model."
 
 @torch.no_grad()
 def start_from_rounding(
-    model: PeftModel, original: Callable[[str], Tensor], say: Callable[[str], None]
+    model: PeftModel, original: Callable[[str], Tensor], iterations: int | None, say: Callable[[str], None]
 ) -> None:
     """Give the fresh adapter of `model` the best factors of W - Q on every quantized layer; others stay as drawn.
 
-    `original` gives a weight (O, I) by its name in the base. Raises ModelError where no adapted layer is quantized,
+    `original` gives a weight (O, I) by its name in the base; `iterations` are those of a fast, approximate SVD, None for
+    the exact one. Raises ModelError where no adapted layer is quantized,
     and where a weight in the files has another shape.
     """
     layers: dict[str, Any] = {
@@ -53,13 +54,23 @@ def start_from_rounding(
                 f"method.init=loftq: {name} is {tuple(weight_OI.shape)} in the files and {tuple(rounded_OI.shape)} in "
                 "the model; choose init: default"
             )
-        rank, scale = layer.r[ADAPTER], layer.scaling[ADAPTER]
-        left_OK, sizes_K, right_KI = torch.linalg.svd(weight_OI - rounded_OI, full_matrices=False)
-        if rank > len(sizes_K):
+        rank, scale, most = layer.r[ADAPTER], layer.scaling[ADAPTER], min(weight_OI.shape)
+        if rank > most:
             raise ModelError(
-                f"method.init=loftq: the rank is {rank}, and the weight of {name} has at most {len(sizes_K)}; lower "
-                "method.rank"
+                f"method.init=loftq: the rank is {rank}, and the weight of {name} has at most {most}; lower method.rank"
             )
+        left_OK, sizes_K, right_KI = _factors(weight_OI - rounded_OI, rank, iterations)
         roots_R = (sizes_K[:rank] / scale).sqrt()
         layer.lora_A[ADAPTER].weight.copy_(roots_R[:, None] * right_KI[:rank])
         layer.lora_B[ADAPTER].weight.copy_(left_OK[:, :rank] * roots_R)
+
+
+def _factors(lost_OI: Tensor, rank: int, iterations: int | None) -> tuple[Tensor, Tensor, Tensor]:
+    """U (O, K), S (K,) and V^T (K, I) of at least `rank` singular values; the fast one draws with a seed of its own."""
+    if iterations is None:
+        return torch.linalg.svd(lost_OI, full_matrices=False)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        # Twice the rank: what rounding loses is nearly noise, whose singular values lie close together.
+        left_OK, sizes_K, right_IK = torch.svd_lowrank(lost_OI, min(2 * rank, *lost_OI.shape), iterations)
+    return left_OK, sizes_K, right_IK.T

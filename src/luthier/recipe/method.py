@@ -107,7 +107,7 @@ class LoraSpec(TargetedSpec):
     from the directions of the layers' inputs on the run's data. `loftq` (arXiv:2310.08659): what rounding took off a
     quantized base, in one iteration."""
     init_iterations: int | None = Field(default=None, gt=0)
-    """With `init: pissa`: this many iterations of a fast, approximate SVD; absent: the exact one."""
+    """With `init: pissa` and `loftq`: this many iterations of a fast, approximate SVD; absent: the exact one."""
     calibration_samples: int = Field(default=256, gt=0)
     """With `init: eva` and `corda`: how many samples they look at before the first step, in the run's order."""
     eva_rho: float = Field(default=2.0, ge=1)
@@ -150,8 +150,8 @@ class LoraSpec(TargetedSpec):
                     "remove it, or set create_new_adapter: true"
                 )
         converted = self.init in ("pissa", "olora", "corda")
-        if self.init_iterations is not None and self.init != "pissa":
-            raise ValueError("init_iterations belongs to init: pissa")
+        if self.init_iterations is not None and self.init not in ("pissa", "loftq"):
+            raise ValueError("init_iterations belongs to init: pissa and loftq")
         for name, inits in _OF_AN_INIT.items():
             if self.init not in inits and getattr(self, name) != type(self).model_fields[name].default:
                 raise ValueError(f"{name} belongs to init: {' and '.join(inits)}")
