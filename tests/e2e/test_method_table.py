@@ -395,3 +395,9 @@ def test_a_base_that_was_changed_is_found(tmp_path: Path, monkeypatch: pytest.Mo
 def test_a_start_that_is_lost_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("luthier.methods.lora.write_plain", lambda folder, state: None)
     assert "check_saved" in failures(CASES["pissa"], tmp_path)
+
+
+def test_ranks_that_are_lost_are_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("luthier.methods.lora.take_ranks", lambda model, weights: None)
+    found = failures(CASES["eva-rho"], tmp_path)
+    assert {"check_saved", "check_resume"} <= found and "check_learns" not in found

@@ -30,9 +30,9 @@ def start_from_rounding(
 ) -> None:
     """Give the fresh adapter of `model` the best factors of W - Q on every quantized layer; others stay as drawn.
 
-    `original` gives a weight (O, I) by its name in the base; `iterations` are those of a fast, approximate SVD, None for
-    the exact one. Raises ModelError where no adapted layer is quantized,
-    and where a weight in the files has another shape.
+    `original` gives a weight (O, I) by its name in the base; `iterations` are those of a fast, approximate SVD, None
+    for the exact one. Raises ModelError where no adapted layer is quantized, and where a weight in the files has
+    another shape.
     """
     layers: dict[str, Any] = {
         name: layer
@@ -68,7 +68,8 @@ def start_from_rounding(
 def _factors(lost_OI: Tensor, rank: int, iterations: int | None) -> tuple[Tensor, Tensor, Tensor]:
     """U (O, K), S (K,) and V^T (K, I) of at least `rank` singular values; the fast one draws with a seed of its own."""
     if iterations is None:
-        return torch.linalg.svd(lost_OI, full_matrices=False)
+        exact: tuple[Tensor, Tensor, Tensor] = torch.linalg.svd(lost_OI, full_matrices=False)
+        return exact
     with torch.random.fork_rng():
         torch.manual_seed(0)
         # Twice the rank: what rounding loses is nearly noise, whose singular values lie close together.

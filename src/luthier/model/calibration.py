@@ -76,4 +76,4 @@ def segment_inputs(inputs: Tensor, batch: Batch, model: nn.Module) -> list[Tenso
     states = real_inputs(inputs, batch, model)
     if len(states) != batch.num_tokens:
         return [states] if len(states) else []
-    return list(states.split(batch.cu_seqlens.diff().tolist()))
+    return list(torch.split(states, batch.cu_seqlens.diff().tolist()))
