@@ -103,17 +103,12 @@ def _train(loaded: LoadedRecipe, hardware: Hardware, quiet: bool) -> TrainResult
     tokenizer, vocabulary = load_tokens(settings, source, say)
     material = read_material(settings, tokenizer, say)
     _show(settings, material, say)
-    longest = longest_sample(settings, material)
-    model, method = build_model(
-        settings,
-        source,
-        hardware,
-        vocabulary,
-        longest=longest,
-        material=material,
-        resumed=_calibrated(settings),
-        say=say,
-    )
+    beside: Any = {
+        "longest": longest_sample(settings, material),
+        "resumed": _calibrated(settings),
+        "say": say,
+    }
+    model, method = build_model(settings, source, hardware, vocabulary, material=material, **beside)
     manifest = _manifest(settings, source, material)
     # Only now, when nothing of the input can be wrong any more, is anything written.
     resumed = _open_run(output, loaded, manifest["identity"], say, main=main)
