@@ -103,8 +103,12 @@ def _train(loaded: LoadedRecipe, hardware: Hardware, quiet: bool) -> TrainResult
     tokenizer, vocabulary = load_tokens(settings, source, say)
     material = read_material(settings, tokenizer, say)
     _show(settings, material, say)
-    longest = longest_sample(settings, material)
-    model, method = build_model(settings, source, hardware, vocabulary, longest=longest)
+    beside: Any = {
+        "longest": longest_sample(settings, material),
+        "resumed": _calibrated(settings),
+        "say": say,
+    }
+    model, method = build_model(settings, source, hardware, vocabulary, material=material, **beside)
     manifest = _manifest(settings, source, material)
     remember_base(model, _base_record(settings, manifest["base"]["fingerprint"]))
     # Only now, when nothing of the input can be wrong any more, is anything written.
@@ -163,6 +167,14 @@ def prepare(
     material = read_material(settings, tokenizer, say)
     _show(settings, material, say)
     return material.data
+
+
+def _calibrated(settings: Recipe) -> Path | None:
+    """The checkpoint of a resumed run that holds what its method saw in the data, so that it need not look again."""
+    train_spec, init = settings.train, getattr(settings.method, "init", None)
+    if train_spec.overwrite or init not in ("eva", "corda"):
+        return None
+    return resolve_resume(Path(train_spec.output), train_spec.resume)[0]
 
 
 def _show(settings: Recipe, material: Material, say: Say) -> None:

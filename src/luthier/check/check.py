@@ -191,7 +191,10 @@ class _Check:
         self._say("loading the model")
         longest = longest_sample(settings, material) if material is not None else 0
         built = found.ask(
-            "model", lambda: build_model(settings, source, hardware, vocabulary, longest=longest)
+            "model",
+            lambda: build_model(
+                settings, source, hardware, vocabulary, longest=longest, material=material, say=self._say
+            ),
         )
         if built is None:
             return
