@@ -50,6 +50,53 @@ RECIPES: dict[str, dict[str, Any]] = {
     },
 }
 
+FEW = {
+    "data": {"train": ["alpaca_en_demo"], "max_samples": 40},
+    "train": {"tokens_per_pass": 256, "tokens_per_batch": 512, "max_steps": 2},
+}
+METHODS: dict[str, dict[str, Any]] = {
+    "dora": {"type": "lora", "dora": True},
+    "pissa": {"type": "lora", "init": "pissa", "init_iterations": 4},
+    "lora-fa": {"type": "lora", "freeze_a": True},
+    "oft": {"type": "oft"},
+    "vera": {"type": "vera"},
+    "ia3": {"type": "ia3"},
+    "miss": {"type": "miss"},
+    "loha": {"type": "peft", "config": {"peft_type": "LOHA", "r": 8}},
+    "llama_pro": {"type": "llama_pro", "blocks": 2},
+}
+BASES: dict[str, dict[str, Any]] = {
+    "nf4": {"type": "bitsandbytes"},
+    "int8": {"type": "bitsandbytes", "bits": 8},
+    "torchao int8": {"type": "torchao"},
+    "hqq": {"type": "hqq"},
+}
+OPTIMIZERS: dict[str, dict[str, Any]] = {
+    "adamw, 8 bits": {"type": "adamw", "bits": 8},
+    "adafactor": {"type": "adafactor"},
+    "muon": {"type": "muon"},
+    "galore": {"type": "galore"},
+    "galore, layerwise": {"type": "galore", "layerwise": True, "max_grad_norm": 0},
+    "apollo": {"type": "apollo"},
+    "badam": {"type": "badam"},
+    "lomo": {"type": "lomo"},
+}
+IN_ONE_PASS = {"train": FEW["train"] | {"tokens_per_batch": 256}}
+"""An optimizer that works within the backward pass takes steps of one pass."""
+RECIPES |= {f"sft {name}": FEW | {"method": method} for name, method in METHODS.items()}
+RECIPES |= {
+    f"sft {how} on {name}": FEW | {"model": {"quantization": base}, "method": {"type": how}}
+    for how in ("lora", "oft")
+    for name, base in BASES.items()
+    if how == "lora" or name in ("nf4", "int8")
+}
+RECIPES |= {
+    f"sft full, {name}": FEW
+    | {"method": {"type": "full"}, "optim": optim}
+    | (IN_ONE_PASS if optim["type"].endswith("lomo") or "layerwise" in optim else {})
+    for name, optim in OPTIMIZERS.items()
+}
+
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
@@ -62,6 +109,9 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--recipes", nargs="+", choices=RECIPES, default=list(RECIPES))
     parser.add_argument("--steps", type=int, default=3, help="optimizer steps of each training")
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument(
+        "--kept-peaks", action="store_true", help="do not train where the results file has a recipe's peak"
+    )
     parser.add_argument("--results", type=Path, default=HERE / "results" / "check_memory.json")
     options = parser.parse_args()
     options.model = Path(locate(ModelSpec(path=options.model)).path)
@@ -109,13 +159,15 @@ def run(options: argparse.Namespace, *command: str) -> dict[str, Any]:
     return found
 
 
-def measure(options: argparse.Namespace, name: str) -> dict[str, Any]:
+def measure(options: argparse.Namespace, name: str, before: dict[str, Any] | None) -> dict[str, Any]:
+    """Estimate and peak of a recipe; `before` is the row whose peak is kept."""
     with tempfile.TemporaryDirectory() as folder:
         recipe = recipe_of(options, name, Path(folder))
         said = run(
             options, "-m", "luthier.cli", "check", str(recipe), "--json", "--no-probe", "--samples", "0"
         )
-        trained = run(options, str(HERE / "workers" / "luthier_peak.py"), str(recipe))
+        trained = before and {"peak": before["measured"], "tokens": before["tokens"]}
+        trained = trained or run(options, str(HERE / "workers" / "luthier_peak.py"), str(recipe))
     estimate = said["memory"]
     return {
         "recipe": RECIPES[name],
@@ -135,7 +187,9 @@ def main() -> None:
     kept = json.loads(options.results.read_text(encoding="utf-8")) if options.results.is_file() else {}
     rows: dict[str, Any] = {name: row for name, row in kept.get("recipes", {}).items() if name in RECIPES}
     for name in options.recipes:
-        rows[name] = row = measure(options, name)
+        before = rows.get(name) if options.kept_peaks else None
+        same = before is not None and before["recipe"] == RECIPES[name]
+        rows[name] = row = measure(options, name, before if same else None)
         mib = [row[key] / 2**20 for key in ("estimated", "measured")]
         print(f"{name:<48}{mib[0]:7.0f} MiB estimated {mib[1]:7.0f} measured {row['ratio']:6.3f}", flush=True)
         result = {

@@ -12,66 +12,36 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
 import tempfile
-from importlib import metadata
 from pathlib import Path
 
-import checkout
-import torch
-from rm_cross_validation import DATA_SET, LIBRARIES, data_set, wilson
-
 import luthier
+from preference import DATA_SET, lora_recipe, parser_of, surroundings, wilson
 
 
 def parsed() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--model", default="embedded")
-    parser.add_argument("--data", type=Path, default=checkout.REPOSITORY.parent / "shared" / "data")
+    parser = parser_of(__doc__, "dpo_held_out.json")
     parser.add_argument("--held-out", type=int, default=50)
-    parser.add_argument("--max-length", type=int, default=256)
     parser.add_argument("--steps", type=int, default=24)
-    parser.add_argument("--rows", type=int, default=8, help="pairs of an optimizer step")
-    parser.add_argument("--rank", type=int, default=8)
-    parser.add_argument("--lr", type=float, default=2e-4)
     parser.add_argument("--beta", type=float, default=0.1)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument(
-        "--output", type=Path, default=Path(__file__).parent / "results" / "dpo_held_out.json"
-    )
     return parser.parse_args()
 
 
 def main() -> None:
     arguments = parsed()
     with tempfile.TemporaryDirectory() as name:
-        place = Path(name)
-        recipe = {
-            "model": {"path": arguments.model},
-            "data": {
-                "train": [data_set(arguments.data / DATA_SET)],
-                "max_length": arguments.max_length,
-                "overflow": "truncate",
-                "max_lost": None,
-                "dev_split": arguments.held_out,
-                "cache": str(place / "cache"),
-            },
-            "stage": {"type": "dpo", "beta": arguments.beta, "reference": "precompute"},
-            "method": {"type": "lora", "rank": arguments.rank},
-            "optim": {"lr": arguments.lr, "warmup": 0.1},
-            "train": {
-                "output": str(place / "run"),
+        recipe = lora_recipe(
+            arguments,
+            arguments.data / DATA_SET,
+            Path(name),
+            stage={"type": "dpo", "beta": arguments.beta, "reference": "precompute"},
+            data={"dev_split": arguments.held_out},
+            train={
                 "max_steps": arguments.steps,
-                "rows_per_device": arguments.rows,
                 "eval_every": max(1, arguments.steps // 2),
-                "save_every": None,
                 "log_every": 1,
-                "plots": False,
-                "seed": arguments.seed,
             },
-        }
+        )
         result = luthier.train(recipe)
         lines = [json.loads(line) for line in (result.output / "trainer_log.jsonl").read_text().splitlines()]
     kept = ("current_steps", "eval_loss", "eval_rewards/accuracies", "eval_rewards/margins")
@@ -82,13 +52,7 @@ def main() -> None:
     settings = {name: value for name, value in vars(arguments).items() if name not in ("data", "output")}
     report = {
         "settings": {"data_set": DATA_SET, **settings},
-        "versions": {
-            "luthier": luthier.__version__,
-            "python": platform.python_version(),
-            **{name: metadata.version(name) for name in LIBRARIES},
-        },
-        "threads": torch.get_num_threads(),
-        "device": "cuda" if torch.cuda.is_available() else "cpu",
+        **surroundings(),
         "accuracy": reached,
         "interval_95": [low, high],
         "evaluations": evaluations,

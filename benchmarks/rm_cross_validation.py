@@ -15,36 +15,16 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
-import platform
 import tempfile
 import time
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-import checkout
 import numpy as np
-import torch
 
 import luthier
 from luthier.score import score_file
-
-DATA_SET = "dpo_en_demo.json"
-COLUMNS = {"messages": "conversations", "chosen": "chosen", "rejected": "rejected"}
-LIBRARIES = ("torch", "transformers", "peft")
-
-
-def wilson(right: float, total: int, z: float = 1.959964) -> tuple[float, float]:
-    """The 95 % interval of a share of `total` draws."""
-    share = right / total
-    middle = (share + z**2 / (2 * total)) / (1 + z**2 / total)
-    half = z * math.sqrt(share * (1 - share) / total + z**2 / (4 * total**2)) / (1 + z**2 / total)
-    return middle - half, middle + half
-
-
-def data_set(file: Path) -> dict[str, Any]:
-    return {"file_name": str(file), "ranking": True, "formatting": "sharegpt", "columns": COLUMNS}
+from preference import DATA_SET, lora_recipe, parser_of, surroundings, wilson
 
 
 def run_fold(
@@ -57,28 +37,13 @@ def run_fold(
         kept = [pair for index, pair in enumerate(pairs) if index not in held_out]
         (place / "train.json").write_text(json.dumps(kept), encoding="utf-8")
         (place / "test.json").write_text(json.dumps([pairs[index] for index in held_out]), encoding="utf-8")
-        recipe = {
-            "model": {"path": arguments.model},
-            "data": {
-                "train": [data_set(place / "train.json")],
-                "max_length": arguments.max_length,
-                "overflow": "truncate",
-                "max_lost": None,
-                "cache": str(place / "cache"),
-            },
-            "stage": {"type": "rm", "center": arguments.center},
-            "method": {"type": "lora", "rank": arguments.rank},
-            "optim": {"lr": arguments.lr, "warmup": 0.1},
-            "train": {
-                "output": str(place / "run"),
-                "epochs": arguments.epochs,
-                "rows_per_device": arguments.rows,
-                "save_every": None,
-                "log_every": 5,
-                "plots": False,
-                "seed": arguments.seed + fold,
-            },
-        }
+        recipe = lora_recipe(
+            arguments,
+            place / "train.json",
+            place,
+            stage={"type": "rm", "center": arguments.center},
+            train={"epochs": arguments.epochs, "log_every": 5, "seed": arguments.seed + fold},
+        )
         metrics = luthier.train(recipe).metrics
         scores = score_file(place / "run", place / "test.json").rows
     found = {held_out[row.index]: row.scores for row in scores if row.reason is None}
@@ -113,24 +78,12 @@ def summary(folds: dict[str, dict[str, Any]], pairs: list[Any]) -> dict[str, Any
 
 
 def parsed() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--model", default="embedded")
-    parser.add_argument("--data", type=Path, default=checkout.REPOSITORY.parent / "shared" / "data")
+    parser = parser_of(__doc__, "rm_cross_validation.json")
     parser.add_argument("--pairs", type=int, default=300)
     parser.add_argument("--folds", type=int, default=5)
     parser.add_argument("--only", type=int, nargs="*", help="these folds alone, from 0")
-    parser.add_argument("--max-length", type=int, default=256)
     parser.add_argument("--epochs", type=float, default=1)
-    parser.add_argument("--rank", type=int, default=8)
-    parser.add_argument("--rows", type=int, default=8, help="pairs of an optimizer step")
-    parser.add_argument("--lr", type=float, default=2e-4)
     parser.add_argument("--center", type=float, default=0.01)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument(
-        "--output", type=Path, default=Path(__file__).parent / "results" / "rm_cross_validation.json"
-    )
     return parser.parse_args()
 
 
@@ -149,13 +102,7 @@ def main() -> None:
         folds[str(fold)] = run_fold(arguments, pairs, order[fold :: arguments.folds], fold)
         result = {
             "settings": settings,
-            "versions": {
-                "luthier": luthier.__version__,
-                "python": platform.python_version(),
-                **{name: metadata.version(name) for name in LIBRARIES},
-            },
-            "threads": torch.get_num_threads(),
-            "device": "cuda" if torch.cuda.is_available() else "cpu",
+            **surroundings(),
             "folds_done": len(folds),
             **summary(folds, pairs),
             "per_fold": folds,

@@ -40,12 +40,14 @@ def padding_model(folder: Path) -> Path:
     return folder
 
 
-def recipe_for(name: str, folder: Path, base: Path, /, **sections: dict[str, Any]) -> dict[str, Any]:
-    """16 rows to train on and 6 to evaluate in `folder`, and the recipe of a stage, changed by `sections`: one with a
-    `type` takes the place of another, others are merged."""
+def recipe_for(
+    name: str, folder: Path, base: Path, /, *, rows: tuple[int, int] = (16, 6), **sections: dict[str, Any]
+) -> dict[str, Any]:
+    """So many rows to train on and to evaluate in `folder`, and the recipe of a stage, changed by `sections`: one with
+    a `type` takes the place of another, others are merged."""
     write, columns = (write_feedback, FEEDBACK_COLUMNS) if name == "kto" else (write_pairs, PAIR_COLUMNS)
-    write(folder / "rows.json", 16)
-    write(folder / "held_out.json", 6, seed=1)
+    write(folder / "rows.json", rows[0])
+    write(folder / "held_out.json", rows[1], seed=1)
     recipe: dict[str, Any] = {
         "model": {"path": str(base)},
         "data": {

@@ -12,12 +12,15 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, set_seed
 
 from luthier import arrange
+from luthier.assemble import begin_adapter
 from luthier.data.encode import EncodeOptions
 from luthier.data.packing import best_fit
 from luthier.data.prepare import PreparedData
 from luthier.data.table import SampleTable
 from luthier.data.template import ChatTemplate
 from luthier.methods import build_method
+from luthier.methods.lora import Lora
+from luthier.model.load import ModelSource
 from luthier.model.logprobs import install_target_forward
 from luthier.model.neftune import EmbeddingNoise
 from luthier.recipe.load import load_recipe
@@ -34,6 +37,7 @@ from luthier.trainer.trainer import PeftTrainer
 from luthier.types import Sample
 from tests.tiny import chat_tokenizer
 
+NO_FILES = ModelSource("tiny", local=True)
 CPU = Hardware("cpu", "a processor", 2**33, True, 2)
 
 
@@ -58,16 +62,13 @@ def trainer_of(
     eval_samples: Mapping[str, Sequence[Sample]] | None = None,
     metrics: Sequence[Metric] = (),
     say: Callable[[str], None] = lambda text: None,
+    resumed: Path | None = None,
 ) -> PeftTrainer:
-    """The trainer of a resolved recipe over these samples, on this model."""
+    """The trainer of a resolved recipe over these samples, on this model; `resumed` is the checkpoint to go on from."""
     set_seed(recipe.train.seed)
     method = build_method(recipe.method)
     trained = method.apply(model)
     install_target_forward(trained.get_base_model() if isinstance(trained, PeftModel) else trained)
-    if recipe.train.neftune_alpha:
-        EmbeddingNoise(trained, recipe.train.neftune_alpha)
-    if recipe.train.compile is not None:
-        compile_layers(trained, recipe.train.compile)
     table = SampleTable.of_mixed(list(samples))
     if recipe.data.packing:
         table = table.with_groups(best_fit(table.lengths.tolist(), recipe.data.max_length))
@@ -75,6 +76,12 @@ def trainer_of(
     stage = build_stage(recipe.stage, EncodeOptions.of(recipe.data, recipe.stage.type))
     unused = cast(ChatTemplate, None)
     material = arrange.Material(unused, stage, PreparedData(table, sets, [], {}))
+    if isinstance(method, Lora):
+        begin_adapter(recipe, NO_FILES, torch.device("cpu"), trained, method, material, resumed, say)
+    if recipe.train.neftune_alpha:
+        EmbeddingNoise(trained, recipe.train.neftune_alpha)
+    if recipe.train.compile is not None:
+        compile_layers(trained, recipe.train.compile)
     steps = arrange.training_steps(recipe, material, 1, 0)
     return PeftTrainer(
         model=trained,

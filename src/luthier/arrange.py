@@ -15,7 +15,7 @@ from luthier.recipe.resolve import TOKENS_PER_BATCH
 from luthier.recipe.schema import Recipe
 from luthier.trainer.evaluation import EvalSet
 from luthier.trainer.steps import StepDataset
-from luthier.types import Sample, Stage
+from luthier.types import Batch, Sample, Stage
 
 Attach = Callable[[Sequence[Sample]], Sequence[Sample]]
 """Gives samples what was computed of them before: the log-probabilities of a reference."""
@@ -65,6 +65,32 @@ def training_steps(
     samples = samples_of(stage, material.data.train, settings.data.max_length)
     plan = partial(_epoch, settings, material, world_size, padded)
     return StepDataset(samples if attach is None else attach(samples), plan, stage.collate, rank)
+
+
+def first_batches(
+    settings: Recipe, material: Material, num_samples: int, *, least: int = 1, padded: bool = False
+) -> list[Batch]:
+    """The first samples of training in its order, collated by the stage into passes without a part in any step.
+
+    A pass takes `train.tokens_per_pass`, and `least` real tokens where the samples suffice.
+    """
+    samples = samples_of(material.stage, material.data.train, settings.data.max_length)
+    plan = _epoch(settings, material, 1, padded, 0)
+    order = [index for step in plan.units for batch in step for index in batch][:num_samples]
+    sizes = plan.lengths if plan.sizes is None else plan.sizes
+    limit = settings.train.tokens_per_pass or TOKENS_PER_BATCH
+    groups: list[list[int]] = [[]]
+    for index in order:
+        group = [*groups[-1], index]
+        taken = len(group) * int(sizes[group].max()) if padded else int(sizes[group].sum())
+        if taken > limit and groups[-1] and int(plan.lengths[groups[-1]].sum()) >= least:
+            groups.append([index])
+        else:
+            groups[-1].append(index)
+    if len(groups) > 1 and int(plan.lengths[groups[-1]].sum()) < least:
+        last = groups.pop()
+        groups[-1] += last
+    return [material.stage.collate([samples[index] for index in group]) for group in groups if group]
 
 
 def batch_rule(settings: Recipe) -> RowsRule | TokensRule:

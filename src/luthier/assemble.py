@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,16 +17,19 @@ from transformers import (
     set_seed,
 )
 
-from luthier.arrange import Material
+from luthier.arrange import Material, first_batches
 from luthier.data.encode import EncodeOptions
 from luthier.data.prepare import Preparation, Progress, prepare
 from luthier.data.template import ChatTemplate, load_template
 from luthier.environment import require
 from luthier.methods import build_method
+from luthier.methods.lora import Lora
+from luthier.model.calibration import Calibration
 from luthier.model.faults import require_token_rows
 from luthier.model.load import ModelSource, load_config, load_model, load_tokenizer
 from luthier.model.logprobs import chosen_rows
 from luthier.model.neftune import EmbeddingNoise
+from luthier.model.original_weights import OriginalWeights
 from luthier.model.positions import (
     PositionsChange,
     positions_change,
@@ -54,11 +58,19 @@ from luthier.stages import build_stage
 from luthier.trainer.compilation import compile_layers
 from luthier.trainer.metrics import Metric, load_metrics
 from luthier.trainer.plugins import load_callbacks, load_schedule
-from luthier.trainer.precision import autocast_type
+from luthier.trainer.precision import AUTOCAST, autocast_type
 from luthier.trainer.same_run import identity
 from luthier.trainer.stopping import EarlyStopping
 from luthier.trainer.trackers import check_trackers
-from luthier.types import Conversation, DataError, Message, Method, ModelKind, RecipeError
+from luthier.types import (
+    Conversation,
+    DataError,
+    Message,
+    Method,
+    ModelError,
+    ModelKind,
+    RecipeError,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -198,11 +210,16 @@ def build_model(
     vocabulary: VocabularyChange,
     *,
     longest: int = 0,
+    material: Material | None = None,
+    resumed: Path | None = None,
+    say: Say = lambda text: None,
 ) -> tuple[PreTrainedModel | PeftModel, Method]:
     """The model ready to train: new tokens given rows, adapters attached, target forward installed, isolation
     proven. `vocabulary` is what `load_tokens` said, `longest` the tokens of the longest sample.
 
-    Raises ModelError for what cannot be loaded, does not fit together, or would not be trained exactly.
+    A method that starts from the run's data sees rows of `material`, or takes the shapes of the checkpoint `resumed`,
+    which holds what the rows led to. Raises ModelError for what cannot be loaded, does not fit together, or would not
+    be trained exactly.
     """
     if getattr(settings.optim, "bits", 32) == 8 or getattr(settings.optim, "paged", False):
         require("bitsandbytes", "optim.bits=8 or optim.paged=true")
@@ -237,14 +254,61 @@ def build_model(
         share_prompts=getattr(settings.stage, "share_prompts", False),
     )
     assert isinstance(model, PreTrainedModel | PeftModel)
+    if isinstance(methods[-1], Lora) and isinstance(model, PeftModel):
+        begin_adapter(settings, source, device, model, methods[-1], material, resumed, say)
+    _finish(settings, model, methods[-1])
+    return model, methods[-1]
+
+
+def _finish(settings: Recipe, model: PreTrainedModel | PeftModel, method: Method) -> None:
+    """What comes once it is known what trains."""
     # The trainer cuts them again; here nothing has been written yet.
     optim = settings.optim
-    cut_groups(optim, methods[-1].parameter_groups(model, optim.weight_decay, optim.lr), model)
+    cut_groups(optim, method.parameter_groups(model, optim.weight_decay, optim.lr), model)
     if settings.train.neftune_alpha:
         EmbeddingNoise(model, settings.train.neftune_alpha)
     if settings.train.compile is not None:
         compile_layers(model, settings.train.compile)
-    return model, methods[-1]
+
+
+def begin_adapter(
+    settings: Recipe,
+    source: ModelSource,
+    device: torch.device,
+    model: PeftModel,
+    method: Lora,
+    material: Material | None,
+    resumed: Path | None,
+    say: Say,
+) -> None:
+    """What a fresh adapter starts from, where that is more than its weights and the seed; see `build_model`."""
+    label = f"method.init={method.spec.init}"
+    if method.needs_original_weights:
+        prefix: Any = model.get_base_model().base_model_prefix
+        method.make_up_for_rounding(model, OriginalWeights(settings.model, source, prefix), say)
+    wanted = method.num_calibration_samples
+    if (
+        not wanted or settings.train.eval_only
+    ):  # an adapter that starts so changes nothing before its first step
+        return
+    if resumed is not None:
+        method.take_shapes(model, resumed)
+        return
+    if material is None or not len(material.data.train):
+        raise ModelError(f"{label} looks at the training data before the first step, and there is none")
+    material, padded = fitted(settings, material, model), chosen_rows(model).padded
+    batches = first_batches(settings, material, wanted, least=method.least_tokens(model), padded=padded)
+    calibration = Calibration(
+        batches=batches,
+        device=device,
+        scores=material.stage.model == "reward",
+        arithmetic=AUTOCAST[settings.train.precision],
+        label=label,
+        say=say,
+    )
+    shown = min(wanted, len(material.data.train))
+    say(f"{label}: looking at {shown:,} of the training samples, {calibration.num_tokens:,} tokens")
+    method.calibrate(model, calibration)
 
 
 def longest_sample(settings: Recipe, material: Material) -> int:

@@ -255,6 +255,10 @@ def export(
         str | None,
         typer.Option("--base", help="The model below the adapter, where it moved.", show_default=False),
     ] = None,
+    push_to_hub: Annotated[
+        str | None,
+        typer.Option("--push-to-hub", help="Upload what passed to OWNER/NAME.", show_default=False),
+    ] = None,
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace an exported model that is in the way.")
     ] = False,
@@ -264,8 +268,6 @@ def export(
 
     The exit status is 1 where it is not; the folder is then marked with EXPORT_FAILED.
     """
-    import json
-
     from luthier.export_verb import export as run_export
 
     result = run_export(
@@ -275,10 +277,11 @@ def export(
         shard_size=shard_size,
         adapters=adapters or [],
         base=base,
+        push_to_hub=push_to_hub,
         overwrite=overwrite,
         quiet=as_json,
     )
-    typer.echo(json.dumps(result.report, indent=2) if as_json else result.text())
+    typer.echo(result.json() if as_json else result.text())
     if not result.passed:
         typer.echo(f"error: {result.output} is not the model that was trained; it is marked so", err=True)
         raise typer.Exit(CLAIM_FAILS)

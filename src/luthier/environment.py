@@ -127,13 +127,23 @@ def report() -> str:
     return "\n".join([*lines, "", *_quantization(hardware.device)])
 
 
+def _cache() -> Path:
+    """`$LUTHIER_CACHE`, or `luthier` in the user's cache folder."""
+    if chosen := os.environ.get("LUTHIER_CACHE"):
+        return Path(chosen)
+    return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "luthier"
+
+
 def _quantization(device: str) -> list[str]:
     """What works of `model.quantization` here, by running a small layer forward and backward."""
     import torch
 
-    from luthier.model.quantization_support import files, tried
+    from luthier.model.quantization_support import files, recalled
 
-    lines = ["model.quantization (a small layer was run, forward and backward):"]
-    lines += [f"  {name:<29}{state}" for name, state in tried(torch.device(device)).items()]
+    file = _cache() / "quantization.json"
+    found, day = recalled(torch.device(device), file)
+    when = "" if day is None else f"; what works is recalled from {day}, remove {file} to run it again"
+    lines = [f"model.quantization (a small layer was run, forward and backward{when}):"]
+    lines += [f"  {name:<29}{state}" for name, state in found.items()]
     lines += ["", "files that are quantized already:"]
     return lines + [f"  {name:<29}{state}" for name, state in files().items()]

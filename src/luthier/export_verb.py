@@ -9,7 +9,7 @@ import errno
 import gc
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,14 +19,15 @@ from pydantic import ValidationError
 from safetensors import SafetensorError
 from transformers import PreTrainedTokenizerFast
 
-from luthier import __version__
 from luthier.data.encode import EncodeOptions
 from luthier.data.template import ChatTemplate, load_template
 from luthier.engine.hf import HfEngine
 from luthier.environment import detect_hardware
 from luthier.exporting import merge
 from luthier.exporting.answers import Answers, Distance, ask, distance, only_logits
+from luthier.exporting.dequantize import cast_weights, is_quantized
 from luthier.exporting.probes import probes_of
+from luthier.exporting.report import REPORT_NAME, report_of
 from luthier.exporting.source import (
     Trained,
     from_folder,
@@ -35,29 +36,29 @@ from luthier.exporting.source import (
     require_base,
     with_adapters,
 )
-from luthier.exporting.verify import SLACK, Check, Expected, plain, table, verify
+from luthier.exporting.verify import Check, Expected, table, verify
 from luthier.model.faults import FAILED_MARK
 from luthier.model.load import load_config, load_tokenizer, locate
 from luthier.model.quantize import DTYPES
 from luthier.model.value_head import choose_padding
 from luthier.model.vocabulary import recorded_change, replay_tokenizer
-from luthier.publish import CARD_NAME, model_card
+from luthier.publish import CARD_NAME, model_card, require_repository, upload
 from luthier.recipe.load import load_recipe
 from luthier.recipe.schema import DataSpec, ExportSpec, ModelSpec
 from luthier.show import Say, quiet_libraries, speaker
 from luthier.stages import build_stage
-from luthier.trainer.checkpoint import atomic_folder
+from luthier.trainer.checkpoint import MANIFEST_NAME, atomic_folder
 from luthier.types import ExportError, ModelError, RecipeError, RowKind
-
-REPORT_NAME = "export_report.json"
 
 
 @dataclass(frozen=True, slots=True)
 class ExportResult:
-    """Where the model is, and what the comparison with the trained one found: the content of `export_report.json`."""
+    """Where the model is, what the comparison with the trained one found (the content of `export_report.json`), and
+    the address that it was uploaded to."""
 
     output: Path
     report: dict[str, Any]
+    uploaded: str | None = None
 
     @property
     def passed(self) -> bool:
@@ -66,7 +67,12 @@ class ExportResult:
     def text(self) -> str:
         """The checks, a line each, and the notes."""
         checks = table([Check(**check) for check in self.report["checks"]])
-        return "\n".join([checks, *(f"note: {note}" for note in self.report["notes"])])
+        uploaded = [] if self.uploaded is None else [f"uploaded: {self.uploaded}"]
+        return "\n".join([checks, *(f"note: {note}" for note in self.report["notes"]), *uploaded])
+
+    def json(self) -> str:
+        """The report, the folder and the address."""
+        return json.dumps(self.report | {"output": str(self.output), "uploaded": self.uploaded}, indent=2)
 
     def require_passed(self) -> ExportResult:
         """Raise ExportError where the written model is not the trained one."""
@@ -88,21 +94,23 @@ def export(
     shard_size: str | None = None,
     adapters: Sequence[str] = (),
     base: str | None = None,
+    push_to_hub: str | None = None,
     overwrite: bool = False,
     quiet: bool = False,
 ) -> ExportResult:
     """Write what was trained as one model into `output`, read it back, compare it.
 
     source: folder of a run, a checkpoint, an adapter or a model; or a recipe, native or of LLaMA-Factory. adapters:
-    merged on top, in this order. base: the model below the adapter, where it moved. The others override the recipe's
-    `export` part. A model that fails the comparison stays, with EXPORT_FAILED beside it.
+    merged on top, in this order. base: the model below the adapter, where it moved. push_to_hub: the repository that
+    a model which passed is uploaded to. The others override the recipe's `export` part. A model that fails the
+    comparison stays, with EXPORT_FAILED beside it; where it would have replaced another, in `output`.failed.
 
     Raises ExportError where the output exists or has no room; ModelError, CheckpointError and RecipeError for parts
-    that cannot be exported. Nothing is written then.
+    that cannot be exported. Nothing is written then. PublishError where a model that passed could not be uploaded.
     """
     quiet_libraries()
     say = speaker(quiet)
-    given = {"output": output, "dtype": dtype, "shard_size": shard_size}
+    given = {"output": output, "dtype": dtype, "shard_size": shard_size, "push_to_hub.repo": push_to_hub}
     trained, spec = _parts(Path(source), {k: str(v) for k, v in given.items() if v is not None}, base, say)
     if adapters:
         trained = with_adapters(trained, adapters)
@@ -110,9 +118,11 @@ def export(
         raise RecipeError(f"{source}: where to? Give --output DIR, or export.output in the recipe")
     folder = Path(spec.output)
     _require_free(folder, overwrite, trained.inputs)
+    if spec.push_to_hub is not None:
+        require_repository(spec.push_to_hub, "export.push_to_hub", trained.model.token)
     where = detect_hardware().device if spec.device == "auto" else "cpu"
     try:
-        return _export(trained, spec, folder, torch.device(where), say)
+        result = _export(trained, spec, folder, torch.device(where), say)
     except (OSError, SafetensorError) as error:
         if getattr(error, "errno", None) not in (errno.ENOSPC, errno.EDQUOT) and "No space left" not in str(
             error
@@ -121,6 +131,20 @@ def export(
         raise ExportError(
             f"the disk is full ({folder}): the model was not written, and nothing of it is left"
         ) from error
+    return _uploaded(result, spec, trained.model.token, say)
+
+
+def _uploaded(result: ExportResult, spec: ExportSpec, token: str | None, say: Say) -> ExportResult:
+    """A model that passed, on the hub where the recipe asks for it. Reports name folders of this machine and stay."""
+    if spec.push_to_hub is None:
+        return result
+    if not result.passed:
+        say(f"not uploaded to {spec.push_to_hub.repo}: it is not the model that was trained")
+        return result
+    names = sorted(path.name for path in result.output.iterdir() if path.is_file())
+    files = [name for name in names if name not in (REPORT_NAME, MANIFEST_NAME)]
+    whole = f"the model in {result.output} is verified and whole"
+    return replace(result, uploaded=upload(spec.push_to_hub, token, result.output, files, whole))
 
 
 def _parts(source: Path, given: dict[str, str], base: str | None, say: Say) -> tuple[Trained, ExportSpec]:
@@ -135,10 +159,21 @@ def _parts(source: Path, given: dict[str, str], base: str | None, say: Say) -> t
     trained = from_folder(source, base=None if base is None else ModelSpec(path=base))
     saved = ExportSpec() if trained.recipe is None else trained.recipe.export
     try:
-        return trained, ExportSpec.model_validate(saved.model_dump() | given)
+        return trained, ExportSpec.model_validate(_overridden(saved.model_dump(), given))
     except ValidationError as error:
         first = error.errors()[0]
         raise RecipeError(f"--{str(first['loc'][0]).replace('_', '-')}: {first['msg']}") from error
+
+
+def _overridden(tree: dict[str, Any], given: Mapping[str, str]) -> dict[str, Any]:
+    """The tree with values by their dotted names."""
+    for name, value in given.items():
+        section, _, last = name.rpartition(".")
+        if section:
+            tree[section] = {**(tree[section] or {}), last: value}
+        else:
+            tree[last] = value
+    return tree
 
 
 def _require_free(folder: Path, overwrite: bool, inputs: Sequence[Path]) -> None:
@@ -157,6 +192,16 @@ def _require_free(folder: Path, overwrite: bool, inputs: Sequence[Path]) -> None
         raise ExportError(
             f"--output {folder} is no exported model, so it is not overwritten; name another folder"
         )
+    aside = _failed_beside(folder)
+    if not (folder / FAILED_MARK).exists() and aside.exists() and not (aside / FAILED_MARK).is_file():
+        raise ExportError(
+            f"{aside} is in the way: a model that fails its verification would be put there; move it away"
+        )
+
+
+def _failed_beside(folder: Path) -> Path:
+    """Where a model that failed stays when `folder` holds one that did not."""
+    return folder.with_name(f"{folder.name}.failed")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -174,18 +219,25 @@ def _export(trained: Trained, spec: ExportSpec, folder: Path, device: torch.devi
     merge.require_space(folder, merge.num_bytes(live, dtype))
     say(f"comparing on {len(probes.probes)} probes of {probes.origin}")
     kind, stops = trained.kind, template.stop_ids
-    quantized = merge.is_quantized(live)
-    live = live if quantized else merge.cast_weights(live, torch.float32)
+    quantized = is_quantized(live)
+    live = live if quantized else cast_weights(live, torch.float32)
     answers = ask(live, probes.probes, kind, HfEngine, stops)
     moved = _moved(live, answers, trained)
     if quantized:
         del live
         gc.collect()
         live = loader.live(dequantized=True)
-    model = merge.cast_weights(merge.merged(merge.cast_weights(live, torch.float32), trained), dtype)
+    model = cast_weights(merge.merged(cast_weights(live, torch.float32), trained), dtype)
     del live
     say(f"writing {folder} ({dtype})".replace("torch.", ""))
-    with atomic_folder(folder, metadata={"resumable": False}, replace=True) as partial:
+    written = folder
+    if folder.is_dir() and any(folder.iterdir()) and not (folder / FAILED_MARK).exists():
+        written = _failed_beside(folder)  # what fails never replaces what did not
+
+    def elsewhere(partial: Path) -> Path | None:
+        return written if (partial / FAILED_MARK).exists() else None
+
+    with atomic_folder(folder, metadata={"resumable": False}, replace=True, otherwise=elsewhere) as partial:
         merge.write_model(model, template.tokenizer, partial, stop_ids=stops, shard_size=spec.shard_size)
         if kind == "reward":
             merge.keep_value_head(model, trained, partial)
@@ -196,9 +248,9 @@ def _export(trained: Trained, spec: ExportSpec, folder: Path, device: torch.devi
         expected = Expected(kind, dtype, template, probes, answers, rounding, tensors)
         trusted = trained.model.trust_remote_code
         checks, apart = verify(partial, expected, HfEngine, device, trust_remote_code=trusted)
-        report = _report(trained, expected, checks, apart, moved, about_base, quantized)
+        report = report_of(trained, expected, checks, apart, moved, about_base)
         _finish(partial, folder.name, trained, report)
-    return ExportResult(folder, report)
+    return ExportResult(folder if report["passed"] else written, report)
 
 
 def _template(trained: Trained, say: Say) -> ChatTemplate:
@@ -274,52 +326,8 @@ def _rounding(loader: merge.Loader, answers: Answers, dtype: torch.dtype, quanti
     """How far the unmerged model moves when its weights and its arithmetic are in `dtype`, its base dequantized."""
     if dtype == torch.float32 and not quantized:
         return Distance()
-    cast = merge.cast_weights(loader.live(dequantized=True), dtype)
+    cast = cast_weights(loader.live(dequantized=True), dtype)
     return distance(answers, only_logits(cast, answers, loader.trained.kind))
-
-
-def _report(
-    trained: Trained,
-    expected: Expected,
-    checks: Sequence[Check],
-    apart: Distance | None,
-    moved: Distance | None,
-    base: Mapping[str, Any],
-    quantized: bool,
-) -> dict[str, Any]:
-    notes = []
-    if not trained.bases and trained.adapters:
-        notes.append("no run says what the adapters were trained on, so the base is taken at its word")
-    allowed = SLACK * expected.rounding.kl_mean
-    if moved is not None and 0 < moved.kl_mean < allowed:
-        notes.append(
-            f"training moved the model by {moved.kl_mean:.2g} nats per token, and rounding may move it by "
-            f"{allowed:.2g}: little of the training can be told in this type; export float32 to keep it"
-        )
-    if quantized:
-        notes.append(
-            "the base was quantized: the weights written are those that it stands for, and the deviation is below"
-        )
-    return {
-        "passed": all(check.passed for check in checks),
-        "luthier": __version__,
-        "source": trained.label,
-        "kind": expected.kind,
-        "base": dict(base),
-        "adapters": list(trained.adapters),
-        "dtype": str(expected.dtype).removeprefix("torch."),
-        "quantized_base": quantized,
-        "probes": {
-            "origin": expected.probes.origin,
-            "count": len(expected.probes.probes),
-            "tokens": sum(len(ids) for ids in expected.answers.sequences),
-        },
-        "checks": [plain(check) for check in checks],
-        "deviation": None if apart is None else plain(apart),
-        "rounding": plain(expected.rounding),
-        "training_moved": None if moved is None else plain(moved),
-        "notes": notes,
-    }
 
 
 def _finish(partial: Path, name: str, trained: Trained, report: Mapping[str, Any]) -> None:

@@ -24,6 +24,7 @@ from luthier.recipe.schema import (
     AdapterSpec,
     DatasetSpec,
     DpoSpec,
+    HubSpec,
     KtoSpec,
     Recipe,
     ReferenceSpec,
@@ -215,14 +216,23 @@ def _result_lines(metrics: Mapping[str, float]) -> list[str]:
 def require_hub(settings: Recipe) -> None:
     """Make sure, before the training, that its result can be uploaded; without `train.push_to_hub` nothing.
 
-    Raises RecipeError where nothing will be trained, the name is none, there is no network or no token, the hub
-    refuses the token, the token may only read, or the repository is public and the recipe says private.
+    Raises RecipeError where nothing will be trained, and as `require_repository`.
     """
     spec, key = settings.train.push_to_hub, "train.push_to_hub"
     if spec is None:
         return
     if settings.train.eval_only:
         raise RecipeError(f"{key}: with train.eval_only there is nothing to upload; remove one of the two")
+    require_repository(spec, key, settings.model.token)
+
+
+def require_repository(spec: HubSpec, key: str, token: str | None) -> None:
+    """Make sure that something can be uploaded where `spec`, the recipe's `key`, says; `token`: else that of the
+    environment.
+
+    Raises RecipeError where the name is none, there is no network or no token, the hub refuses the token, the token may
+    only read, or the repository is public and the recipe says private.
+    """
     try:
         validate_repo_id(spec.repo)
     except HFValidationError as error:
@@ -231,7 +241,7 @@ def require_hub(settings: Recipe) -> None:
         raise RecipeError(
             f"{key}: HF_HUB_OFFLINE is set, so nothing can be uploaded; unset it or remove {key}"
         )
-    token = settings.model.token or get_token()
+    token = token or get_token()
     if token is None:
         raise RecipeError(f"{key}: there is no token for the hub; set HF_TOKEN, or run `hf auth login`")
     api = HfApi(token=token)
@@ -254,14 +264,12 @@ def _is_public(api: HfApi, repo: str) -> bool:
         return False
 
 
-def upload(settings: Recipe, output: Path, files: Sequence[str]) -> str:
-    """Upload `files` of the run in `output`, nothing else, and return the address.
+def upload(spec: HubSpec, token: str | None, output: Path, files: Sequence[str], what: str) -> str:
+    """Upload `files` of `output`, nothing else, and return the address; `what` is uploaded, in words.
 
-    Raises PublishError that says how to upload later: the run itself is whole.
+    Raises PublishError that says how to upload later: what is in `output` is whole.
     """
-    spec = settings.train.push_to_hub
-    assert spec is not None
-    api = HfApi(token=settings.model.token or get_token())
+    api = HfApi(token=token or get_token())
     try:
         repo = api.create_repo(spec.repo, private=spec.private, exist_ok=True).repo_id
         if spec.revision is not None:
@@ -285,7 +293,7 @@ def upload(settings: Recipe, output: Path, files: Sequence[str]) -> str:
         command += ["--private"] if spec.private else []
         command += ["--revision", spec.revision] if spec.revision is not None else []
         raise PublishError(
-            f"the run in {output} is finished and whole, but it could not be uploaded to {spec.repo}: {error}\n"
+            f"{what}, but it could not be uploaded to {spec.repo}: {error}\n"
             f"to upload it later: {shlex.join(command)}"
         ) from error
     return str(commit.commit_url)

@@ -46,7 +46,9 @@ def build_reference(
     spec = reference_spec(settings)
     if spec.path is not None:
         return OtherModel(_other_model(settings, spec, hardware, model))
-    fresh = isinstance(settings.method, AdapterSpec) and not settings.method.continues
+    fresh = (
+        isinstance(settings.method, AdapterSpec) and not settings.method.continues and not _nearer(settings)
+    )
     base = getattr(settings.stage, "reference", "start") == "base"
     if isinstance(model, PeftModel) and (fresh or base):
         if getattr(model.peft_config["default"], "bias", "none") == "none":
@@ -57,6 +59,11 @@ def build_reference(
                 "name the base in stage.reference.path"
             )
     return AsItIs() if before else StartingPoint(model)
+
+
+def _nearer(settings: Recipe) -> bool:
+    """Whether a fresh adapter already changes the base: it makes up for its rounding."""
+    return getattr(settings.method, "init", None) == "loftq" and not getattr(settings.method, "adapters", ())
 
 
 def reference_spec(settings: Recipe) -> ReferenceSpec:
@@ -129,6 +136,7 @@ def precomputation(
         "quantization": None if spec.quantization is None else spec.quantization.model_dump(mode="json"),
         "max_length": settings.data.max_length if settings.model.rope_scaling is not None else None,
         "seed": settings.train.seed if settings.model.vocabulary is not None else None,
+        **({"start": settings.method.model_dump(mode="json")} if _nearer(settings) else {}),
         "precision": settings.train.precision,
         "device": hardware.device,
     }

@@ -30,6 +30,7 @@ from luthier.data.prepare import PreparedData
 from luthier.data.report import check_max_lost, format_reports
 from luthier.environment import detect_hardware
 from luthier.methods.groups import ParameterCount, count_parameters
+from luthier.model.base_record import BaseRecord, remember_base
 from luthier.model.load import ModelSource, fingerprint, locate
 from luthier.model.logprobs import chosen_rows
 from luthier.model.positions import loaded_positions
@@ -38,7 +39,7 @@ from luthier.model.quantized_layers import measured
 from luthier.publish import CARD_NAME, model_card, upload
 from luthier.recipe.load import LoadedRecipe, dump_recipe, load_recipe
 from luthier.recipe.resolve import Hardware, resolve
-from luthier.recipe.schema import Recipe
+from luthier.recipe.schema import AdapterSpec, Recipe
 from luthier.references import live_reference, precomputation
 from luthier.show import Say, example_text, quiet_libraries, speaker
 from luthier.trainer.arguments import training_arguments
@@ -88,8 +89,7 @@ def train(
 
 def _train(loaded: LoadedRecipe, hardware: Hardware, quiet: bool) -> TrainResult:
     settings = loaded.recipe
-    output = Path(settings.train.output)
-    world_size = hardware.world_size
+    output, world_size = Path(settings.train.output), hardware.world_size
     require_one_process(hardware)
     arguments = training_arguments(settings, use_cpu=hardware.device == "cpu")
     main = arguments.process_index == 0
@@ -103,9 +103,14 @@ def _train(loaded: LoadedRecipe, hardware: Hardware, quiet: bool) -> TrainResult
     tokenizer, vocabulary = load_tokens(settings, source, say)
     material = read_material(settings, tokenizer, say)
     _show(settings, material, say)
-    longest = longest_sample(settings, material)
-    model, method = build_model(settings, source, hardware, vocabulary, longest=longest)
+    beside: Any = {
+        "longest": longest_sample(settings, material),
+        "resumed": _calibrated(settings),
+        "say": say,
+    }
+    model, method = build_model(settings, source, hardware, vocabulary, material=material, **beside)
     manifest = _manifest(settings, source, material)
+    remember_base(model, _base_record(settings, manifest["base"]["fingerprint"]))
     # Only now, when nothing of the input can be wrong any more, is anything written.
     resumed = _open_run(output, loaded, manifest["identity"], say, main=main)
     count = _count(model, hardware, settings, say)
@@ -162,6 +167,14 @@ def prepare(
     material = read_material(settings, tokenizer, say)
     _show(settings, material, say)
     return material.data
+
+
+def _calibrated(settings: Recipe) -> Path | None:
+    """The checkpoint of a resumed run that holds what its method saw in the data, so that it need not look again."""
+    train_spec, init = settings.train, getattr(settings.method, "init", None)
+    if train_spec.overwrite or init not in ("eva", "corda"):
+        return None
+    return resolve_resume(Path(train_spec.output), train_spec.resume)[0]
 
 
 def _show(settings: Recipe, material: Material, say: Say) -> None:
@@ -301,9 +314,17 @@ def _show_result(
     if settings.train.plots:
         plot_run(output)
     (output / CARD_NAME).write_text(model_card(settings, manifest, metrics), encoding="utf-8")
-    if settings.train.push_to_hub is not None:
+    if (hub := settings.train.push_to_hub) is not None:
         files = json.loads((output / "run.json").read_text(encoding="utf-8"))["files"]
-        say(f"uploaded: {upload(settings, output, [*files, CARD_NAME])}")
+        whole = f"the run in {output} is finished and whole"
+        say(f"uploaded: {upload(hub, settings.model.token, output, [*files, CARD_NAME], whole)}")
+
+
+def _base_record(settings: Recipe, base: str) -> BaseRecord:
+    """What an adapter of this run says of the model below it."""
+    spec, method = settings.model, settings.method
+    below = method.merged_first if isinstance(method, AdapterSpec) else ()
+    return BaseRecord(base, spec.quantization, spec.dtype, below)
 
 
 def _manifest(settings: Recipe, source: ModelSource, material: Material) -> dict[str, Any]:

@@ -165,7 +165,7 @@ class _Scorer:
         train: dict[str, Any] = {}
         if run is not None:
             kept = ("dtype", "quantization", "rows", "padding_side", "trust_remote_code", "upcast_layernorm")
-            spec |= {name: getattr(run.model, name) for name in kept}
+            spec |= run.model.model_dump(mode="json", include=set(kept))
             data |= {name: getattr(run.data, name) for name in ("max_length", "overflow", "rules")}
             data["parse_special_tokens"] = run.data.parse_special_tokens
             if run.data.rules == "llamafactory":

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from luthier.errors import LuthierError
 from luthier.methods import METHODS, build_method
 from luthier.methods.adapter import Adapter
 from luthier.methods.groups import count_parameters
-from luthier.methods.lora import Lora
+from luthier.methods.lora import Lora, lora_layers
 from luthier.model.reference import AdaptersOff
 from luthier.recipe.schema import LoraSpec, Recipe
 from luthier.trainer.trainer import PeftTrainer
@@ -45,7 +45,7 @@ class Case:
     """A row: the recipe's method, how many numbers train by a closed form, and the names of all that may."""
 
     method: Mapping[str, Any]
-    trainable: int
+    trainable: int | Callable[[nn.Module], int]
     trains: str
     """A regular expression in the full name of every parameter that trains."""
     family: str = "llama"
@@ -59,9 +59,23 @@ class Case:
     others: Mapping[str, Any] = field(default_factory=dict)
 
 
-def lora(trainable: int = LORA, trains: str = rf"{LINEAR}.*lora_[AB]\.default", **fields: Any) -> Case:
+def lora(
+    trainable: int | Callable[[nn.Module], int] = LORA,
+    trains: str = rf"{LINEAR}.*lora_[AB]\.default",
+    **fields: Any,
+) -> Case:
     row = {name: fields.pop(name) for name in list(fields) if name in Case.__dataclass_fields__}
     return Case({"type": "lora", "rank": 4, **fields}, trainable, trains, **row)
+
+
+def redistributed(model: nn.Module) -> int:
+    """R (I + O) of every layer, by the ranks that its adapter's configuration tells; they add up to rank 4 each."""
+    config: Any = model.peft_config["default"]  # type: ignore[index]
+    adapted = {name.removeprefix("base_model.model."): layer for name, layer in lora_layers(model).items()}
+    ranks = {name: config.rank_pattern.get(name, config.r) for name in adapted}
+    assert sum(ranks.values()) == LAYERS * len(SHAPES) * 4
+    assert max(ranks.values()) > 4 and max(ranks.values()) <= 8
+    return sum(rank * sum(SHAPES[name.rsplit(".", 1)[-1].split("_")[0]]) for name, rank in ranks.items())
 
 
 def peft(trainable: int, part: str, starts: float = 0.0, merges: bool = True, **config: Any) -> Case:
@@ -102,6 +116,20 @@ CASES: dict[str, Case] = {
         starts=1e-4,
     ),
     "olora": lora(init="olora", starts=1e-4),
+    "eva": lora(init="eva", eva_rho=1.0),
+    "eva-rho": lora(redistributed, init="eva", eva_rho=2.0, calibration_samples=4),
+    "eva-lora-fa": lora(
+        LAYERS * 4 * OUTPUTS, rf"{LINEAR}.*lora_B\.default", freeze_a=True, init="eva", eva_rho=1.0
+    ),
+    "corda-ipm": lora(init="corda", starts=1e-4),
+    "corda-kpm": lora(init="corda", corda_mode="kpm", starts=1e-4),
+    "corda-gpt2": lora(
+        LAYERS * 4 * ((32 + 96) + (32 + 32) + (32 + 128) + (128 + 32)),
+        r"h\.\d+\.(attn|mlp)\..*lora_[AB]\.default",
+        family="gpt2",
+        init="corda",
+        starts=1e-4,
+    ),
     "lora-fa": lora(LAYERS * 4 * OUTPUTS, rf"{LINEAR}.*lora_B\.default", freeze_a=True),
     "pissa-lora-fa": lora(
         LAYERS * 4 * OUTPUTS, rf"{LINEAR}.*lora_B\.default", freeze_a=True, init="pissa", starts=1e-4
@@ -198,7 +226,8 @@ def recipe_for(case: Case, output: Path) -> Recipe:
 
 def trained(case: Case, output: Path, resume: str | None = None) -> Run:
     recipe = recipe_for(case, output)
-    trainer = trainer_of(recipe, tiny_model(case.family), SAMPLES)
+    checkpoint = None if resume is None else Path(resume)
+    trainer = trainer_of(recipe, tiny_model(case.family), SAMPLES, resumed=checkpoint)
     before = {name: parameter.detach().clone() for name, parameter in trainer.model.named_parameters()}
     trainer.train(resume_from_checkpoint=resume)
     trainer.saver.writer.wait()
@@ -214,7 +243,8 @@ def logits(model: nn.Module) -> Tensor:
 
 
 def check_count(case: Case, run: Run) -> None:
-    assert count_parameters(run.model).trainable == case.trainable
+    expected = case.trainable(run.model) if callable(case.trainable) else case.trainable
+    assert count_parameters(run.model).trainable == expected
 
 
 def check_learns(case: Case, run: Run) -> None:
@@ -235,7 +265,7 @@ def check_changes(case: Case, run: Run) -> None:
 
 def check_start(case: Case, run: Run) -> None:
     """Before its first step the model says what the base says."""
-    fresh = build_method(run.recipe.method).apply(tiny_model(case.family))
+    fresh = trainer_of(run.recipe, tiny_model(case.family), SAMPLES).model
     difference = (logits(fresh) - logits(tiny_model(case.family))).abs().max()
     assert difference <= case.starts
 
@@ -365,3 +395,9 @@ def test_a_base_that_was_changed_is_found(tmp_path: Path, monkeypatch: pytest.Mo
 def test_a_start_that_is_lost_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("luthier.methods.lora.write_plain", lambda folder, state: None)
     assert "check_saved" in failures(CASES["pissa"], tmp_path)
+
+
+def test_ranks_that_are_lost_are_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("luthier.methods.lora.take_ranks", lambda model, weights: None)
+    found = failures(CASES["eva-rho"], tmp_path)
+    assert {"check_saved", "check_resume"} <= found and "check_learns" not in found

@@ -17,12 +17,11 @@ from torch import Tensor
 import luthier
 from luthier.data.reference_cache import ReferenceCache
 from luthier.types import CheckpointError, ModelError
+from tests.compared import recipe_for
 from tests.tiny import (
     FEEDBACK_COLUMNS,
-    PAIR_COLUMNS,
     chat_model,
     write_feedback,
-    write_pairs,
 )
 
 METHODS: dict[str, dict[str, Any]] = {
@@ -45,27 +44,15 @@ def other_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def recipe(model: Path, tmp_path: Path) -> dict[str, Any]:
-    write_pairs(tmp_path / "pairs.json", 24)
-    write_pairs(tmp_path / "held_out.json", 8, seed=1)
-    return {
-        "model": {"path": str(model)},
-        "data": {
-            "train": [{"file_name": "pairs.json", **PAIR_COLUMNS}],
-            "eval": [{"file_name": "held_out.json", **PAIR_COLUMNS}],
-            "directory": str(tmp_path),
-            "cache": str(tmp_path / "cache"),
-        },
-        "stage": {"type": "dpo"},
-        "method": METHODS["lora"],
-        "optim": {"type": "adamw", "lr": 0.02},
-        "train": {
-            "rows_per_device": 6,
-            "max_steps": 6,
-            "log_every": 1,
-            "plots": False,
-            "output": str(tmp_path / "run"),
-        },
-    }
+    return recipe_for(
+        "dpo",
+        tmp_path,
+        model,
+        rows=(24, 8),
+        stage={"type": "dpo"},
+        optim={"lr": 0.02},
+        train={"rows_per_device": 6, "accumulation": 1, "max_steps": 6, "plots": False},
+    )
 
 
 def changed(recipe: dict[str, Any], **sections: dict[str, Any]) -> dict[str, Any]:

@@ -16,29 +16,9 @@ from luthier.selfcheck.verb import CHECKS, selfcheck
 from luthier.stages import pair_losses
 from luthier.stages.kto import Feedback
 from luthier.types import Batch
-from tests.compared import FULL, LORA, padding_model, recipe_for, sharp_model
+from tests.compared import FULL, LORA
 
 Make = Callable[..., dict[str, Any]]
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return sharp_model(tmp_path_factory.mktemp("model"))
-
-
-@pytest.fixture(scope="module")
-def bloom(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return padding_model(tmp_path_factory.mktemp("bloom"))
-
-
-@pytest.fixture
-def make(model: Path, tmp_path: Path) -> Make:
-    """Makes the recipe of a stage, with sections changed."""
-
-    def made(stage_name: str, /, **sections: dict[str, Any]) -> dict[str, Any]:
-        return recipe_for(stage_name, tmp_path, model, **sections)
-
-    return made
 
 
 @pytest.mark.parametrize("method", [LORA, FULL], ids=lambda method: str(method["type"]))

@@ -13,30 +13,10 @@ from typer.testing import CliRunner
 
 import luthier
 from luthier.cli import app
-from tests.compared import FULL, STAGES, padding_model, recipe_for, sharp_model
+from tests.compared import FULL, STAGES
 from tests.tiny import chat_model
 
 Make = Callable[..., dict[str, Any]]
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return sharp_model(tmp_path_factory.mktemp("model"))
-
-
-@pytest.fixture(scope="module")
-def bloom(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return padding_model(tmp_path_factory.mktemp("bloom"))
-
-
-@pytest.fixture
-def make(model: Path, tmp_path: Path) -> Make:
-    """Makes the recipe of a stage, with sections changed."""
-
-    def made(stage_name: str, /, **sections: dict[str, Any]) -> dict[str, Any]:
-        return recipe_for(stage_name, tmp_path, model, **sections)
-
-    return made
 
 
 @pytest.fixture(scope="module")

@@ -127,6 +127,7 @@ def changed(recipe: dict[str, Any], **hub: Any) -> dict[str, Any]:
 FINAL = {
     "adapter_config.json",
     "adapter_model.safetensors",
+    "base.json",
     "chat_template.jinja",
     "tokenizer.json",
     "tokenizer_config.json",

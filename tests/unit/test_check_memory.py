@@ -15,7 +15,6 @@ from luthier.check.memory import (
     Activations,
     Growth,
     PassShape,
-    SavedTensors,
     Sizes,
     at_its_fullest,
     gradient_bytes,
@@ -29,6 +28,7 @@ from luthier.check.memory import (
     weight_bytes,
     without_checkpointing,
 )
+from luthier.check.saved import SavedTensors
 from luthier.data.collate import branch_batch
 from luthier.data.encode import EncodeOptions
 from luthier.methods import build_method
@@ -341,3 +341,12 @@ def test_a_reference_is_there_always_or_before_training_only() -> None:
     assert before.fullest == "asking the reference"
     assert before.parts == {"process": 100, "weights": 1000, "reference": 5000}
     assert before.moments["backward begins"] == beside.total - 5000
+
+
+def test_an_estimate_that_is_largely_a_guess_says_so() -> None:
+    known = at_its_fullest(sizes(allocator=700), 10**6, several_passes=False, copies_remain=False)
+    assert known.parts["allocator"] / known.total < 0.15
+    assert known.rough is None
+    guessed = at_its_fullest(sizes(allocator=2**30), 10**10, several_passes=False, copies_remain=False)
+    assert guessed.rough is not None
+    assert "rough: 1.0 GiB of it is a guess" in guessed.rough

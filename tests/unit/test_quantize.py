@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import datetime
+import os
+import subprocess
+import sys
 from importlib import util
 from pathlib import Path
 from typing import Any
@@ -294,6 +298,54 @@ def test_env_tries_every_way_and_gives_the_install_line(monkeypatch: pytest.Monk
     monkeypatch.setattr(quantization_support, "is_installed", lambda module: False)
     assert set(quantization_support.tried(cpu).values()) == set(quantization_support.INSTALL.values())
     assert quantization_support.files()["awq"] == "pip install gptqmodel"
+
+
+def test_env_does_not_run_again_what_worked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cpu, file = torch.device("cpu"), tmp_path / "cache" / "quantization.json"
+    first, day = quantization_support.recalled(cpu, file)
+    assert first == quantization_support.tried(cpu) and day is None
+    tries: list[str] = []
+
+    def counted(library: str, build: Any, device: torch.device) -> str:
+        tries.append(library)
+        return "does not work here: broken"
+
+    monkeypatch.setattr(quantization_support, "_try", counted)
+    again, day = quantization_support.recalled(cpu, file)
+    assert again == {
+        name: state if state == "works" else "does not work here: broken" for name, state in first.items()
+    }
+    assert tries == [name.split(",")[0] for name, state in first.items() if state != "works"]
+    assert day == datetime.date.today().isoformat()
+    # What does not work is tried each time; so is everything with other versions, or where the file is damaged.
+    others = {"version": lambda name: "0.0.1"}
+    for change in ("versions", "damaged", "gone"):
+        tries.clear()
+        with monkeypatch.context() as patched:
+            if change == "versions":
+                patched.setattr(quantization_support.metadata, "version", others["version"])
+            else:
+                file.write_text("{" if change == "damaged" else '{"works": 3}')
+            found, day = quantization_support.recalled(cpu, file)
+        assert len(tries) == len(first) and day is None
+        assert set(found.values()) == {"does not work here: broken"}
+
+
+def test_env_recalls_without_importing_the_libraries(tmp_path: Path) -> None:
+    code = (
+        "import sys; from luthier.environment import report; text = report(); "
+        "print(sorted({'bitsandbytes', 'torchao', 'hqq'} & sys.modules.keys())); print('recalled from' in text); "
+        "print(text[text.index('model.quantization'):].split(os.linesep, 1)[-1])"
+    ).replace("import sys;", "import os, sys;")
+    environment = os.environ | {"LUTHIER_CACHE": str(tmp_path), "PYTHONWARNINGS": "ignore"}
+    told = [
+        subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+        .stdout.splitlines()
+        for _ in range(2)
+    ]  # fmt: skip
+    installed = sorted(name for name in ("bitsandbytes", "hqq", "torchao") if util.find_spec(name))
+    assert told[0][:2] == [str(installed), "False"] and told[1][:2] == ["[]", "True"]
+    assert told[0][2:] == told[1][2:] and any(line.endswith("works") for line in told[1])
 
 
 @pytest.mark.skipif(util.find_spec("torchao") is None, reason="torchao is not installed")

@@ -191,7 +191,10 @@ class _Check:
         self._say("loading the model")
         longest = longest_sample(settings, material) if material is not None else 0
         built = found.ask(
-            "model", lambda: build_model(settings, source, hardware, vocabulary, longest=longest)
+            "model",
+            lambda: build_model(
+                settings, source, hardware, vocabulary, longest=longest, material=material, say=self._say
+            ),
         )
         if built is None:
             return
@@ -241,6 +244,8 @@ class _Check:
                 settings, source, hardware, model, stage, schedule, shape, before, reference
             ),
         )
+        if found.memory is not None and found.memory.rough is not None:
+            self._note(found.memory.rough)
         if not self._probe or found.memory is None:
             return
         if not found.memory.fits:

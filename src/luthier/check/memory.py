@@ -26,8 +26,8 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.autograd.graph import saved_tensors_hooks
 
+from luthier.check.saved import saved_of
 from luthier.data.collate import branch_batch, flat_batch
 from luthier.model.kernel import chunk_rows
 from luthier.model.logprobs import ModelPolicy
@@ -45,6 +45,10 @@ different lengths, and, with checkpointing, of the activations as they would be 
 2.36 (benchmarks/check_memory.py). MALLOC_MMAP_THRESHOLD_=262144 in the environment avoids it, at a price in
 speed."""
 
+ROUGH_FROM, MOST_HELD = 0.15, 1.8
+"""The share of the heap in the sum from which on the estimate is called rough; and what runs held at most, as a
+multiple of what was estimated (the same benchmark)."""
+
 SMALL_TENSORS = {"cpu": 30 * 2**20, "cuda": 0, "mps": 0}
 """Code and tables of libraries that are first touched by training."""
 
@@ -54,15 +58,6 @@ MEASURED_LENGTH = 128
 
 # --------------------------------------------------------------------------------------------------
 # What is counted exactly
-
-
-def storages(tensors: Iterable[Tensor]) -> dict[int, int]:
-    """Bytes of each piece of memory behind the tensors, by its address; shared memory is there once."""
-    found = {}
-    for tensor in tensors:
-        storage = tensor.untyped_storage()
-        found[storage.data_ptr()] = storage.nbytes()
-    return found
 
 
 def tensor_bytes(tensors: Iterable[Tensor]) -> int:
@@ -97,31 +92,6 @@ def reference_bytes(reference: Reference | None, model: nn.Module) -> int:
 
 # --------------------------------------------------------------------------------------------------
 # Activations
-
-
-class SavedTensors(saved_tensors_hooks):
-    """Counts the memory that autograd keeps for backward inside the block, each piece once.
-
-    known: tensors that are there anyway (weights, buffers). Pieces are held until `release`, so that no address is
-    used twice.
-    """
-
-    def __init__(self, known: Iterable[Tensor]) -> None:
-        self._known = storages(known)
-        self._found: dict[int, torch.UntypedStorage] = {}
-        super().__init__(self._keep, lambda tensor: tensor)
-
-    def _keep(self, tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in self._known:
-            self._found[storage.data_ptr()] = storage
-        return tensor
-
-    def release(self) -> list[int]:
-        """The bytes of each piece; they are let go."""
-        sizes = [storage.nbytes() for storage in self._found.values()]
-        self._found.clear()
-        return sizes
 
 
 @dataclass(frozen=True, slots=True)
@@ -181,13 +151,16 @@ def measure_activations(
 def _saved(model: nn.Module, kind: ModelKind, arithmetic: torch.dtype | None, batch: Batch) -> list[int]:
     device, training = next(model.parameters()).device, model.training
     model.train()
-    saved, moved = SavedTensors([*model.parameters(), *model.buffers()]), batch.to(device)
-    policy = ModelPolicy(model)
+    moved, policy = batch.to(device), ModelPolicy(model)
     try:
-        with torch.autocast(device.type, dtype=arithmetic, enabled=arithmetic is not None), saved:
+        with (
+            torch.autocast(device.type, dtype=arithmetic, enabled=arithmetic is not None),
+            saved_of(model) as saved,
+        ):
             answers = policy.scores(moved) if kind == "reward" else policy.logprobs(moved)
+        sizes = saved.release()
         del answers
-        return saved.release()
+        return sizes
     finally:
         model.train(training)
 
@@ -287,6 +260,17 @@ class Memory:
     @property
     def fits(self) -> bool:
         return self.total <= self.limit
+
+    @property
+    def rough(self) -> str | None:
+        """What to say where much of the sum is a guess; None where little is."""
+        held = self.parts.get("allocator", 0)
+        if held < ROUGH_FROM * self.total:
+            return None
+        return (
+            f"the memory estimate is rough: {held / 2**30:.1f} GiB of it is a guess at what the C library's heap holds "
+            f"without use, and measured runs held between nothing and {MOST_HELD} times as much"
+        )
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self) | {"total": self.total, "fits": self.fits}

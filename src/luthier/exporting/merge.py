@@ -21,10 +21,12 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from luthier.exporting.dequantize import dequantize, is_quantized
 from luthier.exporting.source import Trained
 from luthier.methods.adapter_files import attach_adapter
 from luthier.model.load import ModelSource, load_model
 from luthier.model.positions import recorded_positions
+from luthier.model.quantized_layers import num_weights
 from luthier.model.value_head import HEAD_WEIGHT, VALUE_HEAD_NAME, value_head, write_value_head
 from luthier.model.vocabulary import recorded_change, resize_embeddings
 from luthier.types import ExportError, ModelError
@@ -43,7 +45,8 @@ class Loader:
     device: torch.device
 
     def live(self, *, dequantized: bool = False) -> PreTrainedModel | PeftModel:
-        """The model as it was trained, evaluating. With `dequantized`, its base has plain weights in float32.
+        """The model as it was trained, evaluating. With `dequantized`, its base has plain weights in float32, and so it
+        has below several adapters: nothing can be added into rounded weights without rounding them anew.
 
         Raises ModelError for what does not fit together.
         """
@@ -57,7 +60,7 @@ class Loader:
             positions=positions,
             kind=trained.kind,
         )
-        if dequantized and is_quantized(base):
+        if (dequantized or len(trained.adapters) > 1) and is_quantized(base):
             base = dequantize(base)
         record = recorded_change(trained.adapters)
         if record is not None:
@@ -69,47 +72,6 @@ class Loader:
             model = attach_adapter(base, trained.adapters[-1], trainable=False)
         live: PreTrainedModel | PeftModel = model.eval()
         return live
-
-
-def is_quantized(model: nn.Module) -> bool:
-    """Whether the weights of a model, or of the one inside its PEFT wrapper, are not plain numbers."""
-    inner = model.get_base_model() if isinstance(model, PeftModel) else model
-    return getattr(inner, "quantization_method", None) is not None
-
-
-def dequantize(model: PreTrainedModel) -> PreTrainedModel:
-    """The model with the plain weights that its quantized ones stand for, in float32.
-
-    Raises ModelError where the library of its quantization cannot say them.
-    """
-    method = getattr(model, "quantization_method", None)
-    quantizer: Any = getattr(model, "hf_quantizer", None)
-    try:
-        plain = model.dequantize(dtype=torch.float32)  # type: ignore[no-untyped-call]
-    except (RuntimeError, AttributeError, ValueError) as error:
-        raise ModelError(
-            f"the base is quantized ({getattr(method, 'value', method)}), and its weights cannot be had back: {error}; "
-            "name the base that is not quantized with --base"
-        ) from error
-    assert isinstance(plain, PreTrainedModel)
-    # How the quantized weights were read is no way to write these.
-    read = {tuple(one.source_patterns) for one in quantizer.get_weight_conversions()}
-    kept = [
-        one for one in getattr(plain, "_weight_conversions", ()) if tuple(one.source_patterns) not in read
-    ]
-    plain._weight_conversions = kept  # type: ignore[assignment]
-    for name in ("is_quantized", "quantization_method", "hf_quantizer"):
-        plain.__dict__.pop(name, None)
-    cast_weights(plain, torch.float32)
-    return plain
-
-
-def cast_weights(model: Any, dtype: torch.dtype) -> Any:
-    """The model with its parameters in `dtype`. Buffers stay: rotary frequencies are never 16-bit."""
-    for parameter in model.parameters():
-        if parameter.is_floating_point():
-            parameter.data = parameter.data.to(dtype)
-    return model
 
 
 def merged(live: PreTrainedModel | PeftModel, trained: Trained) -> PreTrainedModel:
@@ -140,7 +102,7 @@ def _unloaded(model: PeftModel, folder: str) -> PreTrainedModel:
 
 def num_bytes(model: nn.Module, dtype: torch.dtype) -> int:
     """Bytes of the weights in `dtype`."""
-    return sum(parameter.numel() for parameter in model.parameters()) * dtype.itemsize
+    return num_weights(model) * dtype.itemsize
 
 
 def require_space(folder: Path, needed: int) -> None:

@@ -13,8 +13,10 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from luthier.model.base_record import RECORD_NAME, BaseRecord, differences, read_base
 from luthier.model.faults import TOKENIZER_FILES, read_json
 from luthier.model.load import ModelSource, fingerprint, load_config, locate
+from luthier.model.quantize import checkpoint_method
 from luthier.recipe.load import load_recipe
 from luthier.recipe.schema import AdapterSpec, ModelSpec, Recipe, RmSpec
 from luthier.types import CheckpointError, ModelError, ModelKind, RecipeError
@@ -80,7 +82,8 @@ def from_recipe(recipe: Recipe, label: str) -> Trained:
         trained = from_folder(whole)
         if trained.recipe is not None:
             _require_template(recipe, trained.recipe, spec.path)
-        return trained
+        return replace(trained, model=_reached_as(trained.model, spec))
+    spec = _as_trained(spec, adapters, label)
     saved = Path(adapters[-1]) if adapters else None
     tokenizer = spec.tokenizer or (str(saved) if saved and _has_tokenizer(saved) else spec.path)
     kind: ModelKind = "reward" if isinstance(recipe.stage, RmSpec) else "language"
@@ -133,44 +136,99 @@ def _adapter(
 ) -> Trained:
     config = read_json(folder / "adapter_config.json", str(folder))
     kind: ModelKind = "reward" if config.get("task_type") == "SEQ_CLS" else "language"
-    below: tuple[str, ...] = ()
-    if run is not None and isinstance(run.method, AdapterSpec):
-        below = run.method.adapters if run.method.create_new_adapter else run.method.adapters[:-1]
+    adapters = (*_below(folder, run), str(folder))
     if base is None:
         spec = run.model if run is not None else ModelSpec(path=str(config.get("base_model_name_or_path")))
     else:
-        spec = (
-            base
-            if run is None
-            else run.model.model_copy(update={"path": base.path, "revision": base.revision})
-        )
+        _as_trained(base, adapters, "the recipe")
+        spec = base if run is None else _reached_as(run.model, base)
+        spec = spec.model_copy(update={"path": base.path, "revision": base.revision})
     tokenizer = str(folder) if _has_tokenizer(folder) else spec.tokenizer or spec.path
     spec = spec.model_copy(update={**_PLAIN, "tokenizer": None, "gguf_file": spec.gguf_file})
-    adapters = (*below, str(folder))
+    spec = _as_trained(spec, adapters, "the recipe")
     return Trained(str(folder), spec, adapters, tokenizer, kind, run, manifest, _bases(adapters))
+
+
+def _reached_as(model: ModelSpec, given: ModelSpec) -> ModelSpec:
+    """The model of a run, with what a recipe says of reaching it: runs keep no token."""
+    said = {name: getattr(given, name) for name in ("token", "cache_dir", "trust_remote_code")}
+    return model.model_copy(update={name: value for name, value in said.items() if value})
 
 
 def with_adapters(trained: Trained, adapters: Sequence[str]) -> Trained:
     """The same with further adapters on top."""
     merged = (*trained.adapters, *adapters)
+    spec = _as_trained(trained.model, merged, trained.model.path)
     rewards = [_scores(name) for name in adapters]
     kind: ModelKind = "reward" if any(rewards) else trained.kind
-    return replace(trained, adapters=merged, kind=kind, bases=_bases(merged))
+    return replace(trained, model=spec, adapters=merged, kind=kind, bases=_bases(merged))
+
+
+def _below(folder: Path, run: Recipe | None) -> tuple[str, ...]:
+    """The adapters that were in the base when this one was trained, by its run or else by its own record.
+
+    Raises ModelError where the record names folders that are not there.
+    """
+    if run is not None and isinstance(run.method, AdapterSpec):
+        return run.method.merged_first
+    record = read_base(folder)
+    below = () if record is None else record.adapters
+    missing = [name for name in below if not Path(name).is_dir()]
+    if missing:
+        raise ModelError(
+            f"{folder} was trained on top of {', '.join(below)}, and {missing[0]} is not there; export the base with "
+            "all adapters in this order: luthier export BASE --adapters ... --adapters ..."
+        )
+    return below
+
+
+def _as_trained(spec: ModelSpec, adapters: Sequence[str], label: str) -> ModelSpec:
+    """The base as the training of its adapters had it: quantized in the same way, in the same type.
+
+    Raises ModelError where they, or `label` with a quantization of its own, say different things.
+    """
+    records = {name: record for name in adapters if (record := _record_of(Path(name))) is not None}
+    said = [(name, record.quantization) for name, record in records.items()]
+    if spec.quantization is not None:
+        said.append((label, spec.quantization))
+    different = differences(said)
+    if different is not None:
+        raise ModelError(f"they were not trained on one base: {different}; export them one by one")
+    if not records or spec.quantization is not None:
+        return spec
+    last = records[list(records)[-1]]
+    if last.quantization is None:
+        return spec
+    dtype = last.dtype if spec.dtype == "auto" else spec.dtype
+    return spec.model_copy(update={"quantization": last.quantization, "dtype": dtype})
+
+
+def _record_of(folder: Path) -> BaseRecord | None:
+    """What an adapter was trained on: its own record, or of adapters without one the recipe of their run."""
+    record, run = read_base(folder), _run_of(folder)
+    if record is not None or run is None:
+        return record
+    return BaseRecord(None, run.model.quantization, run.model.dtype)
 
 
 def require_base(trained: Trained, source: ModelSource) -> dict[str, Any]:
     """What is known of the base, for the report. Raises ModelError where an adapter was trained on another one."""
     found = fingerprint(source) if trained.bases else None
+    quantization = trained.model.quantization
     for folder, expected in trained.bases.items():
         if found != expected:
             raise ModelError(
                 f"{trained.model.path} is not the base that {folder} was trained on: its files have the fingerprint\n"
-                f"    {found}\nand the run says\n    {expected}\nName the right one with --base"
+                f"    {found}\nand those of its training had\n    {expected}\nName the right one with --base"
             )
     return {
         "path": trained.model.path,
         "fingerprint": found,
         "is_the_trained_one": bool(trained.bases) or None,
+        "quantized": quantization is not None
+        or checkpoint_method(load_config(trained.model, source)) is not None,
+        "quantization": None if quantization is None else quantization.model_dump(mode="json"),
+        "said_by": "its run" if trained.manifest else RECORD_NAME if trained.bases else None,
     }
 
 
@@ -222,7 +280,11 @@ def _require_unchanged(folder: Path, manifest: Mapping[str, Any]) -> None:
 
 
 def _bases(adapters: Sequence[str]) -> dict[str, str]:
+    """Fingerprints by adapter: of its run's manifest, or of its own record where it was copied away from the run."""
     said = {name: _manifest_of(Path(name)).get("base", {}).get("fingerprint") for name in adapters}
+    for name in adapters:
+        if not said[name] and (record := read_base(name)) is not None:
+            said[name] = record.fingerprint
     return {name: base for name, base in said.items() if base}
 
 

@@ -14,9 +14,16 @@ from peft.utils import load_peft_weights
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from luthier.methods.adapter_files import ADAPTER, attach_adapter, linear_names, missing_weights
+from luthier.methods.adapter_files import (
+    ADAPTER,
+    attach_adapter,
+    linear_names,
+    missing_weights,
+    require_base,
+)
 from luthier.methods.groups import checkpoints_activations, decay_groups
 from luthier.methods.token_rows import fuse_token_rows
+from luthier.model.base_record import remembered_base, write_base
 from luthier.model.faults import reason
 from luthier.model.positions import loaded_positions, read_positions, stretch_loaded, write_positions
 from luthier.model.value_head import value_head, write_value_head
@@ -108,7 +115,9 @@ class Adapter(ABC):
                     warnings.filterwarnings("ignore", message=text)
                 # Another size than the recipe's, chosen by PEFT, is not what the recipe says.
                 warnings.filterwarnings("error", message=".*[Aa]djusted")
-                peft_model = get_peft_model(model, self.configuration(model, task, trained))
+                config = self.configuration(model, task, trained)
+                require_base(model, config, f"method.type={self.spec.type}")  # type: ignore[attr-defined]
+                peft_model = get_peft_model(model, config)
         except ATTACH_ERRORS as error:
             said = re.sub(r"^\[PEFT:.*?\] ", "", reason(error)).split(". ")[0]
             raise ModelError(f"{self._label()}: {said}; the linear layers are {linear}") from error
@@ -185,6 +194,9 @@ class Adapter(ABC):
         positions = loaded_positions(model)
         if positions is not None:
             write_positions(folder, positions)
+        base = remembered_base(model)
+        if base is not None:
+            write_base(folder, base)
 
     def load(self, model: PeftModel, folder: Path) -> None:
         """Put the adapter of `folder` into `model`. Raises CheckpointError where it does not fit exactly."""

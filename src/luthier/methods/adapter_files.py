@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from luthier.model.faults import LOAD_ERRORS, read_json, reason
+from luthier.model.quantized_layers import is_int8, quantized_layers
 from luthier.model.value_head import value_head
 from luthier.types import ModelError
 
@@ -27,6 +28,47 @@ PARTS = (
 """How PEFT's tuners name what they add to a model; the rest is its base."""
 ADAPTER = "default"
 """PEFT's name for the adapter that trains."""
+ON_QUANTIZED = (
+    *(
+        "LORA",
+        "OFT",
+        "VERA",
+        "IA3",
+        "MISS",
+        "BEFT",
+        "BOFT",
+        "C3A",
+        "FOURIERFT",
+        "GRALORA",
+        "LILY",
+        "LN_TUNING",
+    ),
+    *("PVERA", "RANDLORA", "ROAD", "SHIRA", "VBLORA", "WAVEFT"),
+)
+"""Tuners of PEFT that say on every quantized base what they say on the plain one with its dequantized weights. Some of
+the others fail in a product, and some (HRA, PEANUT) take the rounded numbers for weights, without a word."""
+
+
+def require_base(model: nn.Module, config: PeftConfig, label: str) -> None:
+    """Raise ModelError for an adapter that does not compute rightly on this model's quantized layers."""
+    layers = quantized_layers(model)
+    if not layers:
+        return
+    kind = str(getattr(config.peft_type, "value", config.peft_type))
+    if kind not in ON_QUANTIZED:
+        raise ModelError(
+            f"{label}: PEFT's {kind} computes with the base's weights themselves, and this base is quantized; choose "
+            f"one of {', '.join(ON_QUANTIZED)}, or a plain base"
+        )
+    if getattr(config, "init_lora_weights", None) == "orthogonal":
+        raise ModelError(
+            f"{label}: init: orthogonal changes the base's weights, and these are quantized; remove it"
+        )
+    if getattr(config, "use_dora", False) and any(is_int8(layer) for layer in layers.values()):
+        raise ModelError(
+            f"{label}: PEFT's DoRA does not get at the weights of LLM.int8(); give model.quantization bits: 4, or "
+            "dora: false"
+        )
 
 
 def missing_weights(model: PeftModel, missing: Sequence[str]) -> list[str]:
@@ -61,6 +103,7 @@ def attach_adapter(model: PreTrainedModel, folder: str, *, trainable: bool) -> P
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)  # of the keys that are counted below
             config = _config_for(model, PeftConfig.from_pretrained(folder), label, trainable=trainable)
+            require_base(model, config, label)
             attached = PeftModel.from_pretrained(model, folder, is_trainable=trainable, config=config)
         # PEFT leaves what it does not find as it was drawn, and drops what has no place.
         result: Any = set_peft_model_state_dict(attached, load_peft_weights(folder, device="cpu"))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,10 @@ from luthier.methods.adapter_files import ADAPTER, linear_names
 from luthier.methods.full import decoder_layers
 from luthier.methods.fused import fuse_lora
 from luthier.methods.groups import decay_groups
-from luthier.methods.lora_start import has_start, start_from_weights, take_start, write_plain
+from luthier.methods.lora_data import most_components, start_from_covariance, start_from_inputs, take_ranks
+from luthier.methods.lora_loftq import start_from_rounding
+from luthier.methods.lora_start import add_start, has_start, start_from_weights, take_start, write_plain
+from luthier.model.calibration import Calibration
 from luthier.model.vocabulary import is_tied, token_modules
 from luthier.recipe.schema import LoraSpec
 from luthier.types import ModelError
@@ -29,14 +32,51 @@ class Lora(Adapter):
     spec: LoraSpec
 
     def apply(self, model: PreTrainedModel) -> PeftModel:
+        """As `Adapter.apply`. Where `num_calibration_samples` or `needs_original_weights` says so, the adapter begins
+        with `calibrate` or `make_up_for_rounding`, or with `load`; until then it does nothing."""
         peft_model = super().apply(model)
+        self._hold_a(peft_model)
+        fuse_lora(peft_model)
+        return peft_model
+
+    def _hold_a(self, model: PeftModel) -> None:
         if self.spec.freeze_a:
-            for layer in lora_layers(peft_model).values():
+            for layer in lora_layers(model).values():
                 for matrices in (layer.lora_A, layer.lora_embedding_A):
                     if ADAPTER in matrices:
                         matrices[ADAPTER].requires_grad_(False)
-        fuse_lora(peft_model)
-        return peft_model
+
+    @property
+    def num_calibration_samples(self) -> int:
+        """How many samples of the training data the adapter wants to see before its first step; 0: it never looks."""
+        looks = self.spec.init in ("eva", "corda") and not self.spec.continues
+        return self.spec.calibration_samples if looks else 0
+
+    @property
+    def needs_original_weights(self) -> bool:
+        """Whether the adapter starts from what rounding took off the base."""
+        return self.spec.init == "loftq" and not self.spec.continues
+
+    def calibrate(self, model: PeftModel, calibration: Calibration) -> None:
+        """Begin from what the layers of `model` (its target forward installed) are given on rows of the run.
+
+        Raises ModelError where the rows do not suffice.
+        """
+        if self.spec.init == "eva":
+            start_from_inputs(model, calibration, self.spec.eva_rho, self.spec.eva_tau)
+        else:
+            start_from_covariance(model, calibration, self.spec.corda_mode)
+        self._hold_a(model)
+
+    def make_up_for_rounding(
+        self, model: PeftModel, original: Callable[[str], Tensor], say: Callable[[str], None]
+    ) -> None:
+        """Begin from what rounding took off the base; see `start_from_rounding`."""
+        start_from_rounding(model, original, self.spec.init_iterations, say)
+
+    def least_tokens(self, model: PeftModel) -> int:
+        """Fewest tokens of a pass of `calibrate`. Raises ModelError for layers that cannot be calibrated."""
+        return most_components(model, self.spec.eva_rho) if self.spec.init == "eva" else 1
 
     def configuration(self, model: PreTrainedModel, task: TaskType, trained: Mapping[str, Any]) -> PeftConfig:
         spec = self.spec
@@ -81,6 +121,8 @@ class Lora(Adapter):
         self._require_patterns(peft_model)
         if spec.init in ("pissa", "olora"):
             start_from_weights(peft_model, spec.init, spec.init_iterations)
+        elif spec.init == "corda":
+            add_start(peft_model, spec.init)
         return peft_model
 
     def _require_patterns(self, model: PeftModel) -> None:
@@ -100,6 +142,11 @@ class Lora(Adapter):
         ids = sorted({*self.vocabulary.new_ids, *self.spec.trainable_tokens})
         if not ids:
             return {"modules_to_save": saved or None}
+        if self.spec.init == "eva":
+            raise ModelError(
+                "method.init=eva does not go with new tokens of model.vocabulary, whose rows train: PEFT would take "
+                "the embeddings for one of the layers that it looks into; choose init: default"
+            )
         rows = model.get_input_embeddings().weight.shape[0]  # type: ignore[index]
         if ids[0] < 0 or ids[-1] >= rows:
             raise ModelError(f"method.trainable_tokens: the model has tokens 0 to {rows - 1}, not {ids}")
@@ -154,7 +201,14 @@ class Lora(Adapter):
         if has_start(model):
             write_plain(folder, model.state_dict() if state is None else state)
 
+    def take_shapes(self, model: PeftModel, folder: Path) -> None:
+        """Give a fresh adapter the ranks of the saved one, where they were chosen by what the data looked like."""
+        if self.spec.init == "eva" and not self.spec.continues:
+            take_ranks(model, super().read_weights(model, folder))
+            self._hold_a(model)
+
     def read_weights(self, model: PeftModel, folder: Path) -> dict[str, Tensor]:
+        self.take_shapes(model, folder)
         weights = super().read_weights(model, folder)
         return take_start(model, weights, folder) if has_start(model) else weights
 

@@ -1,6 +1,6 @@
-"""LoRA that starts from the weight's own factors (PiSSA, OLoRA), on a base that nobody touches.
+"""LoRA that starts from the weight's own factors (PiSSA, OLoRA, CorDA), on a base that nobody touches.
 
-Both start A and B at a part B0 A0 of the weight W and train W - s B0 A0 + s B A. Here that is computed as
+All start A and B at a part B0 A0 of the weight W and train W - s B0 A0 + s B A. Here that is computed as
 W + s (B A - B0 A0): the start is a second adapter of PEFT, frozen and with its sign turned. So the base is the
 base throughout: adapters off is the model that training started from, a checkpoint needs nothing of the run that
 wrote it, and what is saved is a plain LoRA of twice the rank, [B, -B0] [A; A0], for the untouched base.
@@ -12,8 +12,9 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from luthier.methods.adapter_files import ADAPTER
+from luthier.model.quantized_layers import is_quantized_layer
 from luthier.types import CheckpointError, ModelError
 
 START = "start"
@@ -36,6 +38,21 @@ _A, _B = ".lora_A.weight", ".lora_B.weight"
 def start_from_weights(model: PeftModel, init: str, iterations: int | None) -> None:
     """Give the fresh adapter of `model` the factors of its weights, and add the frozen start that takes them off.
 
+    Raises ModelError as `add_start` does.
+    """
+    add_start(model, init)
+    for layer in model.modules():
+        if isinstance(layer, LoraLayer):
+            if init == "olora":
+                start_layer(layer, partial(layer.olora_init, ADAPTER))
+            else:
+                name = "pissa" if iterations is None else f"pissa_niter_{iterations}"
+                start_layer(layer, partial(layer.pissa_init, ADAPTER, name))
+
+
+def add_start(model: PeftModel, init: str) -> None:
+    """Add a frozen start, which like the fresh adapter of `model` does nothing yet.
+
     Raises ModelError for an adapter on anything but linear layers of plain weights, and for a rank above theirs.
     """
     config: Any = model.peft_config[ADAPTER]
@@ -46,7 +63,6 @@ def start_from_weights(model: PeftModel, init: str, iterations: int | None) -> N
     for name, layer in model.named_modules():
         if isinstance(layer, LoraLayer):
             _require_factors(name, layer, init)
-            _start_layer(layer, init, iterations)
     activate_start(model)
 
 
@@ -68,10 +84,10 @@ def has_start(model: PeftModel) -> bool:
 
 def _require_factors(name: str, layer: LoraLayer, init: str) -> None:
     base: Any = layer.get_base_layer()
-    if not isinstance(base, nn.Linear | Conv1D) or not base.weight.is_floating_point():
+    if not isinstance(base, nn.Linear | Conv1D) or is_quantized_layer(base):
         raise ModelError(
             f"method.init={init} takes factors of plain linear weights, and {name} is a {type(base).__name__}; "
-            "choose other targets, or init: default"
+            f"choose other targets, or init: {'loftq' if is_quantized_layer(base) else 'default'}"
         )
     rank, most = layer.r[ADAPTER], min(base.weight.shape)
     if rank > most:
@@ -82,15 +98,13 @@ def _require_factors(name: str, layer: LoraLayer, init: str) -> None:
 
 
 @torch.no_grad()
-def _start_layer(layer: Any, init: str, iterations: int | None) -> None:
+def start_layer(layer: Any, initialise: Callable[[], None]) -> None:
+    """Put the factors that PEFT's `initialise` takes off the weight into the adapter of a layer, and into its start."""
     base = layer.get_base_layer()
     weight = base.weight.data
     base.weight.data = weight.clone()  # PEFT takes the factors off in place
     try:
-        if init == "olora":
-            layer.olora_init(ADAPTER)
-        else:
-            layer.pissa_init(ADAPTER, "pissa" if iterations is None else f"pissa_niter_{iterations}")
+        initialise()
     finally:
         base.weight.data = weight
     a, b = layer.lora_A[ADAPTER].weight, layer.lora_B[ADAPTER].weight

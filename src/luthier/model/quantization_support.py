@@ -2,10 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
+import datetime
+import hashlib
 import importlib.util
+import json
 import logging
+import os
+import platform
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -127,6 +135,52 @@ def tried(device: torch.device) -> dict[str, str]:
     """What each way of quantizing says on this machine: `works`, the line that installs it, or why it does not work."""
     quiet()
     return {name: _try(library, build, device) for name, (library, build) in TRIED.items()}
+
+
+def recalled(device: torch.device, file: Path) -> tuple[dict[str, str], str | None]:
+    """As `tried`, but what worked with these versions on this device is not run again: importing the libraries takes
+    seconds. With the day on which it was run, where something was recalled.
+
+    `file` keeps it. What did not work is always tried again: it may have been mended outside of what has a version.
+    """
+    key, kept = _circumstances(device), _read(file)
+    known = kept.get("works", {}) if kept.get("key") == key else {}
+    found = {
+        name: "works" if name in known and is_installed(library) else _try(library, build, device)
+        for name, (library, build) in TRIED.items()
+    }
+    today = datetime.date.today().isoformat()
+    works = {name: known.get(name, today) for name, state in found.items() if state == "works"}
+    if works != known:
+        _write(file, {"key": key, "works": works})
+    return found, min((known[name] for name in works if name in known), default=None)
+
+
+def _circumstances(device: torch.device) -> str:
+    """What may change whether a layer works: versions, this file, and the machine."""
+    packages = ("torch", *INSTALL)
+    versions = [metadata.version(name) if is_installed(name) else None for name in packages]
+    where = [str(device), torch.version.cuda, platform.platform(), platform.processor()]
+    if device.type == "cuda":
+        where.append(torch.cuda.get_device_name(device))
+    source = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()
+    return json.dumps([platform.python_version(), *versions, *where, source])
+
+
+def _read(file: Path) -> dict[str, Any]:
+    try:
+        kept = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError):  # none yet, or damaged: everything is tried
+        return {}
+    return kept if isinstance(kept, dict) and isinstance(kept.get("works"), dict) else {}
+
+
+def _write(file: Path, kept: dict[str, Any]) -> None:
+    partial = file.with_name(f".{file.name}.{os.getpid()}")
+    with contextlib.suppress(OSError):  # a folder that cannot be written costs time, and nothing else
+        file.parent.mkdir(parents=True, exist_ok=True)
+        partial.write_text(json.dumps(kept), encoding="utf-8")
+        partial.replace(file)
 
 
 def _try(library: str, build: Callable[[torch.device], nn.Module], device: torch.device) -> str:

@@ -36,6 +36,12 @@ def _inner_tensors(tensor: Tensor) -> list[Tensor] | None:
     return [getattr(tensor, name) for name in flatten()[0]]
 
 
+def plain_parts(tensor: Tensor) -> list[Tensor]:
+    """The tensors with memory of their own that a tensor is made of: itself, but for those of torchao."""
+    inner = _inner_tensors(tensor)
+    return [tensor] if inner is None else inner
+
+
 def num_weights(model: nn.Module) -> int:
     """How many weights a model has, tied ones once. Below 8 bits several of them share a byte of a parameter."""
     held: dict[int, int] = {}
@@ -53,15 +59,17 @@ def packed_weights(module: nn.Module, parameter: Tensor) -> int:
     return parameter.numel() if state is None else int(state.shape.numel())
 
 
-def stored_bytes(model: nn.Module) -> int:
-    """Bytes of parameters and buffers, tied ones once, with the scales that quantized layers keep beside them."""
+def stored_tensors(model: nn.Module) -> list[Tensor]:
+    """Parameters and buffers, tied ones once, with what quantized layers keep beside them; those that are made of
+    others are taken apart."""
     tensors = [*model.parameters(), *model.buffers()]
-    tensors += [scale for module in model.modules() for scale in _scales(module)]
-    return sum(
-        part.numel() * part.element_size()
-        for tensor in tensors
-        for part in (_inner_tensors(tensor) or [tensor])
-    )
+    tensors += [beside for module in model.modules() for beside in (*_scales(module), *_loose_bias(module))]
+    return [part for tensor in tensors for part in plain_parts(tensor)]
+
+
+def stored_bytes(model: nn.Module) -> int:
+    """Bytes of `stored_tensors`."""
+    return sum(tensor.numel() * tensor.element_size() for tensor in stored_tensors(model))
 
 
 def is_int8(module: nn.Module) -> bool:
@@ -82,6 +90,12 @@ def _scales(module: nn.Module) -> Iterator[Tensor]:
     for value in getattr(module, "meta", {}).values() if hasattr(module, "W_q") else ():
         if isinstance(value, Tensor):
             yield value
+
+
+def _loose_bias(module: nn.Module) -> list[Tensor]:
+    """The bias of a layer of HQQ's, which is no parameter."""
+    bias = getattr(module, "bias", None) if hasattr(module, "W_q") else None
+    return [bias] if isinstance(bias, Tensor) and not isinstance(bias, nn.Parameter) else []
 
 
 def arithmetic_types(model: nn.Module) -> set[torch.dtype]:

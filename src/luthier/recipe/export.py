@@ -7,6 +7,7 @@ from typing import Literal
 from pydantic import Field
 
 from luthier.recipe.base import Spec
+from luthier.recipe.train import HubSpec
 
 
 class ExportSpec(Spec):
@@ -22,3 +23,5 @@ class ExportSpec(Spec):
     """Where it is merged and compared; `auto` is the GPU where there is one."""
     probes: int = Field(default=8, gt=0)
     """Conversations of the run's data on which the written model is compared with the trained one."""
+    push_to_hub: HubSpec | None = None
+    """Upload the written model once it has passed its verification."""

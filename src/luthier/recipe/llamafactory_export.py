@@ -29,6 +29,13 @@ def _export(flat: Flat) -> None:
         flat.problem("export_size", "expected the size of a file in GB, above 0")
     flat.put("export.shard_size", f"{size:g}GB", "export_size")
     flat.put("export.device", flat.choice("export_device", ("cpu", "auto")), "export_device")
+    if flat.given("export_hub_model_id"):
+        upload = {"repo": flat.get("export_hub_model_id"), "private": True}
+        flat.put("export.push_to_hub", upload, "export_hub_model_id")
+        flat.note(
+            "export_hub_model_id: uploaded once it has passed its verification, into a private repository (there: a "
+            "public one, unverified); `luthier migrate` writes a recipe, where private: false makes it public"
+        )
     dtype = flat.choice("infer_dtype", _TYPES)
     flat.put("export.dtype", dtype, "infer_dtype")
     if dtype == "auto":

@@ -138,11 +138,7 @@ EXPORT_KEYS: dict[str, Key] = (
         export_quantization_maxlen=1024,
     )
     | keys(Rule.REFUSED, "weights are written as safetensors only; remove it", export_legacy_format=False)
-    | keys(
-        Rule.REFUSED,
-        "exports are not uploaded yet; remove it, and upload the verified folder with `hf upload`",
-        export_hub_model_id=None,
-    )
+    | read("uploaded once it is verified, private", export_hub_model_id=("export.push_to_hub.repo", None))
 )
 
 GENERATION_KEYS: dict[str, Key] = read(

@@ -57,6 +57,11 @@ class AdapterSpec(Spec):
         """Whether an adapter goes on as it is, instead of a fresh one."""
         return bool(self.adapters) and not self.create_new_adapter
 
+    @property
+    def merged_first(self) -> tuple[str, ...]:
+        """Those of `adapters` that are added into the base below the one that trains."""
+        return self.adapters[:-1] if self.continues else self.adapters
+
 
 class TargetedSpec(AdapterSpec):
     """An adapter on layers that the recipe names."""
@@ -67,8 +72,14 @@ class TargetedSpec(AdapterSpec):
     """Modules trained in full beside the adapter and saved with it."""
 
 
-LoraInit = Literal["default", "gaussian", "orthogonal", "pissa", "olora"]
+LoraInit = Literal["default", "gaussian", "orthogonal", "pissa", "olora", "eva", "corda", "loftq"]
 
+_OF_AN_INIT = {
+    "calibration_samples": ("eva", "corda"),
+    "eva_rho": ("eva",),
+    "eva_tau": ("eva",),
+    "corda_mode": ("corda",),
+}
 _OF_A_FRESH_ADAPTER = (
     "rslora",
     "dora",
@@ -96,9 +107,22 @@ class LoraSpec(TargetedSpec):
     """The length of every row of the weight trains apart from its direction (DoRA, arXiv:2402.09353)."""
     init: LoraInit = "default"
     """How A and B start. `pissa` (arXiv:2404.02948): the largest singular vectors of the weight; `olora`
-    (arXiv:2406.01775): its QR factors. What is saved is a plain LoRA of twice the rank for the untouched base."""
+    (arXiv:2406.01775): its QR factors; `corda` (arXiv:2406.05223): its factors where the run's data is large or small.
+    What is saved of these three is a plain LoRA of twice the rank for the untouched base. `eva` (arXiv:2410.07170): A
+    from the directions of the layers' inputs on the run's data. `loftq` (arXiv:2310.08659): what rounding took off a
+    quantized base, in one iteration."""
     init_iterations: int | None = Field(default=None, gt=0)
-    """With `init: pissa`: this many iterations of a fast, approximate SVD; absent: the exact one."""
+    """With `init: pissa` and `loftq`: this many iterations of a fast, approximate SVD; absent: the exact one."""
+    calibration_samples: int = Field(default=256, gt=0)
+    """With `init: eva` and `corda`: how many samples they look at before the first step, in the run's order."""
+    eva_rho: float = Field(default=2.0, ge=1)
+    """With `init: eva`: no layer gets more than this many times its rank when ranks go where the inputs spread over
+    more directions; their sum stays. 1: every layer keeps its rank."""
+    eva_tau: float = Field(default=0.99, gt=0, lt=1)
+    """With `init: eva`: directions stand still when their cosine with those of the pass before is this or more."""
+    corda_mode: Literal["ipm", "kpm"] = "ipm"
+    """With `init: corda`: `ipm` starts from what matters most to the run's data (instruction-previewed), `kpm` from
+    what matters least to it, so that the rest stays (knowledge-preserved: give data of what is to be kept)."""
     bias: Literal["none", "all", "lora_only"] = "none"
     """Which biases of the base train too; they are saved with the adapter."""
     layers: tuple[int, ...] = ()
@@ -130,9 +154,20 @@ class LoraSpec(TargetedSpec):
                     f"{given[0]} is chosen when an adapter is made, and the last of `adapters` is continued as it is; "
                     "remove it, or set create_new_adapter: true"
                 )
-        converted = self.init in ("pissa", "olora")
-        if self.init_iterations is not None and self.init != "pissa":
-            raise ValueError("init_iterations belongs to init: pissa")
+        converted = self.init in ("pissa", "olora", "corda")
+        if self.init_iterations is not None and self.init not in ("pissa", "loftq"):
+            raise ValueError("init_iterations belongs to init: pissa and loftq")
+        for name, inits in _OF_AN_INIT.items():
+            if self.init not in inits and getattr(self, name) != type(self).model_fields[name].default:
+                raise ValueError(f"{name} belongs to init: {' and '.join(inits)}")
+        if self.init == "loftq" and self.dora:
+            raise ValueError(
+                "init: loftq and dora: the lengths that dora trains would be those before loftq; keep one"
+            )
+        if self.init == "eva" and self.trainable_tokens:
+            raise ValueError(
+                "init: eva looks at the inputs of layers, and trainable_tokens are none; keep one"
+            )
         if converted and self.dora:
             raise ValueError(
                 f"init: {self.init} and dora both take the weight apart, each in its way; keep one"

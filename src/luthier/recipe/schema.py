@@ -198,9 +198,14 @@ class Recipe(Spec):
 
     @model_validator(mode="after")
     def _what_a_quantized_base_takes(self) -> Recipe:
-        if self.model.quantization is None:
-            return self
         method = self.method
+        if self.model.quantization is None:
+            if getattr(method, "init", None) == "loftq":
+                raise ValueError(
+                    "method.init: loftq makes up for the rounding of the base, from the weights in its files; give "
+                    "model.quantization (files that are quantized already do not hold them), or another init"
+                )
+            return self
         if not isinstance(method, AdapterSpec):
             raise ValueError(
                 f"model.quantization: rounded weights cannot train, and method: {method.type} trains the model's own; "

@@ -93,7 +93,9 @@ class Bench:
         """
         # A check that needs no gradient may be the first to ask, and the self-test follows gradients.
         with torch.enable_grad():
-            model, method = build_model(self._quiet, self.source, self.hardware, self.tokens[1])
+            model, method = build_model(
+                self._quiet, self.source, self.hardware, self.tokens[1], material=self.material, say=self.say
+            )
         reference = None
         if self.material.stage.needs_reference:
             reference = build_reference(self.settings, self.hardware, model)

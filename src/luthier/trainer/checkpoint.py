@@ -16,7 +16,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -79,11 +79,18 @@ def _file_entries(folder: Path) -> list[dict[str, Any]]:
 
 
 @contextmanager
-def atomic_folder(final: Path, *, metadata: Mapping[str, Any], replace: bool = False) -> Iterator[Path]:
+def atomic_folder(
+    final: Path,
+    *,
+    metadata: Mapping[str, Any],
+    replace: bool = False,
+    otherwise: Callable[[Path], Path | None] | None = None,
+) -> Iterator[Path]:
     """A folder to write into that becomes `final` only if the block ends well.
 
     `metadata` (JSON values) is kept in the manifest; `{"resumable": False}` marks a folder that holds no
-    training state. After an exception in the block nothing is left and an earlier `final` is untouched.
+    training state. `otherwise` is asked once everything is written, and may name another folder to become. After an
+    exception in the block nothing is left and an earlier `final` is untouched.
 
     Raises CheckpointError where `final` exists and `replace` is not given, OSError where writing fails.
     """
@@ -102,7 +109,8 @@ def atomic_folder(final: Path, *, metadata: Mapping[str, Any], replace: bool = F
             _sync(path)
         for folder in [*(p for p in temporary.rglob("*") if p.is_dir()), temporary]:
             _sync(folder)
-        _put_in_place(temporary, final)
+        chosen = otherwise(temporary) if otherwise is not None else None
+        _put_in_place(temporary, final if chosen is None else chosen.absolute())
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise

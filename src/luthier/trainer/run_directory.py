@@ -32,7 +32,7 @@ RUN_FILES = (
     "quickstart.json",
     *("all_results.json", "train_results.json", "eval_results.json", "predict_results.json"),
     *("generated_predictions.jsonl", "README.md", "config.json", "generation_config.json"),
-    *("vocabulary.json", "positions.json"),
+    *("vocabulary.json", "positions.json", "base.json"),
     *("adapter_config.json", "adapter_model.safetensors", "value_head.safetensors"),
     *("model.safetensors", "model-*-of-*.safetensors"),
     *("model.safetensors.index.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"),

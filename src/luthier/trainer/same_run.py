@@ -41,7 +41,7 @@ FREE = {
         "fit_memory",
         "tokens_per_pass",
     },
-    "export": {"output", "dtype", "shard_size", "device", "probes"},
+    "export": {"output", "dtype", "shard_size", "device", "probes", "push_to_hub"},
 }
 """What may differ: it changes no step of the training, or its content is compared instead."""
 
