@@ -1,0 +1,13 @@
+"""The `luthier` command. Every command imports what it needs when it runs, so that `--help` is instant."""
+
+from __future__ import annotations
+
+import sys
+
+from luthier.cli import facts as facts, models as models, training as training
+from luthier.cli.app import app as app
+
+
+def main() -> None:
+    """The console entry point."""
+    sys.exit(app())

@@ -1,0 +1,146 @@
+"""Commands that train, or look at what training would do."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from luthier.cli.app import CLAIM_FAILS, USAGE_ERROR, app
+
+
+@app.command()
+def train(
+    recipe: Annotated[Path, typer.Argument(help="A Luthier or LLaMA-Factory recipe (YAML or JSON).")],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(help="KEY=VALUE, for example train.epochs=2.", show_default=False)
+    ] = None,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print only warnings and errors.")] = False,
+) -> None:
+    """Train what RECIPE describes."""
+    from luthier.run import train as run_train
+
+    _finish(run_train(recipe, overrides or [], quiet=quiet), quiet)
+
+
+@app.command()
+def selfcheck(
+    recipe: Annotated[Path, typer.Argument(help="A Luthier or LLaMA-Factory recipe (YAML or JSON).")],
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(help="KEY=VALUE, for example data.max_samples=50.", show_default=False),
+    ] = None,
+    only: Annotated[
+        list[str] | None,
+        typer.Option("--only", help="Run this check alone; may be repeated.", show_default=False),
+    ] = None,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print one JSON object instead of a table.")
+    ] = False,
+) -> None:
+    """Prove the fast paths on RECIPE's own model and data: packed = padded, resumed = straight and the others.
+
+    The exit status is 1 where a claim does not hold.
+    """
+    import json
+
+    from luthier.selfcheck.outcome import table
+    from luthier.selfcheck.verb import selfcheck as run_selfcheck
+
+    result = run_selfcheck(recipe, overrides or [], only=only or [], quiet=as_json)
+    typer.echo(json.dumps(result.to_dict(), indent=2) if as_json else "\n" + table(result.outcomes))
+    if not result.holds:
+        raise typer.Exit(CLAIM_FAILS)
+
+
+@app.command()
+def check(
+    recipe: Annotated[Path, typer.Argument(help="A Luthier or LLaMA-Factory recipe (YAML or JSON).")],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(help="KEY=VALUE, for example train.epochs=2.", show_default=False)
+    ] = None,
+    samples: Annotated[int, typer.Option("--samples", min=0, help="Samples to show token by token.")] = 3,
+    everything: Annotated[
+        bool, typer.Option("--all", help="Show the recipe's defaults too, not only what was given.")
+    ] = False,
+    probe: Annotated[
+        bool, typer.Option("--probe/--no-probe", help="Measure a few optimizer steps, for the time.")
+    ] = True,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")] = False,
+    html: Annotated[
+        Path | None,
+        typer.Option("--html", help="Write a page with plots to FILE.", metavar="FILE", show_default=False),
+    ] = None,
+) -> None:
+    """Say what RECIPE would do, without training: data, samples, parameters, memory, time, and every refusal.
+
+    The exit status is 2 where `train` would refuse.
+    """
+    from luthier.check.command import run as run_check
+
+    if not run_check(
+        recipe,
+        overrides or [],
+        samples=samples,
+        everything=everything,
+        probe=probe,
+        as_json=as_json,
+        html=html,
+    ):
+        raise typer.Exit(USAGE_ERROR)
+
+
+@app.command()
+def prepare(
+    recipe: Annotated[Path, typer.Argument(help="A Luthier or LLaMA-Factory recipe (YAML or JSON).")],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(help="KEY=VALUE, for example data.workers=2.", show_default=False)
+    ] = None,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print only warnings and errors.")] = False,
+) -> None:
+    """Tokenize the data of RECIPE into the cache and stop."""
+    from luthier.run import prepare as run_prepare
+
+    data = run_prepare(recipe, overrides or [], quiet=quiet)
+    if not quiet:
+        for name, key in data.fingerprints.items():
+            typer.echo(f"{name}: ready ({key[:16]})")
+
+
+@app.command()
+def sweep(
+    file: Annotated[Path, typer.Argument(help="A sweep file (YAML or JSON): recipe, search, space.")],
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Check everything, print the trials and run none.")
+    ] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print only warnings and errors.")] = False,
+) -> None:
+    """Train a recipe with many values and find the best; started again, it goes on."""
+    from luthier.sweep import run
+
+    if dry_run:
+        typer.echo(run.dry_run(file))
+    else:
+        run.sweep(file, quiet=quiet)
+
+
+@app.command()
+def quickstart(
+    output: Annotated[Path, typer.Option("--output", "-o", help="The run directory.")] = Path(
+        "runs/quickstart"
+    ),
+) -> None:
+    """Train the embedded model on a small data set, to see all of it work here."""
+    from luthier.quickstart.tour import run as run_quickstart
+
+    _finish(run_quickstart(output), quiet=False)
+
+
+def _finish(result: Any, quiet: bool) -> None:
+    if not quiet and os.environ.get("RANK", "0") == "0":
+        numbers = "  ".join(
+            f"{name} {value:.4g}" for name, value in result.metrics.items() if isinstance(value, (int, float))
+        )
+        typer.echo(f"{result.output}  {numbers}".rstrip())
