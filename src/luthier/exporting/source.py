@@ -22,6 +22,7 @@ from luthier.types import CheckpointError, ModelError, ModelKind, RecipeError
 _PLAIN: dict[str, Any] = {
     "upcast_layernorm": False,
     "gradient_checkpointing": False,
+    "activation_offload": False,
     "rope_scaling": None,
     "vocabulary": None,
     "gguf_file": None,
@@ -70,7 +71,7 @@ def from_recipe(recipe: Recipe, label: str) -> Trained:
     method = recipe.method
     adapters = method.adapters if isinstance(method, AdapterSpec) else ()
     runs = [_run_of(Path(name)) for name in adapters]
-    spec = recipe.model.model_copy(update={"gradient_checkpointing": False})
+    spec = recipe.model.model_copy(update={"gradient_checkpointing": False, "activation_offload": False})
     if runs and (last := runs[-1]) is not None:
         _require_template(recipe, last, adapters[-1])
         trained = from_folder(Path(adapters[-1]), base=spec)

@@ -10,7 +10,14 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from luthier.recipe.load import DEFAULT, LoadedRecipe
-from luthier.recipe.schema import AdapterSpec, BitsAndBytesSpec, LoraSpec, QuantizationSpec, Recipe
+from luthier.recipe.schema import (
+    AdapterSpec,
+    BitsAndBytesSpec,
+    CheckpointingSpec,
+    LoraSpec,
+    QuantizationSpec,
+    Recipe,
+)
 from luthier.types import RecipeError
 
 HARDWARE = "hardware"
@@ -151,7 +158,7 @@ def _attention(recipe: Recipe, hardware: Hardware, precision: str) -> str:
     return "varlen" if hardware.device == "cuda" and hardware.bf16 and precision != "fp32" else "sdpa"
 
 
-def _checkpointing(recipe: Recipe, hardware: Hardware) -> bool:
+def _checkpointing(recipe: Recipe, hardware: Hardware) -> bool | CheckpointingSpec:
     wanted = recipe.model.gradient_checkpointing
     return hardware.device != "cpu" if wanted == "auto" else wanted
 
