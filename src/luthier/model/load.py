@@ -229,14 +229,7 @@ def load_model(
     if kind == "reward":
         finish_loading(model, label)
     model.luthier_positions = positions  # type: ignore[assignment]
-    if spec.upcast_layernorm:
-        upcast_norms(model)
-    if isinstance(spec.gradient_checkpointing, CheckpointingSpec):
-        checkpoint_layers(model, spec.gradient_checkpointing)
-    elif spec.gradient_checkpointing:
-        checkpoint_layers(model, CheckpointingSpec())
-    if spec.activation_offload:
-        offload_activations(model)
+    _apply_tricks(model, spec)
     nn.Module.to(model, device)
     finish_quantization(model, spec.quantization, device, label)
     return model
@@ -253,6 +246,18 @@ def _not_loaded(
             f"{name} does not let its attention be chosen, so segments of a packed row would see each other"
         )
     return ModelError(f"{label} could not be loaded: {weights_fault(source.path, error)}")
+
+
+def _apply_tricks(model: PreTrainedModel, spec: ModelSpec) -> None:
+    """What a recipe trades for memory or exactness."""
+    if spec.upcast_layernorm:
+        upcast_norms(model)
+    if isinstance(spec.gradient_checkpointing, CheckpointingSpec):
+        checkpoint_layers(model, spec.gradient_checkpointing)
+    elif spec.gradient_checkpointing:
+        checkpoint_layers(model, CheckpointingSpec())
+    if spec.activation_offload:
+        offload_activations(model)
 
 
 def _bare(spec: ModelSpec, config: PreTrainedConfig) -> nn.Module:

@@ -50,7 +50,7 @@ class HostActivations(saved_tensors_hooks):
     def _pack(self, tensor: Tensor) -> Tensor | Moved:
         if not self._moves(tensor):
             return tensor.detach()  # the hook may not keep the tensor itself: its graph would hold itself
-        storage = StorageWeakRef(tensor.untyped_storage())
+        storage = StorageWeakRef(tensor.untyped_storage())  # type: ignore[no-untyped-call]
         layout = (tensor.shape, tensor.stride(), tensor.storage_offset(), tensor.dtype, tensor._version)
         known = self._seen.get((storage.cdata, *layout))
         host = None if known is None else known[1]()
