@@ -21,6 +21,7 @@ from luthier.types import CheckpointError, ModelError, ModelKind, RecipeError
 
 _PLAIN: dict[str, Any] = {
     "upcast_layernorm": False,
+    "upcast_trained": False,
     "gradient_checkpointing": False,
     "activation_offload": False,
     "rope_scaling": None,
@@ -121,7 +122,7 @@ def from_folder(folder: Path, *, base: ModelSpec | None = None) -> Trained:
     spec = (
         ModelSpec(path=str(folder))
         if run is None
-        else run.model.model_copy(update={"path": str(folder), **_PLAIN})
+        else run.model.model_copy(update={"path": str(folder), "dtype": run.model.saved_dtype, **_PLAIN})
     )
     spec = spec.model_copy(update={"tokenizer": None, "revision": "main"})
     names = load_config(spec, locate(spec)).architectures or [""]

@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 
 from luthier.methods.groups import checkpoints_activations, decay_groups
 from luthier.methods.patterns import matched
+from luthier.model.norms import write_type
 from luthier.model.value_head import VALUE_HEAD_NAME, value_head, write_value_head
 from luthier.model.vocabulary import VocabularyChange, token_modules
 from luthier.recipe.schema import FreezeSpec, FullSpec
@@ -66,6 +67,7 @@ class Full:
 
     def save(self, model: PreTrainedModel, folder: Path, state: Mapping[str, Tensor] | None = None) -> None:
         model.save_pretrained(folder, state_dict=None if state is None else dict(state))
+        write_type(model, folder)
         if value_head(model) is not None:
             write_value_head(folder, model.state_dict() if state is None else state)
 

@@ -111,5 +111,13 @@ class ModelSpec(Spec):
     """Stretch the positions; absent: as the model's config has it."""
     upcast_layernorm: bool = False
     """Keep the weights of normalisation layers in float32 where the others are 16-bit."""
+    upcast_trained: bool = False
+    """Keep the weights that train in float32 where `dtype` is 16-bit: what is frozen then takes half the memory, and no
+    update is lost in rounding. It needs `train.precision` bf16 or fp16."""
     vocabulary: VocabularySpec | None = None
     """New tokens and padding."""
+
+    @property
+    def saved_dtype(self) -> str:
+        """The type that holds the weights that a run of this recipe saves as a whole model."""
+        return "float32" if self.upcast_trained else self.dtype

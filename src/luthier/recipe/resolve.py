@@ -61,6 +61,11 @@ def resolve(loaded: LoadedRecipe, hardware: Hardware) -> LoadedRecipe:
     recipe = loaded.recipe
     precision = _precision(recipe, hardware)
     _check_options(recipe, hardware)
+    if recipe.model.upcast_trained and precision == "fp32" and recipe.model.dtype in ("bfloat16", "float16"):
+        raise RecipeError(
+            f"model.upcast_trained with model.dtype={recipe.model.dtype} makes layers of two types, which "
+            "only autocast brings together; give train.precision=bf16 or fp16"
+        )
     machine: dict[str, Any] = {
         "train.precision": precision,
         "train.eval_precision": _eval_precision(recipe, hardware, precision),
