@@ -17,9 +17,10 @@ from luthier.assemble import build_model, load_tokens
 from luthier.data.collate import flat_batch
 from luthier.model.load import locate
 from luthier.model.logprobs import ModelPolicy
+from luthier.optim.build import build_optimizer
 from luthier.recipe.load import load_recipe
 from luthier.recipe.resolve import Hardware, resolve
-from luthier.recipe.schema import Recipe
+from luthier.recipe.schema import AdamwSpec, Recipe, SgdSpec
 from luthier.types import RecipeError
 from tests.tiny import chat_model, random_samples, write_alpaca
 
@@ -231,3 +232,34 @@ def test_a_run_with_frozen_weights_in_16_bits(precision: str, model: Path, tmp_p
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "straight", dtype="auto")
     key = "model.layers.1.mlp.up_proj.weight"
     assert torch.equal(loaded.get_parameter(key), weights["straight"][key])
+
+
+def test_a_step_in_pure_bfloat16(model: Path, tmp_path: Path) -> None:
+    """One SGD step is round(w - round(lr g)); weights below 2^8 updates stay; AdamW's states are bfloat16 too."""
+    recipe = recipe_of(model, "full", model={"dtype": "bfloat16"}, train={"precision": "bf16"})
+    built = types_of(recipe)[2].train()
+    batch = flat_batch(random_samples([9, 14]))
+
+    def backward() -> None:
+        built.zero_grad()
+        with torch.autocast("cpu", dtype=BF16):
+            loss = -ModelPolicy(built).logprobs(batch).logprobs.mean()
+        loss.backward()  # type: ignore[no-untyped-call]
+
+    backward()
+    before = {name: p.detach().clone() for name, p in built.named_parameters()}
+    steps = {name: p.grad.float() for name, p in built.named_parameters() if p.grad is not None}
+    groups = [{"params": list(built.parameters())}]
+    build_optimizer(SgdSpec(lr=2.0**-8), groups, built).step()
+    kept = moved = 0
+    for name, parameter in built.named_parameters():
+        expected = (before[name].float() - 2.0**-8 * steps[name]).to(BF16)
+        torch.testing.assert_close(parameter.detach(), expected, rtol=2**-8, atol=0)
+        asked = steps[name] != 0
+        kept += int((asked & (parameter == before[name])).sum())
+        moved += int((asked & (parameter != before[name])).sum())
+    assert kept > moved > 0  # what the page says: most of a small step is lost
+    backward()
+    adamw = build_optimizer(AdamwSpec(lr=1e-3), groups, built)
+    adamw.step()
+    assert {state["exp_avg"].dtype for state in adamw.state.values()} == {BF16}
