@@ -222,6 +222,10 @@ def _model_record(settings: Recipe, material: Material, model: nn.Module, say: S
         )
     if settings.model.quantization is None and (untested := untested_files(model)) is not None:
         say(f"note: {untested}")
+    if settings.model.activation_offload and (where := next(model.parameters()).device.type) != "cuda":
+        say(
+            f"note: model.activation_offload moves nothing here: the memory of a {where} device is the host's"
+        )
     if rows.padded:
         share = padding_share(settings, material)
         record["rows"]["padding_share"] = round(share, 4)

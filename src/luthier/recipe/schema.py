@@ -25,7 +25,7 @@ from luthier.recipe.method import (
     TargetedSpec,
     VeraSpec,
 )
-from luthier.recipe.model import EMBEDDED_MODEL, ModelSpec, RopeScalingSpec, VocabularySpec
+from luthier.recipe.model import EMBEDDED_MODEL, CheckpointingSpec, ModelSpec, RopeScalingSpec, VocabularySpec
 from luthier.recipe.optim import (
     AT_EVALUATIONS,
     AdafactorSpec,
@@ -72,6 +72,7 @@ __all__ = [
     "BadamRatioSpec",
     "BadamSpec",
     "BitsAndBytesSpec",
+    "CheckpointingSpec",
     "ColumnSpec",
     "CompileSpec",
     "DataSpec",
