@@ -37,6 +37,7 @@ from luthier.recipe.resolve import resolve
 from luthier.show import quiet_libraries
 from luthier.stages import build_stage
 from luthier.trainer.arguments import training_arguments
+from luthier.trainer.plugins import load_schedule
 from luthier.trainer.trainer import PeftTrainer
 from luthier.types import Sample
 
@@ -71,6 +72,7 @@ class Loop:
             callbacks=[],
             save_total_limit=1,
             async_save=contender == "background",
+            schedule=load_schedule(recipe.optim.schedule_function, None),
         )
         self.trainer.create_optimizer_and_scheduler(1000)
         self.trainer._tr_loss = torch.tensor(0.0)  # what `train` sets first

@@ -357,6 +357,8 @@ def fused(comparison: Comparison, precision: str) -> Iterator[Check]:
 
 def run_equalities(shape: Shape, machine: Machine, precisions: Sequence[str]) -> Iterator[Check]:
     """Every check in every precision that it speaks of; one that breaks is a failed line, not the end."""
+    from gpu_memory_tricks import memory_tricks  # it compares with what stands above
+
     comparison = Comparison(shape, machine, gpu_shapes.rows_of(LENGTHS, shape, seed=0))
     truth = comparison.padded("fp32", "sdpa")
     machine.release()
@@ -365,6 +367,7 @@ def run_equalities(shape: Shape, machine: Machine, precisions: Sequence[str]) ->
             "paths": lambda p=precision: paths(comparison, p, truth),
             "leaks": lambda p=precision: leaks(comparison, p),
             "kernels": lambda p=precision: kernels(comparison, p),
+            "memory": lambda p=precision: memory_tricks(comparison, p),
         }
         if precision != "mixed":
             groups["chunks"] = lambda p=precision: chunks(comparison, p)

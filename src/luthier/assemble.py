@@ -29,6 +29,7 @@ from luthier.model.faults import require_token_rows
 from luthier.model.load import ModelSource, load_config, load_model, load_tokenizer
 from luthier.model.logprobs import chosen_rows
 from luthier.model.neftune import EmbeddingNoise
+from luthier.model.norms import upcast_trained
 from luthier.model.original_weights import OriginalWeights
 from luthier.model.positions import (
     PositionsChange,
@@ -239,7 +240,10 @@ def build_model(
         resized = resize_embeddings(base, vocabulary)
         require_token_rows(resized.num_tokens, resized.rows or 0, f"model.path={settings.model.path}")
         methods.append(build_method(settings.method, resized))
-        return methods[-1].apply(base)  # type: ignore[no-any-return]
+        model: PreTrainedModel | PeftModel = methods[-1].apply(base)
+        if settings.model.upcast_trained:
+            upcast_trained(model)
+        return model
 
     arithmetic, probe = (
         autocast_type(settings.train.precision),

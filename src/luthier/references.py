@@ -79,7 +79,7 @@ def _other_model(
     label, rows = f"stage.reference.path={spec.path}", chosen_rows(policy)
     described = settings.model.model_copy(
         update={"path": spec.path, "revision": None, "gguf_file": None, "gradient_checkpointing": False}
-        | {"quantization": spec.quantization}
+        | {"quantization": spec.quantization, "activation_offload": False}
     )
     source = locate(described)
 

@@ -11,8 +11,10 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from peft import PeftModel
 from rich.markup import escape
 from torch import nn
+from transformers import PreTrainedModel
 
 from luthier import __version__
 from luthier.arrange import Material, eval_sets, padding_share, training_steps
@@ -36,6 +38,7 @@ from luthier.model.logprobs import chosen_rows
 from luthier.model.positions import loaded_positions
 from luthier.model.quantize import untested_files
 from luthier.model.quantized_layers import measured
+from luthier.model.vocabulary import VocabularyChange
 from luthier.publish import CARD_NAME, model_card, upload
 from luthier.recipe.load import LoadedRecipe, dump_recipe, load_recipe
 from luthier.recipe.resolve import Hardware, resolve
@@ -56,7 +59,7 @@ from luthier.trainer.run_directory import published_files, run_guard
 from luthier.trainer.same_run import differences
 from luthier.trainer.trackers import tracking
 from luthier.trainer.trainer import PeftTrainer
-from luthier.types import CheckpointError, RunInterrupted
+from luthier.types import CheckpointError, Method, RunInterrupted
 
 LIBRARIES = ("torch", "transformers", "peft", "accelerate", "datasets", "tokenizers", "safetensors")
 
@@ -103,12 +106,7 @@ def _train(loaded: LoadedRecipe, hardware: Hardware, quiet: bool) -> TrainResult
     tokenizer, vocabulary = load_tokens(settings, source, say)
     material = read_material(settings, tokenizer, say)
     _show(settings, material, say)
-    beside: Any = {
-        "longest": longest_sample(settings, material),
-        "resumed": _calibrated(settings),
-        "say": say,
-    }
-    model, method = build_model(settings, source, hardware, vocabulary, material=material, **beside)
+    model, method = _model(settings, source, hardware, vocabulary, material, say)
     manifest = _manifest(settings, source, material)
     remember_base(model, _base_record(settings, manifest["base"]["fingerprint"]))
     # Only now, when nothing of the input can be wrong any more, is anything written.
@@ -169,12 +167,23 @@ def prepare(
     return material.data
 
 
-def _calibrated(settings: Recipe) -> Path | None:
-    """The checkpoint of a resumed run that holds what its method saw in the data, so that it need not look again."""
-    train_spec, init = settings.train, getattr(settings.method, "init", None)
-    if train_spec.overwrite or init not in ("eva", "corda"):
-        return None
-    return resolve_resume(Path(train_spec.output), train_spec.resume)[0]
+def _model(
+    settings: Recipe,
+    source: ModelSource,
+    hardware: Hardware,
+    vocabulary: VocabularyChange,
+    material: Material,
+    say: Say,
+) -> tuple[PreTrainedModel | PeftModel, Method]:
+    """The model ready to train; see `build_model`."""
+    longest, train_spec = longest_sample(settings, material), settings.train
+    looks, resumed = getattr(settings.method, "init", None) in ("eva", "corda"), None
+    if looks and not train_spec.overwrite:
+        # It holds what the method saw in the data, which need not be looked at again.
+        resumed, _ = resolve_resume(Path(train_spec.output), train_spec.resume)
+    return build_model(
+        settings, source, hardware, vocabulary, longest=longest, material=material, resumed=resumed, say=say
+    )
 
 
 def _show(settings: Recipe, material: Material, say: Say) -> None:
@@ -213,6 +222,10 @@ def _model_record(settings: Recipe, material: Material, model: nn.Module, say: S
         )
     if settings.model.quantization is None and (untested := untested_files(model)) is not None:
         say(f"note: {untested}")
+    if settings.model.activation_offload and (where := next(model.parameters()).device.type) != "cuda":
+        say(
+            f"note: model.activation_offload moves nothing here: the memory of a {where} device is the host's"
+        )
     if rows.padded:
         share = padding_share(settings, material)
         record["rows"]["padding_share"] = round(share, 4)

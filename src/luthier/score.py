@@ -166,6 +166,7 @@ class _Scorer:
         if run is not None:
             kept = ("dtype", "quantization", "rows", "padding_side", "trust_remote_code", "upcast_layernorm")
             spec |= run.model.model_dump(mode="json", include=set(kept))
+            spec |= {} if adapter else {"dtype": run.model.saved_dtype}
             data |= {name: getattr(run.data, name) for name in ("max_length", "overflow", "rules")}
             data["parse_special_tokens"] = run.data.parse_special_tokens
             if run.data.rules == "llamafactory":

@@ -93,7 +93,35 @@ CASES: dict[str, Case] = {
     "full": Case(
         {"type": "full"}, LAYERS * BLOCK + 2 * VOCAB * HIDDEN + HIDDEN, r"layers|embed_tokens|lm_head|norm"
     ),
+    "full-frozen": Case(
+        {"type": "full", "frozen": ["embed_tokens", r"layers\.0\.mlp", "norm"]},
+        LAYERS * (BLOCK - 2 * HIDDEN) - 3 * HIDDEN * INNER + VOCAB * HIDDEN,
+        r"layers\.\d+\.self_attn|layers\.1\.mlp|lm_head",
+    ),
+    "full-frozen-tied": Case(  # one matrix, frozen by the name of the head
+        {"type": "full", "frozen": ["lm_head"]}, LAYERS * BLOCK + HIDDEN, r"layers|norm", family="llama-tied"
+    ),
     "freeze": Case({"type": "freeze", "layers": 1}, BLOCK, r"layers\.1\."),
+    "freeze-trains": Case(
+        {
+            "type": "freeze",
+            "layers": 0,
+            "trains": [r"layers\.\d+\.mlp\.(up|down)_proj", r"layers\.1\..*q_proj"],
+        },
+        LAYERS * 2 * HIDDEN * INNER + HIDDEN * HIDDEN,
+        r"mlp\.(up|down)_proj|layers\.1\.self_attn\.q_proj",
+    ),
+    "freeze-patterns": Case(
+        {"type": "freeze", "layers": 1, "trains": [r"^model\.norm\."], "frozen": ["_layernorm"]},
+        BLOCK - 2 * HIDDEN + HIDDEN,
+        r"layers\.1\.(self_attn|mlp)|^model\.norm",
+    ),
+    "freeze-tied": Case(
+        {"type": "freeze", "layers": 1, "trains": ["lm_head"]},
+        BLOCK + VOCAB * HIDDEN,
+        r"layers\.1\.|embed_tokens",
+        family="llama-tied",
+    ),
     "llama_pro": Case({"type": "llama_pro", "blocks": 2}, 2 * BLOCK, r"layers\.[13]\."),
     "llama_pro-one": Case({"type": "llama_pro", "blocks": 1}, BLOCK, r"layers\.2\."),
     "llama_pro-mlp": Case(
@@ -365,6 +393,11 @@ def failures(case: Case, folder: Path) -> set[str]:
 def test_wrong_targets_are_found(tmp_path: Path) -> None:
     row = replace(CASES["lora"], method={**CASES["lora"].method, "targets": ["q_proj", "lm_head"]})
     assert {"check_count", "check_changes"} <= failures(row, tmp_path)
+
+
+def test_a_pattern_that_freezes_nothing_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("luthier.methods.full.matched", lambda model, patterns, key: {})
+    assert {"check_count", "check_changes"} <= failures(CASES["full-frozen"], tmp_path)
 
 
 def test_an_adapter_that_never_trains_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -131,3 +131,30 @@ def test_options_together_with_float16_and_checkpointing(
     same = lines(other.output, "loss") == pytest.approx(lines(plain.output, "loss"), rel=1e-3)
     assert same is ("neftune" not in option)
     assert json.loads((other.output / "run.json").read_text())["tokens_per_pass"] == 512
+
+
+@pytest.mark.parametrize(
+    "option",
+    [
+        "model.gradient_checkpointing={every: 2}",
+        "model.gradient_checkpointing={reentrant: true}",
+        "model.activation_offload=true",
+        "model.gradient_checkpointing=true model.activation_offload=true",
+    ],
+)
+def test_what_saves_memory_changes_no_bit(option: str, recipe: dict[str, Any], tmp_path: Path) -> None:
+    plain = run(recipe, tmp_path / "plain")
+    other = run(recipe, tmp_path / "other", *option.replace(" model", "\nmodel").split("\n"))
+    assert lines(other.output, "loss") == lines(plain.output, "loss")
+    first, second = (load_file(one.output / "adapter_model.safetensors") for one in (plain, other))
+    assert all(torch.equal(second[name], weight) for name, weight in first.items())
+
+
+def test_a_machine_that_moves_nothing_says_so(
+    recipe: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    luthier.train(recipe, [f"train.output={tmp_path / 'run'}", "model.activation_offload=true"])
+    said = " ".join(capsys.readouterr().out.split())
+    assert (
+        "note: model.activation_offload moves nothing here: the memory of a cpu device is the host's" in said
+    )

@@ -66,6 +66,44 @@ def test_noise_of_the_recipe_is_not_taken_for_a_fault(recipe: dict[str, Any]) ->
     assert result.holds, result.outcomes
 
 
+SCHEDULE = """
+def triangle(step, num_steps):
+    with open(__file__ + ".log", "a") as log:
+        log.write(f"{step} {num_steps}\\n")
+    return 1 - abs(2 * step / num_steps - 1)
+"""
+
+
+def test_a_schedule_of_the_users_own_is_the_one_that_is_checked(
+    recipe: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It stands beside the recipe's file; the four steps of `resumed` take its rates, the other checks' loop has it."""
+    (tmp_path / "rates.py").write_text(SCHEDULE)
+    optim = {**recipe["optim"], "schedule_function": "rates.py:triangle"}
+    file = tmp_path / "recipe.yaml"
+    file.write_text(json.dumps({**recipe, "optim": optim}))
+    given: list[Any] = []
+    made = PeftTrainer.__init__
+
+    def watched(self: PeftTrainer, **arguments: Any) -> None:
+        given.append(arguments["schedule"])
+        made(self, **arguments)
+
+    monkeypatch.setattr(PeftTrainer, "__init__", watched)
+    result = selfcheck(file, only=["mean", "accumulation", "resumed"], quiet=True)
+    assert result.holds, result.outcomes
+    assert [function.__name__ for function in given] == ["triangle"] * 4  # two loops, and two runs
+    asked = {tuple(map(int, line.split())) for line in (tmp_path / "rates.py.log").read_text().splitlines()}
+    assert {(step, 4) for step in range(4)} <= asked
+
+
+def test_a_schedule_of_evaluations_is_left_to_them(recipe: dict[str, Any]) -> None:
+    optim = {**recipe["optim"], "schedule": "reduce_lr_on_plateau", "schedule_options": {"patience": 1}}
+    train = {**recipe["train"], "eval_every": 1}
+    plateau = {**recipe, "optim": optim, "train": train, "data": {**recipe["data"], "dev_split": 0.2}}
+    assert selfcheck(plateau, only=["resumed"], quiet=True).holds
+
+
 def _mask_off_by_one(patch: pytest.MonkeyPatch) -> None:
     right = encode._weights
     patch.setattr(encode, "_weights", lambda *args, **kw: np.roll(right(*args, **kw), -1))

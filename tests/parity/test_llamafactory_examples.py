@@ -28,19 +28,20 @@ NPU = (
     "use_v1_kernels: changes speed and memory only; Luthier's own kernels are used",
     "flash_attn: fa2: the variable-length kernel where the GPU has it, sdpa elsewhere",
 )
+PURE = "weights that train are bfloat16; autocast is on here, which keeps such sums as softmax in float32"
 UNCLIPPED = "gradients are not clipped, as there: parameters are updated in the backward pass"
 TRANSLATED: dict[str, tuple[str, ...]] = {
     "ascend/qwen3_5_full_sft_fsdp2.yaml": NPU,
     "ascend/qwen3_full_sft_fsdp2.yaml": NPU,
     "ascend/qwen3moe_full_sft_fsdp.yaml": NPU,
     "extras/adam_mini/qwen2_full_sft.yaml": (),
-    "extras/apollo/llama3_full_sft.yaml": ("apollo_layerwise: " + UNCLIPPED,),
+    "extras/apollo/llama3_full_sft.yaml": ("pure_bf16: " + PURE, "apollo_layerwise: " + UNCLIPPED),
     "extras/badam/llama3_full_sft.yaml": (
         "use_badam: each block has badam_switch_interval steps here; there the first has one less, and norms are decayed",
     ),
     "extras/dft/qwen2_full_sft.yaml": (),
     "extras/eaft/qwen25_05b_eaft_full.yaml": (),
-    "extras/galore/llama3_full_sft.yaml": ("galore_layerwise: " + UNCLIPPED,),
+    "extras/galore/llama3_full_sft.yaml": ("pure_bf16: " + PURE, "galore_layerwise: " + UNCLIPPED),
     "extras/llama_pro/llama3_freeze_sft.yaml": (
         "use_llama_pro: the model was expanded before, as there; method.expand: true in a recipe expands it",
     ),

@@ -223,13 +223,23 @@ def test_trained_base_falls_back(products: list[int]) -> None:
     assert products == []
 
 
-def test_frozen_adapter_and_no_grad_fall_back(products: list[int]) -> None:
+def test_frozen_adapter_and_evaluation_without_grad_fall_back(products: list[int]) -> None:
     plain, other = pair()
     with torch.no_grad():
-        torch.testing.assert_close(other(inputs()), plain(inputs()))
-    other.requires_grad_(False)
+        torch.testing.assert_close(other.eval()(inputs()), plain.eval()(inputs()))
+    other.train().requires_grad_(False)
     torch.testing.assert_close(other(inputs()), plain(inputs()))
     assert products == []
+
+
+def test_a_layer_that_will_be_computed_again_says_the_same_without_grad(products: list[int]) -> None:
+    """Reentrant checkpointing runs a layer in training without gradients first, then with them."""
+    plain, other = pair()
+    with torch.no_grad():
+        first = other.train()(inputs())
+    assert len(products) == 1
+    assert torch.equal(first, other(inputs()))
+    torch.testing.assert_close(first, plain(inputs()))
 
 
 def test_class_keeps_its_name() -> None:

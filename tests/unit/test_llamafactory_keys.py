@@ -18,6 +18,7 @@ from luthier.recipe.load import LoadedRecipe, dump_recipe, load_recipe
 from luthier.recipe.problems import all_keys
 from luthier.recipe.schema import (
     AdamwSpec,
+    CheckpointingSpec,
     DatasetSpec,
     FreezeSpec,
     FullSpec,
@@ -127,6 +128,8 @@ def test_a_default_that_is_written_out_changes_nothing(name: str) -> None:
     )
     if name == "disable_gradient_checkpointing":  # said outright, it is no longer left to the hardware
         assert spoken.recipe.model.gradient_checkpointing is True
+    elif name == "use_reentrant_gc":
+        assert spoken.recipe.model.gradient_checkpointing == CheckpointingSpec(reentrant=True)
     else:
         assert spoken.recipe == silent.recipe
     early = (f"{name}: {EARLY_DEFAULTS}",) if name in EARLY_MARKS else ()

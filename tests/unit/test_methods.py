@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +16,12 @@ from transformers import PreTrainedModel, Trainer, TrainingArguments
 
 from luthier.methods import build_method
 from luthier.methods.groups import checkpoints_activations, count_parameters
+from luthier.model.checkpointing import checkpoint_layers
 from luthier.model.logprobs import install_target_forward
-from luthier.recipe.schema import FreezeSpec, FullSpec, LoraSpec
-from luthier.types import CheckpointError, ModelError
+from luthier.model.vocabulary import VocabularyChange
+from luthier.recipe.load import load_recipe
+from luthier.recipe.schema import CheckpointingSpec, FreezeSpec, FullSpec, LoraSpec
+from luthier.types import CheckpointError, ModelError, RecipeError
 from tests.tiny import FAMILIES, VOCAB, tiny_model
 
 IDS = torch.randint(3, VOCAB, (2, 13), generator=torch.Generator().manual_seed(0))
@@ -119,6 +123,95 @@ def test_freeze_finds_the_layers_of_every_family(family: str) -> None:
 def test_freeze_errors(spec: FreezeSpec, message: str) -> None:
     with pytest.raises(ModelError, match=message):
         build_method(spec).apply(tiny_model("llama"))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_frozen_and_trains_are_each_others_complement(family: str) -> None:
+    """What `trains` alone lets train is what `frozen` alone holds still, in every family."""
+    pattern = r"\.1\..*(weight|bias|proj)$"
+    only, rest = tiny_model(family), tiny_model(family)
+    build_method(FreezeSpec(layers=0, trains=(pattern,))).apply(only)
+    build_method(FullSpec(frozen=(pattern,))).apply(rest)
+    assert trained(only) and trained(only) == {n for n, _ in only.named_parameters() if re.search(pattern, n)}
+    assert trained(rest) == {n for n, _ in rest.named_parameters()} - trained(only)
+
+
+def test_one_matrix_is_frozen_by_either_name() -> None:
+    for name in ("lm_head", "embed_tokens"):
+        model = tiny_model("llama-tied")
+        build_method(FullSpec(frozen=(name,))).apply(model)
+        assert not model.get_input_embeddings().weight.requires_grad
+        assert model.get_output_embeddings().weight is model.get_input_embeddings().weight
+        assert count_parameters(model).trainable == 2 * LAYER + HIDDEN
+
+
+@pytest.mark.parametrize(
+    ("spec", "message"),
+    [
+        (
+            FullSpec(frozen=("norm", "self_atn")),
+            "method.frozen: 'self_atn' is found in no parameter's name; did you mean self_attn? Names are like "
+            "model.embed_tokens.weight and lm_head.weight",
+        ),
+        (
+            FreezeSpec(trains=(r"layers\.7\.",)),
+            r"method.trains: 'layers\\.7\\.' is found in no parameter's name; names are like "
+            "model.embed_tokens.weight and lm_head.weight",
+        ),
+        (FullSpec(frozen=(".",)), "method.full trains nothing: frozen names every parameter"),
+        (
+            FreezeSpec(layers=1, frozen=(r"layers\.1",)),
+            "method.freeze trains nothing: layers is 0, extra_modules and trains are empty, or frozen names all of them",
+        ),
+    ],
+)
+def test_pattern_errors(spec: FullSpec | FreezeSpec, message: str) -> None:
+    with pytest.raises(ModelError) as caught:
+        build_method(spec).apply(tiny_model("llama"))
+    assert str(caught.value) == message
+
+
+def test_what_starts_as_noise_is_not_frozen() -> None:
+    model = tiny_model("llama")
+    change = VocabularyChange(added=("<new>",), ids=(VOCAB - 1,), num_before=VOCAB - 1, num_tokens=VOCAB)
+    for spec in (FullSpec(frozen=("embed",)), FreezeSpec(frozen=("embed",))):
+        with pytest.raises(ModelError) as caught:
+            build_method(spec, change).apply(model)
+        assert str(caught.value) == (
+            "method.frozen holds model.embed_tokens.weight still, and it has rows that are noise until they train; "
+            "narrow the pattern"
+        )
+    build_method(FullSpec(frozen=("mlp",)), change).apply(model)
+
+
+def test_a_wrong_expression_is_found_in_the_recipe() -> None:
+    with pytest.raises(RecipeError) as caught:
+        load_recipe(
+            {"model": {"path": "m"}, "data": {"train": ["a"]}, "method": {"type": "full", "frozen": ["("]}}
+        )
+    assert str(caught.value) == (
+        "method.frozen[0]: '(' is no regular expression: missing ), unterminated subpattern at position 0"
+    )
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize(
+    "spec",
+    [FreezeSpec(layers=0, trains=(r"layers\.1\.mlp",)), FullSpec(frozen=("embed_tokens", r"layers\.0"))],
+    ids=["trains", "frozen"],
+)
+def test_checkpointing_reaches_what_patterns_let_train(spec: FullSpec | FreezeSpec, reentrant: bool) -> None:
+    found = []
+    for checkpointing in (False, True):
+        model = tiny_model("llama")
+        if checkpointing:
+            checkpoint_layers(model, CheckpointingSpec(reentrant=reentrant))
+        build_method(spec).apply(model).train()
+        model(input_ids=IDS, attention_mask=torch.ones_like(IDS), labels=IDS).loss.backward()
+        found.append({n: p.grad for n, p in model.named_parameters() if p.requires_grad})
+    assert found[0].keys() == found[1].keys() and found[0]
+    for name, gradient in found[0].items():
+        assert torch.equal(found[1][name], gradient), name
 
 
 @pytest.mark.parametrize(

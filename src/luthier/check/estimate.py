@@ -31,6 +31,7 @@ from luthier.check.memory import (
 from luthier.check.schedule import Schedule
 from luthier.methods.groups import checkpoints_activations
 from luthier.model.load import ModelSource
+from luthier.model.offload import without_offload
 from luthier.model.reference import Reference
 from luthier.optim.state_size import gradients_at_once, state_bytes
 from luthier.recipe.resolve import Hardware
@@ -69,11 +70,12 @@ def estimate_memory(
     measured = partial(
         measure_activations, model, stage.model, arithmetic, shape.positions, pairs=stage.share_prompts
     )
-    kept = plain = measured()
     checkpointed = checkpoints_activations(model)
-    if checkpointed:
-        with without_checkpointing(model):
-            plain = measured()
+    with without_offload(model):
+        kept = plain = measured()
+        if checkpointed:
+            with without_checkpointing(model):
+                plain = measured()
     num_layers = model.config.get_text_config().num_hidden_layers  # type: ignore[union-attr, operator]
     layer = layer_bytes(plain.growth, shape, num_layers, checkpointed=checkpointed)
     smoothed = isinstance(settings.stage, PtSpec | SftSpec) and settings.stage.label_smoothing > 0
@@ -83,12 +85,14 @@ def estimate_memory(
     compared, in_advance = reference_bytes(reference, model), reference_spec(settings).precompute
     optimizer = state_bytes(settings.optim, model)
     on_cpu = hardware.device != "cuda"
+    moved = settings.model.activation_offload and not on_cpu
     sizes = Sizes(
         process=process,
         weights=weight_bytes(model),
         gradients=gradient_bytes(settings.optim, model),
         optimizer=optimizer,
-        activations=kept.growth(shape.positions, shape.squares),
+        # On a GPU they wait in host memory, which this is not the sum of.
+        activations=0 if moved else kept.growth(shape.positions, shape.squares),
         logits=head + transient,
         # The head is done before the first layer's backward begins.
         workspace=max(0, layer - transient),

@@ -23,7 +23,9 @@ from luthier.types import CheckpointError, ModelError, ModelKind, RecipeError
 
 _PLAIN: dict[str, Any] = {
     "upcast_layernorm": False,
+    "upcast_trained": False,
     "gradient_checkpointing": False,
+    "activation_offload": False,
     "rope_scaling": None,
     "vocabulary": None,
     "gguf_file": None,
@@ -72,7 +74,7 @@ def from_recipe(recipe: Recipe, label: str) -> Trained:
     method = recipe.method
     adapters = method.adapters if isinstance(method, AdapterSpec) else ()
     runs = [_run_of(Path(name)) for name in adapters]
-    spec = recipe.model.model_copy(update={"gradient_checkpointing": False})
+    spec = recipe.model.model_copy(update={"gradient_checkpointing": False, "activation_offload": False})
     if runs and (last := runs[-1]) is not None:
         _require_template(recipe, last, adapters[-1])
         trained = from_folder(Path(adapters[-1]), base=spec)
@@ -123,7 +125,7 @@ def from_folder(folder: Path, *, base: ModelSpec | None = None) -> Trained:
     spec = (
         ModelSpec(path=str(folder))
         if run is None
-        else run.model.model_copy(update={"path": str(folder), **_PLAIN})
+        else run.model.model_copy(update={"path": str(folder), "dtype": run.model.saved_dtype, **_PLAIN})
     )
     spec = spec.model_copy(update={"tokenizer": None, "revision": "main"})
     names = load_config(spec, locate(spec)).architectures or [""]

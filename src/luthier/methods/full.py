@@ -11,6 +11,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from luthier.methods.groups import checkpoints_activations, decay_groups
+from luthier.methods.patterns import matched
+from luthier.model.norms import write_type
 from luthier.model.value_head import VALUE_HEAD_NAME, value_head, write_value_head
 from luthier.model.vocabulary import VocabularyChange, token_modules
 from luthier.recipe.schema import FreezeSpec, FullSpec
@@ -18,21 +20,54 @@ from luthier.types import CheckpointError, ModelError
 
 
 class Full:
-    """Every parameter trains; what is saved is a whole model."""
+    """Every parameter trains, but those that the recipe holds still; what is saved is a whole model."""
 
     def __init__(self, spec: FullSpec | FreezeSpec, vocabulary: VocabularyChange) -> None:
         self.spec = spec
         self.vocabulary = vocabulary
 
     def apply(self, model: PreTrainedModel) -> PreTrainedModel:
+        """Let all train but what `frozen` names.
+
+        Raises ModelError for a pattern that names nothing, and for one that names what starts as noise.
+        """
         model.requires_grad_(True)
+        return self._finished(model)
+
+    def _finished(self, model: PreTrainedModel) -> PreTrainedModel:
+        """The model with what is frozen by pattern, and gradients that reach what trains."""
+        frozen = matched(model, getattr(self.spec, "frozen", ()), "method.frozen")
+        needed = {one for module in self._starts_as_noise(model) for one in module.parameters()}
+        for parameter, names in frozen.items():
+            if parameter in needed:
+                raise ModelError(
+                    f"method.frozen holds {names[0]} still, and it has rows that are noise until they train; "
+                    "narrow the pattern"
+                )
+            parameter.requires_grad_(False)
+        if not any(parameter.requires_grad for parameter in model.parameters()):
+            raise ModelError(f"method.{self.spec.type} trains nothing: {self._why_nothing()}")
+        if any(parameter.requires_grad for parameter in model.get_input_embeddings().parameters()):
+            return model
+        # Checkpointed layers below the first trained one would otherwise see inputs without a gradient.
+        if checkpoints_activations(model):
+            model.enable_input_require_grads()  # type: ignore[no-untyped-call]
         return model
+
+    def _starts_as_noise(self, model: PreTrainedModel) -> list[nn.Module]:
+        """The value head, and what has rows of new tokens."""
+        modules = (value_head(model), *(token_modules(model) if self.vocabulary.new_ids else ()))
+        return [module for module in modules if module is not None]
+
+    def _why_nothing(self) -> str:
+        return "frozen names every parameter"
 
     def parameter_groups(self, model: nn.Module, weight_decay: float, lr: float) -> list[dict[str, Any]]:
         return decay_groups(model, weight_decay)
 
     def save(self, model: PreTrainedModel, folder: Path, state: Mapping[str, Tensor] | None = None) -> None:
         model.save_pretrained(folder, state_dict=None if state is None else dict(state))
+        write_type(model, folder)
         if value_head(model) is not None:
             write_value_head(folder, model.state_dict() if state is None else state)
 
@@ -69,24 +104,24 @@ class Freeze(Full):
     spec: FreezeSpec
 
     def apply(self, model: PreTrainedModel) -> PreTrainedModel:
+        """Let the chosen layers, modules and parameters train.
+
+        Raises ModelError for what the model does not have, and where nothing would train.
+        """
         model.requires_grad_(False)
         prefix, layers = decoder_layers(model)
         for index in self._layer_indices(len(layers)):
             self._train_layer(f"{prefix}.{index}", layers[index])
         for name in self.spec.extra_modules:
             self._train_extra(model, name, prefix)
-        trained = token_modules(model) if self.vocabulary.new_ids else ()
-        for module in (value_head(model), *trained):
-            if module is not None:
-                module.requires_grad_(True)
-        if not any(parameter.requires_grad for parameter in model.parameters()):
-            raise ModelError("method.freeze trains nothing: layers is 0 and extra_modules is empty")
-        if any(parameter.requires_grad for parameter in model.get_input_embeddings().parameters()):
-            return model
-        # Checkpointed layers below the first trained one would otherwise see inputs without a gradient.
-        if checkpoints_activations(model):
-            model.enable_input_require_grads()  # type: ignore[no-untyped-call]
-        return model
+        for parameter in matched(model, getattr(self.spec, "trains", ()), "method.trains"):
+            parameter.requires_grad_(True)
+        for module in self._starts_as_noise(model):
+            module.requires_grad_(True)
+        return self._finished(model)
+
+    def _why_nothing(self) -> str:
+        return "layers is 0, extra_modules and trains are empty, or frozen names all of them"
 
     def _layer_indices(self, num_layers: int) -> range:
         count = self.spec.layers

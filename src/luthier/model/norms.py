@@ -1,7 +1,9 @@
-"""Normalisation in float32 where the rest of a model is 16-bit."""
+"""Float32 where the rest of a model is 16-bit: normalisation, and the weights that train."""
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -47,3 +49,27 @@ def upcast_norms(model: nn.Module) -> int:
         cls = type(module)
         module.__class__ = type(cls.__name__, (_Float32Norm, cls), {"__module__": cls.__module__})
     return len(layers)
+
+
+def upcast_trained(model: nn.Module) -> int:
+    """Give every 16-bit parameter that trains a float32 value; returns how many there were.
+
+    Autocast is what brings the two types together.
+    """
+    raised = [one for one in model.parameters() if one.requires_grad and one.dtype in HALF]
+    for parameter in raised:
+        parameter.data = parameter.data.float()
+    model.luthier_upcast = bool(raised)  # type: ignore[assignment]
+    return len(raised)
+
+
+def write_type(model: nn.Module, folder: Path) -> None:
+    """Let the saved config of an upcast model say float32, so that whoever loads it keeps what was learnt.
+
+    transformers writes the type of the first weight there, which may be one that is frozen.
+    """
+    if not getattr(model, "luthier_upcast", False):
+        return
+    file = folder / "config.json"
+    config = json.loads(file.read_text(encoding="utf-8"))
+    file.write_text(json.dumps(config | {"dtype": "float32"}, indent=2) + "\n", encoding="utf-8")

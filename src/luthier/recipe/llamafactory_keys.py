@@ -22,12 +22,17 @@ MODEL_KEYS: dict[str, Key] = (
         split_special_tokens=("data.parse_special_tokens", False),
         flash_attn=("model.attention", "auto"),
         disable_gradient_checkpointing=("model.gradient_checkpointing", False),
+        use_unsloth_gc=("model.activation_offload", False),
         rope_scaling=("model.rope_scaling", None),
         resize_vocab=("model.vocabulary.resize", False),
         add_tokens=("model.vocabulary.add", None),
         add_special_tokens=("model.vocabulary.add_special", None),
         new_special_tokens_config=("model.vocabulary.descriptions", None),
         init_special_tokens=("model.vocabulary.noise", "noise_init"),
+    )
+    | read(
+        "where it is written out; the same bits either way",
+        use_reentrant_gc=("model.gradient_checkpointing.reentrant", True),
     )
     | keys(Rule.REFUSED, "write the adapter's whole path into adapter_name_or_path", adapter_folder=None)
     | keys(Rule.REFUSED, "shifted sparse attention is not part of Luthier; remove it", shift_attn=False)
@@ -70,16 +75,18 @@ MODEL_KEYS: dict[str, Key] = (
         Rule.NOTED,
         "changes speed and memory only; Luthier's own kernels are used",
         use_unsloth=False,
-        use_unsloth_gc=False,
         enable_liger_kernel=False,
         use_v1_kernels=False,
     )
-    | keys(Rule.NOTED, "log-probabilities are always computed in float32 here", upcast_lmhead_output=False)
+    | keys(
+        Rule.NOTED,
+        "log-probabilities are always computed from logits in float32, here as there",
+        upcast_lmhead_output=False,
+    )
     | keys(
         Rule.SILENT,
         use_fast_tokenizer=True,
         low_cpu_mem_usage=True,
-        use_reentrant_gc=True,
         offload_folder="offload",
         use_kv_cache=True,
         print_param_status=False,

@@ -27,15 +27,53 @@ def _attention(flat: Flat) -> None:
         flat.note(f"flash_attn: {flash}: the variable-length kernel where the GPU has it, sdpa elsewhere")
     elif flash == "disabled":
         flat.note("flash_attn: disabled: sdpa computes the same attention")
-    if flat.given("disable_gradient_checkpointing") or flat.flag("gradient_checkpointing"):
-        keys = ("disable_gradient_checkpointing", "gradient_checkpointing")
-        flat.put("model.gradient_checkpointing", not flat.flag(keys[0]), *keys)
-    else:
-        # On there by default. It changes no result: on a GPU the run must fit where it fitted there,
-        # on a CPU it would only be slower.
-        flat.put("model.gradient_checkpointing", "auto")
     if flat.given("rope_scaling"):
         flat.put("model.rope_scaling", {"type": flat.choice("rope_scaling", _ROPE)}, "rope_scaling")
+
+
+def _checkpointing(flat: Flat) -> None:
+    """Memory for activations. None of it changes a result: the tests compare bits."""
+    disable, reentrant, offload = "disable_gradient_checkpointing", "use_reentrant_gc", "use_unsloth_gc"
+    asked = flat.flag("gradient_checkpointing")
+    if flat.flag(disable):
+        flat.put("model.gradient_checkpointing", False, disable)
+        for key in (reentrant, offload, "gradient_checkpointing_kwargs"):
+            if flat.changed(key):
+                flat.note(f"{flat.written(key)}: no effect with {disable}: true")
+        return
+    if flat.flag(offload):
+        flat.put("model.activation_offload", True, offload)
+        flat.note(
+            f"{offload}: the inputs of checkpointed layers wait in host memory; that tool's kernels are not used"
+        )
+    older = _older_way(flat) if flat.given("gradient_checkpointing_kwargs") else None
+    if older is None and flat.given(reentrant) and not flat.flag(offload):
+        older = flat.flag(reentrant)
+    if older:
+        key = reentrant if flat.given(reentrant) else "gradient_checkpointing_kwargs"
+        flat.put("model.gradient_checkpointing", {"reentrant": True}, key)
+    elif flat.given(disable) or asked:
+        flat.put("model.gradient_checkpointing", True, disable, "gradient_checkpointing")
+    else:
+        # On there by default: on a GPU the run must fit where it fitted there, on a CPU it would only be slower.
+        flat.put("model.gradient_checkpointing", "auto")
+
+
+def _older_way(flat: Flat) -> bool | None:
+    """What `gradient_checkpointing_kwargs` says of torch's two ways; None where it says nothing."""
+    key = "gradient_checkpointing_kwargs"
+    given = flat.get(key)
+    if not isinstance(given, dict) or not isinstance(given.get("use_reentrant", False), bool):
+        flat.problem(
+            key, f"expected {{use_reentrant: true}} or {{use_reentrant: false}}, found {found(given)}"
+        )
+        return None
+    others = sorted(given.keys() - {"use_reentrant"})
+    if others:
+        flat.problem(
+            key, f"{others[0]} is not chosen here: what is drawn at random is drawn again; remove it"
+        )
+    return given.get("use_reentrant")
 
 
 def _vocabulary(flat: Flat) -> None:
@@ -131,6 +169,7 @@ def quantized(flat: Flat, key: str) -> dict[str, Any] | None:
 
 
 _PRECISION = ("bf16", "pure_bf16", "fp16")
+_PURE = "weights that train are bfloat16; autocast is on here, which keeps such sums as softmax in float32"
 _EVAL_PRECISION = ("bf16_full_eval", "fp16_full_eval")
 
 
@@ -140,6 +179,8 @@ def _precision(flat: Flat) -> None:
         flat.problem("fp16", "bf16 and fp16 exclude each other; keep one")
     if pure:
         flat.put("model.dtype", "bfloat16", "pure_bf16")
+        if not bf16:
+            flat.note(f"pure_bf16: {_PURE}")
     if bf16 or pure or fp16:
         flat.put(
             "train.precision", "fp16" if fp16 else "bf16", *(key for key in _PRECISION if flat.flag(key))
@@ -305,6 +346,6 @@ def _continued(flat: Flat) -> None:
     flat.put("method.create_new_adapter", not flat.flag(early), early)
 
 
-MODEL_SUBJECTS = (_attention, _vocabulary, _quantization, _precision, _method)
+MODEL_SUBJECTS = (_attention, _checkpointing, _vocabulary, _quantization, _precision, _method)
 EXPORTED_SUBJECTS = (_vocabulary, _method)
 """What a file that only exports says of its model."""

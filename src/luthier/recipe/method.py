@@ -2,17 +2,32 @@
 
 from __future__ import annotations
 
+import re
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import AfterValidator, Field, model_validator
 
 from luthier.recipe.base import Spec
 
 
+def _expression(text: str) -> str:
+    try:
+        re.compile(text)
+    except re.error as error:
+        raise ValueError(f"{text!r} is no regular expression: {error}") from None
+    return text
+
+
+Pattern = Annotated[str, Field(min_length=1), AfterValidator(_expression)]
+"""A regular expression that is searched in the full names of parameters (`model.layers.0.mlp.up_proj.weight`)."""
+
+
 class FullSpec(Spec):
-    """Every parameter trains."""
+    """Every parameter trains, but those that `frozen` names."""
 
     type: Literal["full"] = "full"
+    frozen: tuple[Pattern, ...] = ()
+    """Regular expressions: parameters in whose full name one of them is found stay as they are."""
 
 
 class FreezeSpec(Spec):
@@ -25,6 +40,10 @@ class FreezeSpec(Spec):
     """Names of modules inside those layers (`self_attn`, `mlp`, ...), or `all`."""
     extra_modules: tuple[str, ...] = ()
     """Modules outside the layers that train too (`embed_tokens`, `lm_head`, `norm`)."""
+    trains: tuple[Pattern, ...] = ()
+    """Regular expressions: parameters in whose full name one of them is found train too; with layers: 0 they alone."""
+    frozen: tuple[Pattern, ...] = ()
+    """Regular expressions: what of all this stays as it is."""
 
 
 class LlamaProSpec(Spec):

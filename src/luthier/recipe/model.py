@@ -58,6 +58,23 @@ class VocabularySpec(Spec):
         return self
 
 
+class CheckpointingSpec(Spec):
+    """Which decoder layers compute their activations again in the backward pass, and how (arXiv:1604.06174)."""
+
+    every: int = Field(default=1, gt=0)
+    """1: every layer; n: the first of every n. The others keep their activations: more memory, less work."""
+    layers: tuple[int, ...] = ()
+    """Numbers of the layers, in place of `every`; a negative one counts from the end."""
+    reentrant: bool = False
+    """torch's older way: the forward pass of a layer records no graph at all. The same bits."""
+
+    @model_validator(mode="after")
+    def _one_choice(self) -> Self:
+        if self.layers and self.every != 1:
+            raise ValueError("every and layers both say which layers; keep one")
+        return self
+
+
 class ModelSpec(Spec):
     path: str
     """Local folder, hub name, a .gguf file, or `embedded` (SmolLM2-135M-Instruct)."""
@@ -80,8 +97,12 @@ class ModelSpec(Spec):
     """Run Python code that comes with the model. Off unless you have read it."""
     attention: Literal["auto", "sdpa", "varlen"] = "auto"
     """Kernel of the per-segment attention; `auto` is varlen on CUDA and sdpa elsewhere."""
-    gradient_checkpointing: bool | Literal["auto"] = False
-    """Recompute activations in the backward pass: about a third slower, far smaller; `auto`: on GPUs only."""
+    gradient_checkpointing: bool | Literal["auto"] | CheckpointingSpec = False
+    """Recompute activations in the backward pass: about a third slower, far smaller; `auto`: on GPUs only. Or which
+    layers, and how."""
+    activation_offload: bool = False
+    """Keep what the backward pass needs in host memory until then; with gradient checkpointing that is the inputs of
+    layers. It changes no number, and on a CPU it moves nothing."""
     rows: Literal["auto", "flat", "padded"] = "auto"
     """`flat` packs samples without padding; `padded` pads them to one length; `auto`: flat where proven exact."""
     padding_side: Literal["right", "left"] = "right"
@@ -90,5 +111,13 @@ class ModelSpec(Spec):
     """Stretch the positions; absent: as the model's config has it."""
     upcast_layernorm: bool = False
     """Keep the weights of normalisation layers in float32 where the others are 16-bit."""
+    upcast_trained: bool = False
+    """Keep the weights that train in float32 where `dtype` is 16-bit: what is frozen then takes half the memory, and no
+    update is lost in rounding. It needs `train.precision` bf16 or fp16."""
     vocabulary: VocabularySpec | None = None
     """New tokens and padding."""
+
+    @property
+    def saved_dtype(self) -> str:
+        """The type that holds the weights that a run of this recipe saves as a whole model."""
+        return "float32" if self.upcast_trained else self.dtype

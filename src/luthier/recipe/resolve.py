@@ -10,7 +10,14 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from luthier.recipe.load import DEFAULT, LoadedRecipe
-from luthier.recipe.schema import AdapterSpec, BitsAndBytesSpec, LoraSpec, QuantizationSpec, Recipe
+from luthier.recipe.schema import (
+    AdapterSpec,
+    BitsAndBytesSpec,
+    CheckpointingSpec,
+    LoraSpec,
+    QuantizationSpec,
+    Recipe,
+)
 from luthier.types import RecipeError
 
 HARDWARE = "hardware"
@@ -54,6 +61,11 @@ def resolve(loaded: LoadedRecipe, hardware: Hardware) -> LoadedRecipe:
     recipe = loaded.recipe
     precision = _precision(recipe, hardware)
     _check_options(recipe, hardware)
+    if recipe.model.upcast_trained and precision == "fp32" and recipe.model.dtype in ("bfloat16", "float16"):
+        raise RecipeError(
+            f"model.upcast_trained with model.dtype={recipe.model.dtype} makes layers of two types, which "
+            "only autocast brings together; give train.precision=bf16 or fp16"
+        )
     machine: dict[str, Any] = {
         "train.precision": precision,
         "train.eval_precision": _eval_precision(recipe, hardware, precision),
@@ -151,7 +163,7 @@ def _attention(recipe: Recipe, hardware: Hardware, precision: str) -> str:
     return "varlen" if hardware.device == "cuda" and hardware.bf16 and precision != "fp32" else "sdpa"
 
 
-def _checkpointing(recipe: Recipe, hardware: Hardware) -> bool:
+def _checkpointing(recipe: Recipe, hardware: Hardware) -> bool | CheckpointingSpec:
     wanted = recipe.model.gradient_checkpointing
     return hardware.device != "cpu" if wanted == "auto" else wanted
 

@@ -26,7 +26,7 @@ from luthier.recipe.method import (
     TargetedSpec,
     VeraSpec,
 )
-from luthier.recipe.model import EMBEDDED_MODEL, ModelSpec, RopeScalingSpec, VocabularySpec
+from luthier.recipe.model import EMBEDDED_MODEL, CheckpointingSpec, ModelSpec, RopeScalingSpec, VocabularySpec
 from luthier.recipe.optim import (
     AT_EVALUATIONS,
     AdafactorSpec,
@@ -73,6 +73,7 @@ __all__ = [
     "BadamRatioSpec",
     "BadamSpec",
     "BitsAndBytesSpec",
+    "CheckpointingSpec",
     "ColumnSpec",
     "CompileSpec",
     "DataSpec",

@@ -52,6 +52,9 @@ _TRANSLATED = (
         hub_revision=("train.push_to_hub.revision", None),
         hub_token=("model.token", None),
     )
+    | read(
+        "use_reentrant alone", gradient_checkpointing_kwargs=("model.gradient_checkpointing.reentrant", None)
+    )
     | read("of pt and sft", label_smoothing_factor=("stage.label_smoothing", 0.0))
     | read(lr_scheduler_type=("optim.schedule", "linear"))
     | read("see docs/optimizers.md for the names", optim=("optim.type", "adamw_torch_fused"))
@@ -96,7 +99,6 @@ _EXTRA = keys(
 _ACCEPTED = (
     keys(
         Rule.SILENT,
-        gradient_checkpointing_kwargs=None,
         use_cache=False,
         include_num_input_tokens_seen="no",
         logging_nan_inf_filter=True,

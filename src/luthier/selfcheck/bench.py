@@ -56,6 +56,11 @@ class Bench:
         return self.loaded.recipe
 
     @property
+    def beside(self) -> Path | None:
+        """The folder of the recipe, where files that it names may be."""
+        return None if self.loaded.path is None else self.loaded.path.parent
+
+    @property
     def _quiet(self) -> Recipe:
         """The recipe without the noise that it puts on embeddings: two forms of one computation are compared."""
         train = self.settings.train.model_copy(update={"neftune_alpha": 0.0})

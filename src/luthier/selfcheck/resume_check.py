@@ -8,9 +8,11 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
+from luthier.recipe.optim import AT_EVALUATIONS
 from luthier.run import train
 from luthier.selfcheck.bench import Bench
 from luthier.selfcheck.outcome import Outcome
+from luthier.trainer.plugins import anywhere
 
 STEPS, AT = 4, 2
 NOISE = 5.0
@@ -40,6 +42,10 @@ def resumed(bench: Bench) -> Outcome:
 def _short(bench: Bench, name: str, resume: str = "never") -> dict[str, Any]:
     """The recipe, for a few steps into a folder of its own, reporting to nobody."""
     tree: dict[str, Any] = bench.settings.model_dump(mode="json")
+    if (function := bench.settings.optim.schedule_function) is not None:
+        tree["optim"]["schedule_function"] = anywhere(function, bench.beside)  # the tree stands in no folder
+    elif bench.settings.optim.schedule in AT_EVALUATIONS:  # of which there are none here
+        tree["optim"] |= {"schedule": "constant", "schedule_options": {}}
     tree["data"] |= {"eval": [], "dev_split": 0.0, "max_lost": None}
     tree["train"] |= {
         "output": str(bench.folder / name),

@@ -19,6 +19,7 @@ from luthier.selfcheck.bench import Bench, relative_difference
 from luthier.selfcheck.model_checks import alone_numbers
 from luthier.selfcheck.outcome import Outcome, left_out
 from luthier.trainer.arguments import training_arguments
+from luthier.trainer.plugins import load_schedule
 from luthier.trainer.trainer import PeftTrainer
 from luthier.types import Sample
 
@@ -162,4 +163,5 @@ def _trainer(bench: Bench) -> PeftTrainer:
         tokenizer=material.template.tokenizer,
         callbacks=[],
         reference=bench.reference,
+        schedule=load_schedule(recipe.optim.schedule_function, bench.beside),
     )

@@ -43,9 +43,7 @@ def load_named(reference: str, key: str, beside: Path | None) -> Any:
 
 
 def _from_file(where: str, key: str, beside: Path | None) -> ModuleType:
-    places = [Path(where)] + (
-        [beside / where] if beside is not None and not Path(where).is_absolute() else []
-    )
+    places = _places(where, beside)
     file = next((place for place in places if place.is_file()), None)
     if file is None:
         tried = " and ".join(str(place.absolute()) for place in dict.fromkeys(places))
@@ -64,6 +62,20 @@ def _from_file(where: str, key: str, beside: Path | None) -> ModuleType:
         del sys.modules[known]
         raise RecipeError(f"{key}: {file} cannot be imported: {_words(error)}") from error
     return module
+
+
+def _places(where: str, beside: Path | None) -> list[Path]:
+    """Where a file that a recipe names is looked for, in this order."""
+    if beside is None or Path(where).is_absolute():
+        return [Path(where)]
+    return [Path(where), beside / where]
+
+
+def anywhere(reference: str, beside: Path | None) -> str:
+    """The same reference for a recipe that stands in no folder, or in another; as it is where there is no such file."""
+    where, colon, name = reference.rpartition(":")
+    file = next((place for place in _places(where, beside) if place.is_file()), None)
+    return reference if file is None else f"{file.absolute()}{colon}{name}"
 
 
 def _from_package(where: str, key: str, beside: Path | None) -> ModuleType:

@@ -11,7 +11,8 @@ from luthier.trainer.checkpoint import read_manifest
 from luthier.types import CheckpointError
 
 FREE = {
-    "model": {"path", "revision", "cache_dir", "token", "gguf_file", "trust_remote_code"},  # fingerprinted
+    "model": {"path", "revision", "cache_dir", "token", "gguf_file", "trust_remote_code"}  # fingerprinted
+    | {"activation_offload"},
     "data": {"train", "eval", "directory", "cache", "workers", "max_lost"},  # the training data, too
     "stage": {"share_prompts"},
     "train": {
