@@ -17,18 +17,26 @@ import torch
 from peft import PeftModel
 from pydantic import ValidationError
 from safetensors import SafetensorError
-from transformers import PreTrainedTokenizerFast
 
 from luthier.data.encode import EncodeOptions
-from luthier.data.template import ChatTemplate, load_template
 from luthier.engine.hf import HfEngine
 from luthier.environment import detect_hardware
 from luthier.exporting import merge
 from luthier.exporting.answers import Answers, Distance, ask, distance, only_logits
-from luthier.exporting.dequantize import cast_weights, is_quantized
 from luthier.exporting.probes import probes_of
 from luthier.exporting.report import REPORT_NAME, report_of
-from luthier.exporting.source import (
+from luthier.exporting.verify import Check, Expected, table, verify
+from luthier.model.faults import FAILED_MARK
+from luthier.model.load import load_config, locate
+from luthier.model.quantize import DTYPES
+from luthier.publish import CARD_NAME, model_card, require_repository, upload
+from luthier.recipe.load import load_recipe
+from luthier.recipe.schema import ExportSpec, ModelSpec
+from luthier.show import Say, quiet_libraries, speaker
+from luthier.stages import build_stage
+from luthier.trained import load
+from luthier.trained.dequantize import cast_weights, is_quantized
+from luthier.trained.source import (
     Trained,
     from_folder,
     from_recipe,
@@ -36,17 +44,7 @@ from luthier.exporting.source import (
     require_base,
     with_adapters,
 )
-from luthier.exporting.verify import Check, Expected, table, verify
-from luthier.model.faults import FAILED_MARK
-from luthier.model.load import load_config, load_tokenizer, locate
-from luthier.model.quantize import DTYPES
-from luthier.model.value_head import choose_padding
-from luthier.model.vocabulary import recorded_change, replay_tokenizer
-from luthier.publish import CARD_NAME, model_card, require_repository, upload
-from luthier.recipe.load import load_recipe
-from luthier.recipe.schema import DataSpec, ExportSpec, ModelSpec
-from luthier.show import Say, quiet_libraries, speaker
-from luthier.stages import build_stage
+from luthier.trained.template import trained_template
 from luthier.trainer.checkpoint import MANIFEST_NAME, atomic_folder
 from luthier.types import ExportError, ModelError, RecipeError, RowKind
 
@@ -211,10 +209,10 @@ def _failed_beside(folder: Path) -> Path:
 def _export(trained: Trained, spec: ExportSpec, folder: Path, device: torch.device, say: Say) -> ExportResult:
     source = locate(trained.model)
     about_base = require_base(trained, source)
-    template = _template(trained, say)
+    template = trained_template(trained, say)
     probes = probes_of(trained.recipe, template, _row_kind(trained), spec.probes)
     dtype = _dtype(trained, spec)
-    loader = merge.Loader(trained, source, device)
+    loader = load.Loader(trained, source, device)
     live = loader.live()
     merge.require_space(folder, merge.num_bytes(live, dtype))
     say(f"comparing on {len(probes.probes)} probes of {probes.origin}")
@@ -227,7 +225,7 @@ def _export(trained: Trained, spec: ExportSpec, folder: Path, device: torch.devi
         del live
         gc.collect()
         live = loader.live(dequantized=True)
-    model = cast_weights(merge.merged(cast_weights(live, torch.float32), trained), dtype)
+    model = cast_weights(load.merged(cast_weights(live, torch.float32), trained), dtype)
     del live
     say(f"writing {folder} ({dtype})".replace("torch.", ""))
     written = folder
@@ -251,42 +249,6 @@ def _export(trained: Trained, spec: ExportSpec, folder: Path, device: torch.devi
         report = report_of(trained, expected, checks, apart, moved, about_base)
         _finish(partial, folder.name, trained, report)
     return ExportResult(folder if report["passed"] else written, report)
-
-
-def _template(trained: Trained, say: Say) -> ChatTemplate:
-    """The template of the training, on the tokenizer that was saved with it.
-
-    Raises ModelError where the run's manifest says that it was another one.
-    """
-    spec = trained.model.model_copy(update={"tokenizer": trained.tokenizer})
-    tokenizer: PreTrainedTokenizerFast = load_tokenizer(spec, locate(trained.model))
-    record = recorded_change(trained.adapters)
-    if record is not None:
-        replay_tokenizer(tokenizer, record, None)
-    recipe = trained.recipe
-    data = recipe.data if recipe is not None else DataSpec()
-    if not trained.named_template:
-        # The saved tokenizer has the default system prompt in its template, and the text of a .jinja file.
-        ours = (
-            data.template
-            if isinstance(data.template, str) and not data.template.endswith(("jinja", "jinja2"))
-            else None
-        )
-        update: dict[str, Any] = {"template": ours}
-        update |= {} if ours is not None else {"default_system": None}
-        data = data.model_copy(update=update)
-    saved = tokenizer.chat_template
-    template = load_template(tokenizer, data, pieces=data.rules == "llamafactory")
-    if not trained.named_template and tokenizer.chat_template != saved:
-        raise ModelError(
-            f"{trained.tokenizer}: its chat template is not the one that this Luthier has under the name "
-            f"{data.template!r}; export with the version that trained it ({trained.manifest.get('luthier', 'unknown')})"
-        )
-    if trained.kind == "reward" and trained.named_template:
-        note = choose_padding(tokenizer, template.stop_ids[0], template.stop_ids, named=False)
-        if note is not None:
-            say(f"note: {note}")
-    return template
 
 
 def _row_kind(trained: Trained) -> RowKind:
@@ -322,7 +284,7 @@ def _moved(live: Any, answers: Answers, trained: Trained) -> Distance | None:
         return distance(answers, only_logits(live, answers, trained.kind))
 
 
-def _rounding(loader: merge.Loader, answers: Answers, dtype: torch.dtype, quantized: bool) -> Distance:
+def _rounding(loader: load.Loader, answers: Answers, dtype: torch.dtype, quantized: bool) -> Distance:
     """How far the unmerged model moves when its weights and its arithmetic are in `dtype`, its base dequantized."""
     if dtype == torch.float32 and not quantized:
         return Distance()

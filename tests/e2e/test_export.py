@@ -27,6 +27,7 @@ from luthier.model.value_head import VALUE_HEAD_NAME
 from luthier.recipe.load import load_recipe
 from luthier.recipe.schema import ModelSpec
 from luthier.score import score_file
+from luthier.trained import load
 from luthier.types import CheckpointError, ExportError, LuthierError, ModelError, RecipeError
 from tests.compared import recipe_for
 from tests.reward import reward_recipe
@@ -519,7 +520,7 @@ def test_a_wrong_merge_is_caught_by_its_numbers(
     fault: str, dtype: str, run: Path, second: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What the files hold is what was merged, and that is not what was trained."""
-    right = merge.merged
+    right = load.merged
 
     def wrong(model: Any, trained: Any) -> Any:
         assert isinstance(model, PeftModel)
@@ -536,7 +537,7 @@ def test_a_wrong_merge_is_caught_by_its_numbers(
                 parameter.data.copy_(other[name.replace(".default", "")])
         return right(model, trained)
 
-    monkeypatch.setattr(merge, "merged", wrong)
+    monkeypatch.setattr(load, "merged", wrong)
     with pytest.raises(ExportError, match="is not the model that was trained and is marked so:\nmean KL"):
         luthier.export(run, output=tmp_path / "merged", dtype=dtype, quiet=True)
     report = json.loads((tmp_path / "merged" / "export_report.json").read_text())

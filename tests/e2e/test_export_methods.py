@@ -15,9 +15,9 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 import luthier
-from luthier.exporting import merge
 from luthier.methods import METHODS
 from luthier.model.value_head import VALUE_HEAD_NAME
+from luthier.trained import load
 from luthier.trainer.trainer import PeftTrainer
 from luthier.types import ExportError
 from tests.reward import reward_recipe
@@ -205,14 +205,14 @@ def test_a_merge_that_is_a_little_wrong_fails_for_every_kind(
     """One matrix of fourteen is a twentieth too large."""
     recipe = recipe_in(tmp_path, bases["plain"], CASES[name], optim={"lr": 0.2 if name in SPARSE else 0.02})
     run = luthier.train(recipe, quiet=True).output
-    right = merge.merged
+    right = load.merged
 
     def wrong(model: Any, trained: Any) -> Any:
         made = right(model, trained)
         made.model.layers[1].mlp.down_proj.weight.data *= 1.05
         return made
 
-    monkeypatch.setattr(merge, "merged", wrong)
+    monkeypatch.setattr(load, "merged", wrong)
     with pytest.raises(ExportError, match="is not the model that was trained"):
         luthier.export(run, output=tmp_path / "merged", dtype="float32", quiet=True)
     assert (tmp_path / "merged" / "EXPORT_FAILED").is_file()

@@ -14,11 +14,12 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config
 
 import luthier
-from luthier.exporting import dequantize, merge
+from luthier.exporting import merge
 from luthier.methods.lora import load_adapter
 from luthier.model.load import load_model, locate
 from luthier.model.quantized_layers import dequantized, quantized_layers
 from luthier.recipe.load import load_recipe
+from luthier.trained import dequantize, load
 from luthier.types import CheckpointError, ExportError, ModelError
 from tests.tiny import chat_model, chat_tokenizer, write_alpaca
 
@@ -297,7 +298,7 @@ def test_a_wrong_dequantization_is_caught(run: Path, tmp_path: Path, monkeypatch
         return weight * 1.2 if weight.shape == (128, 64) else weight
 
     calls = {"number": 0}
-    loaded = merge.dequantize
+    loaded = dequantize.dequantize
 
     def once(model: Any) -> Any:
         calls["number"] += 1
@@ -307,7 +308,7 @@ def test_a_wrong_dequantization_is_caught(run: Path, tmp_path: Path, monkeypatch
             patched.setattr(dequantize, "dequantized", wrong)
             return loaded(model)
 
-    monkeypatch.setattr(merge, "dequantize", once)
+    monkeypatch.setattr(load, "dequantize", once)
     with pytest.raises(ExportError, match="mean KL"):
         luthier.export(run, output=tmp_path / "merged", dtype="float32", quiet=True)
     assert calls["number"] == 2

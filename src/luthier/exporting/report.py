@@ -7,9 +7,9 @@ from typing import Any
 
 from luthier import __version__
 from luthier.exporting.answers import Distance
-from luthier.exporting.source import Trained
 from luthier.exporting.verify import SLACK, Check, Expected, plain
 from luthier.model.base_record import RECORD_NAME
+from luthier.trained.source import Trained
 
 REPORT_NAME = "export_report.json"
 
