@@ -178,6 +178,7 @@ def measure(options: argparse.Namespace, name: str, before: dict[str, Any] | Non
         "parts": estimate["parts"],
         "longest_pass": said["schedule"]["longest_pass"],
         "tokens": trained["tokens"],
+        "threads": (before or {}).get("threads", options.threads),
     }
 
 
@@ -193,7 +194,7 @@ def main() -> None:
         mib = [row[key] / 2**20 for key in ("estimated", "measured")]
         print(f"{name:<48}{mib[0]:7.0f} MiB estimated {mib[1]:7.0f} measured {row['ratio']:6.3f}", flush=True)
         result = {
-            "machine": {"device": hardware.name, "cores": hardware.cores, "threads": options.threads},
+            "machine": {"device": hardware.name, "cores": hardware.cores},
             "libraries": {package: version_of(package) for package in ("torch", "transformers", "peft")},
             "steps": options.steps,
             "largest_error": max(abs(one["ratio"] - 1) for one in rows.values()),
