@@ -1,0 +1,190 @@
+"""A trained model, ready to answer: what predict, evaluate, chat and serve share.
+
+open_model(target)  ->  Answerer: engine and template of a run, a checkpoint, an adapter, an export, a model or a recipe
+
+A run directory is enough: its base, adapter, template, type and new tokens are read from it, and a base that is not
+the one of the training is refused.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel
+from transformers import PreTrainedModel
+
+from luthier.data.template import ChatTemplate
+from luthier.engine.hf import BASE, HfEngine
+from luthier.engine.packed import can_pack, pack_linears
+from luthier.engine.precedence import model_settings, settings_of
+from luthier.environment import detect_hardware
+from luthier.methods.adapter_files import ADAPTER, attach_further
+from luthier.model.load import ModelSource, locate
+from luthier.model.quantize import DTYPES
+from luthier.recipe.load import load_recipe
+from luthier.recipe.schema import GenerationSpec, ModelSpec, Recipe
+from luthier.trained import load
+from luthier.trained.dequantize import is_quantized
+from luthier.trained.source import Trained, from_folder, from_recipe, require_base
+from luthier.trained.template import trained_template
+from luthier.types import (
+    Conversation,
+    Generation,
+    GenerationSettings,
+    ModelError,
+    ModelKind,
+    RecipeError,
+    Request,
+)
+
+Note = Callable[[str], object]
+
+
+@dataclass(frozen=True, slots=True)
+class Answerer:
+    """A loaded model with its template.
+
+    spec: how the recipe says that answers are drawn. said: what the model's generation_config.json says. kind: a
+    language model, or a reward model, which scores and does not answer.
+    """
+
+    label: str
+    engine: HfEngine
+    template: ChatTemplate
+    trained: Trained
+    spec: GenerationSpec = GenerationSpec()
+    said: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def kind(self) -> ModelKind:
+        return self.trained.kind
+
+    @property
+    def adapters(self) -> tuple[str, ...]:
+        """The names that requests may choose from; the first is the default."""
+        return self.engine.adapters
+
+    def settings(self, **call: Any) -> GenerationSettings:
+        """The settings that hold for a call that says these: see `engine.precedence`."""
+        return settings_of(
+            call, self.spec.model_dump(exclude={"rows", "memory_gib"}), self.said, stop_ids=self.template.stop_ids
+        )
+
+    def request(self, conversation: Conversation, *, adapter: str | None = None, **call: Any) -> Request:
+        """The request for the assistant's next turn, with the ids that training had for it.
+
+        Raises DataError for a conversation that the template cannot render, GenerationError for a wrong setting.
+        """
+        return Request(tuple(self.template.prompt(conversation)), self.settings(**call), adapter)
+
+    def text(self, answer: Generation | Sequence[int], *, skip_special_tokens: bool | None = None) -> str:
+        """The text of an answer, up to its stop string."""
+        ids = answer.ids if isinstance(answer, Generation) else list(answer)
+        skip = self.spec.skip_special_tokens if skip_special_tokens is None else skip_special_tokens
+        text = self.template.decode(ids, skip_special_tokens=skip)
+        by = answer.stopped_by if isinstance(answer, Generation) else None
+        return text[: text.index(by)] if isinstance(by, str) and by in text else text
+
+
+def open_model(
+    target: str | Path | Recipe,
+    *,
+    adapters: Mapping[str, str | Path] | None = None,
+    base: str | None = None,
+    generation: GenerationSpec | None = None,
+    device: str | None = None,
+    say: Note = lambda text: None,
+) -> Answerer:
+    """Load what `target` names: the folder of a run, checkpoint, adapter or model, a recipe (file or value), a name on
+    the hub, or `embedded`.
+
+    adapters: more of them by name, each on the same base, for requests to choose from; with any, the trained one is
+    called `default` and the base `base`. base: the model below the adapter, where it moved. generation: in place of
+    the recipe's. Raises ModelError, CheckpointError and RecipeError for parts that do not fit together.
+    """
+    trained = parts_of(target, base)
+    source = locate(trained.model)
+    if trained.bases:
+        require_base(trained, source)
+    template = trained_template(trained, say)
+    hardware = detect_hardware()
+    where = torch.device(device or hardware.device)
+    trained = _typed(trained, where, bf16=hardware.bf16)
+    model: Any = load.Loader(trained, source, where).live()
+    names: tuple[str, ...] = ()
+    if adapters:
+        model, names = _with_choices(model, trained, source, adapters)
+    elif isinstance(model, PeftModel) and _merges_exactly(model):
+        model = load.merged(model, trained)
+    if can_pack(model) and trained.kind == "language":
+        pack_linears(model)
+    model.requires_grad_(False)
+    spec = generation or (trained.recipe.generation if trained.recipe is not None else GenerationSpec())
+    engine = HfEngine(
+        model.eval(),
+        rows=spec.rows,
+        memory=None if spec.memory_gib is None else int(spec.memory_gib * 2**30),
+        decode=template.decode,
+        adapters=names,
+    )
+    return Answerer(trained.label, engine, template, trained, spec, model_settings(_settings_folder(trained, source)))
+
+
+def parts_of(target: str | Path | Recipe, base: str | None = None) -> Trained:
+    """What `target` names, in its parts, nothing loaded. Raises as `open_model` does."""
+    below = None if base is None else ModelSpec(path=base)
+    if isinstance(target, Recipe):
+        return from_recipe(target, "the recipe")
+    path = Path(target).expanduser()
+    if path.is_dir():
+        return from_folder(path, base=below)
+    if path.is_file() and path.suffix in (".yaml", ".yml", ".json"):
+        return from_recipe(load_recipe(path, to_export=True).recipe, str(path))
+    if below is not None:
+        raise RecipeError(f"--base: {target} is a whole model, which has no model below it")
+    spec = ModelSpec(path=str(target))
+    locate(spec)  # a path that is not there is refused here
+    return Trained(str(target), spec, (), str(target), "language", named_template=True)
+
+
+def _typed(trained: Trained, device: torch.device, *, bf16: bool) -> Trained:
+    """With the type of the weights: that of the training; of a bare model on a GPU bfloat16, else float32."""
+    spec = trained.model
+    if spec.dtype != "auto":
+        return trained
+    precision = trained.recipe.train.precision if trained.recipe is not None else "auto"
+    half = device.type == "cuda" and bf16
+    dtype = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}.get(
+        precision, "bfloat16" if half else "float32"
+    )
+    return _replaced(trained, spec.model_copy(update={"dtype": dtype}))
+
+
+def _replaced(trained: Trained, model: ModelSpec) -> Trained:
+    from dataclasses import replace
+
+    return replace(trained, model=model)
+
+
+def _merges_exactly(model: PeftModel) -> bool:
+    """Whether merged weights say what base and adapter say, to float32's rounding: not where they would be rounded."""
+    if is_quantized(model) or model.dtype != torch.float32:
+        return False
+    return hasattr(model.base_model, "merge_and_unload") and not model.active_peft_config.is_prompt_learning
+
+
+def _with_choices(
+    model: PreTrainedModel | PeftModel, trained: Trained, source: ModelSource, adapters: Mapping[str, str | Path]
+) -> tuple[Any, tuple[str, ...]]:
+    """The model with further adapters, and the names to choose from."""
+    raise NotImplementedError
+
+
+def _settings_folder(trained: Trained, source: ModelSource) -> str:
+    """Where generation_config.json is: with the trained model, or with its base."""
+    folder = Path(trained.adapters[-1]) if trained.adapters else Path(source.path)
+    return str(folder if (folder / "generation_config.json").is_file() else source.path)
