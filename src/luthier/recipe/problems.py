@@ -200,7 +200,7 @@ def _unknown(path: KeyPath, document: Document, root: type[Spec]) -> str:
 
 
 def _kinds(owners: list[type[Spec]]) -> str:
-    *others, last = (tag(owner) for owner in owners)
+    *others, last = (str(tag(owner)) for owner in owners)
     return f"type: {', '.join(others)} or {last}" if others else f"type: {last}"
 
 
