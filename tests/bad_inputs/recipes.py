@@ -200,12 +200,13 @@ CASES: list[BadInput] = [
     native(
         "no such kind",
         "method: {type: lorra}\n",
-        "r.yaml:3: method: type: lorra: no such kind; did you mean lora? Choose from full, freeze, lora",
+        "r.yaml:3: method: type: lorra: no such kind; did you mean lora? Choose from full, freeze, llama_pro, lora, "
+        "oft, vera, ia3, miss, peft",
     ),
     native(
         "a key of another kind",
         "method: {type: full, rank: 8}\n",
-        "r.yaml:3: method.rank: does not go with type: full; it belongs to type: lora",
+        "r.yaml:3: method.rank: does not go with type: full; it belongs to type: lora, vera or miss",
     ),
     native(
         "two batch rules",
@@ -291,7 +292,7 @@ CASES: list[BadInput] = [
     native(
         "another kind under the file's fields",
         "method: {type: lora, rank: 4}\n",
-        "r.yaml:3: method.rank: does not go with type: full; it belongs to type: lora; "
+        "r.yaml:3: method.rank: does not go with type: full; it belongs to type: lora, vera or miss; "
         "remove it, or replace the section with method='{type: full}'",
         "method.type=full",
     ),
@@ -323,10 +324,10 @@ CASES: list[BadInput] = [
         "lf.yaml:4: dev_ratio: another name of val_size, which is given too; keep one",
     ),
     flat(
-        "lf: later stages, later adapters",
-        "stage: ppo\nuse_dora: true\ndeepspeed: ds_z3.json\n",
+        "lf: later stages, later types",
+        "stage: ppo\nfp8: true\ndeepspeed: ds_z3.json\n",
         "lf.yaml:4: stage: ppo comes in a later version; this one has pt, sft, rm, dpo and kto\n"
-        "lf.yaml:5: use_dora: this kind of adapter comes in a later version; remove it for plain LoRA\n"
+        "lf.yaml:5: fp8: 8-bit floating point comes in a later version; remove it\n"
         "lf.yaml:6: deepspeed: sharding over GPUs comes in a later version; "
         "remove it to train with plain data parallelism",
     ),
@@ -351,7 +352,7 @@ CASES: list[BadInput] = [
         "lf: a file that merges",
         "lf.yaml",
         "model_name_or_path: m\nadapter_name_or_path: a\nexport_dir: out\n",
-        "lf.yaml:3: export_dir: this file exports a model; the verb export comes in a later version",
+        "lf.yaml:3: export_dir: this file exports a model: run `luthier export` with it",
     ),
     file(
         "lf: a file to chat with",

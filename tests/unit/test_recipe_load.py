@@ -220,8 +220,8 @@ def test_errors_name_the_override(override: str, message: str) -> None:
 def test_another_kind_on_the_command_line_does_not_swallow_the_files_fields() -> None:
     text = MINIMAL + "method:\n  type: lora\n  rank: 4\n"
     assert problems(text, "method.type=full") == [
-        "r.yaml:5: method.rank: does not go with type: full; it belongs to type: lora and "
-        "type: vera and type: miss; "
+        "r.yaml:5: method.rank: does not go with type: full; it belongs to type: lora, "
+        "vera or miss; "
         "remove it, or replace the section with method='{type: full}'"
     ]
     assert load(text, "method={type: full}").recipe.method == FullSpec()
@@ -290,7 +290,7 @@ def test_another_kind_on_the_command_line_does_not_swallow_the_files_fields() ->
          "Choose from pt, sft, rm, dpo, kto"),
         (
             "method: {type: full, rank: 8}",
-            "r.yaml:3: method.rank: does not go with type: full; it belongs to type: lora and type: vera and type: miss",
+            "r.yaml:3: method.rank: does not go with type: full; it belongs to type: lora, vera or miss",
         ),
         (
             "train: {tokens_per_batch: 9, rows_per_device: 1}",

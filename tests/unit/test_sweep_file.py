@@ -261,7 +261,7 @@ def test_dry_run_of_a_search_that_decides_as_it_goes(folder: Path) -> None:
         ("recipe: base.yaml\nsearch: {type: tpe}\nspace: {optim.lr: [1]}\n",
          "s.yaml:2: search: type: tpe: no such kind; choose from grid, random, optuna"),
         ("recipe: base.yaml\nsearch: {type: grid, trials: 3}\nspace: {optim.lr: [1]}\n",
-         "s.yaml:2: search.trials: does not go with type: grid; it belongs to type: random and type: optuna"),
+         "s.yaml:2: search.trials: does not go with type: grid; it belongs to type: random or optuna"),
         ("recipe: base.yaml\nsearch: {type: random, trials: 0}\nspace: {optim.lr: [1]}\n",
          "s.yaml:2: search.trials: should be greater than 0, found the number 0"),
         ("recipe: base.yaml\nsearch: {type: random, trials: 5}\nspace: {optim.lr: [1, 2], method.rank: [1, 2]}\n",

@@ -200,7 +200,8 @@ def _unknown(path: KeyPath, document: Document, root: type[Spec]) -> str:
 
 
 def _kinds(owners: list[type[Spec]]) -> str:
-    return " and ".join(f"type: {tag(owner)}" for owner in owners)
+    *others, last = (str(tag(owner)) for owner in owners)
+    return f"type: {', '.join(others)} or {last}" if others else f"type: {last}"
 
 
 # --------------------------------------------------------------------------------------------------
