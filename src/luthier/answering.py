@@ -9,7 +9,7 @@ the one of the training is refused.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +22,9 @@ from luthier.engine.hf import BASE, HfEngine
 from luthier.engine.packed import can_pack, pack_linears
 from luthier.engine.precedence import model_settings, settings_of
 from luthier.environment import detect_hardware
-from luthier.methods.adapter_files import ADAPTER, attach_further
-from luthier.model.load import ModelSource, locate
-from luthier.model.quantize import DTYPES
+from luthier.methods.adapter_files import ADAPTER, attach_adapter, attach_further
+from luthier.model.load import ModelSource, fingerprint, locate
+from luthier.model.vocabulary import recorded_change
 from luthier.recipe.load import load_recipe
 from luthier.recipe.schema import GenerationSpec, ModelSpec, Recipe
 from luthier.trained import load
@@ -56,7 +56,7 @@ class Answerer:
     engine: HfEngine
     template: ChatTemplate
     trained: Trained
-    spec: GenerationSpec = GenerationSpec()
+    spec: GenerationSpec = field(default_factory=GenerationSpec)
     said: Mapping[str, Any] = field(default_factory=dict)
 
     @property
@@ -71,7 +71,10 @@ class Answerer:
     def settings(self, **call: Any) -> GenerationSettings:
         """The settings that hold for a call that says these: see `engine.precedence`."""
         return settings_of(
-            call, self.spec.model_dump(exclude={"rows", "memory_gib"}), self.said, stop_ids=self.template.stop_ids
+            call,
+            self.spec.model_dump(exclude={"rows", "memory_gib"}),
+            self.said,
+            stop_ids=self.template.stop_ids,
         )
 
     def request(self, conversation: Conversation, *, adapter: str | None = None, **call: Any) -> Request:
@@ -131,7 +134,9 @@ def open_model(
         decode=template.decode,
         adapters=names,
     )
-    return Answerer(trained.label, engine, template, trained, spec, model_settings(_settings_folder(trained, source)))
+    return Answerer(
+        trained.label, engine, template, trained, spec, model_settings(_settings_folder(trained, source))
+    )
 
 
 def parts_of(target: str | Path | Recipe, base: str | None = None) -> Trained:
@@ -161,13 +166,7 @@ def _typed(trained: Trained, device: torch.device, *, bf16: bool) -> Trained:
     dtype = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}.get(
         precision, "bfloat16" if half else "float32"
     )
-    return _replaced(trained, spec.model_copy(update={"dtype": dtype}))
-
-
-def _replaced(trained: Trained, model: ModelSpec) -> Trained:
-    from dataclasses import replace
-
-    return replace(trained, model=model)
+    return replace(trained, model=spec.model_copy(update={"dtype": dtype}))
 
 
 def _merges_exactly(model: PeftModel) -> bool:
@@ -178,10 +177,44 @@ def _merges_exactly(model: PeftModel) -> bool:
 
 
 def _with_choices(
-    model: PreTrainedModel | PeftModel, trained: Trained, source: ModelSource, adapters: Mapping[str, str | Path]
-) -> tuple[Any, tuple[str, ...]]:
-    """The model with further adapters, and the names to choose from."""
-    raise NotImplementedError
+    model: PreTrainedModel | PeftModel,
+    trained: Trained,
+    source: ModelSource,
+    adapters: Mapping[str, str | Path],
+) -> tuple[PeftModel, tuple[str, ...]]:
+    """The model with further adapters, and the names to choose from.
+
+    Raises ModelError for an adapter of another base, one that needs more than itself, and a name that is taken.
+    """
+    found = fingerprint(source)
+    for name, path in adapters.items():
+        if name in (ADAPTER, BASE) or not name.isidentifier():
+            raise ModelError(
+                f"the adapter {name}={path}: choose another name, letters and digits, not {ADAPTER} or {BASE}"
+            )
+        parts = from_folder(Path(path))
+        for folder, expected in parts.bases.items():
+            if expected != found:
+                raise ModelError(
+                    f"the adapter {name}={folder} was not trained on {trained.model.path}: its base is another"
+                )
+        if (
+            len(parts.adapters) != 1
+            or recorded_change((str(path),)) is not None
+            or parts.kind != trained.kind
+        ):
+            raise ModelError(
+                f"the adapter {name}={path} needs other parts than its base (adapters below it, new tokens or a value "
+                "head), so it cannot share one; load it by itself"
+            )
+    given = {name: str(path) for name, path in adapters.items()}
+    names = [*([ADAPTER] if isinstance(model, PeftModel) else []), *given]
+    if not isinstance(model, PeftModel):
+        first = next(iter(given))
+        model = attach_adapter(model, given.pop(first), trainable=False, name=first)
+    for name, path in given.items():
+        attach_further(model, path, name)
+    return model, tuple(names)
 
 
 def _settings_folder(trained: Trained, source: ModelSource) -> str:

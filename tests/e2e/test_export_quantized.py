@@ -14,7 +14,6 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config
 
 import luthier
-from luthier.exporting import merge
 from luthier.methods.lora import load_adapter
 from luthier.model.load import load_model, locate
 from luthier.model.quantized_layers import dequantized, quantized_layers

@@ -208,9 +208,9 @@ class ChatTemplate:
     def document(self, text: str, *, begin: bool = True) -> list[int]:
         return [*(self.begin_ids if begin else ()), *self.text(text), self._document_end_id]
 
-    def decode(self, ids: Sequence[int]) -> str:
-        """The text of some tokens, special tokens included."""
-        return str(self._backend.decode(list(ids), skip_special_tokens=False))
+    def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = False) -> str:
+        """The text of some tokens, special tokens included unless they are to be skipped."""
+        return str(self._backend.decode(list(ids), skip_special_tokens=skip_special_tokens))
 
     def whole(self, conversation: Conversation) -> list[int]:
         """Token ids of the rendered text in one piece, as other software tokenizes it."""

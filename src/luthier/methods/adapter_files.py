@@ -92,8 +92,8 @@ def missing_weights(model: PeftModel, missing: Sequence[str]) -> list[str]:
     ]
 
 
-def attach_adapter(model: PreTrainedModel, folder: str, *, trainable: bool) -> PeftModel:
-    """The model with the adapter in `folder` (or of a hub name).
+def attach_adapter(model: PreTrainedModel, folder: str, *, trainable: bool, name: str = ADAPTER) -> PeftModel:
+    """The model with the adapter in `folder` (or of a hub name), called `name`.
 
     Raises ModelError where it is no adapter, damaged, or of a model with other layers or shapes.
     """
@@ -104,13 +104,42 @@ def attach_adapter(model: PreTrainedModel, folder: str, *, trainable: bool) -> P
             warnings.simplefilter("ignore", UserWarning)  # of the keys that are counted below
             config = _config_for(model, PeftConfig.from_pretrained(folder), label, trainable=trainable)
             require_base(model, config, label)
-            attached = PeftModel.from_pretrained(model, folder, is_trainable=trainable, config=config)
+            attached = PeftModel.from_pretrained(
+                model, folder, is_trainable=trainable, config=config, adapter_name=name
+            )
         # PEFT leaves what it does not find as it was drawn, and drops what has no place.
-        result: Any = set_peft_model_state_dict(attached, load_peft_weights(folder, device="cpu"))
+        result: Any = set_peft_model_state_dict(attached, load_peft_weights(folder, device="cpu"), name)
     except KeyError as error:  # PEFT looks saved modules up by name
         raise ModelError(f"{label} was trained on another model: this one has no {error}") from error
     except LOAD_ERRORS as error:
         raise ModelError(_fault(label, error)) from error
+    _require_all(attached, result, label)
+    return attached
+
+
+def attach_further(model: PeftModel, folder: str, name: str) -> None:
+    """Put one more adapter beside those of `model`, to be chosen by name.
+
+    Raises ModelError as `attach_adapter` does.
+    """
+    label = f"the adapter {name}={folder}"
+    _check_folder(folder, label)
+    base: Any = model.get_base_model()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # of the keys that are counted below
+            require_base(base, PeftConfig.from_pretrained(folder), label)
+            result: Any = model.load_adapter(folder, adapter_name=name)
+    except KeyError as error:
+        raise ModelError(f"{label} was trained on another model: this one has no {error}") from error
+    except LOAD_ERRORS as error:
+        raise ModelError(_fault(label, error)) from error
+    result.missing_keys[:] = [key for key in result.missing_keys if name in key.split(".")]  # not the others'
+    _require_all(model, result, label)
+
+
+def _require_all(attached: PeftModel, result: Any, label: str) -> None:
+    """Raise ModelError where weights are missing, or have no place."""
     missing = missing_weights(attached, result.missing_keys)
     if missing or result.unexpected_keys:
         raise ModelError(
@@ -118,7 +147,6 @@ def attach_adapter(model: PreTrainedModel, folder: str, *, trainable: bool) -> P
             f"it, and {len(result.unexpected_keys)} of its weights have no layer "
             f"({[*missing, *result.unexpected_keys][0]} for one)"
         )
-    return attached
 
 
 def _config_for(model: PreTrainedModel, config: PeftConfig, label: str, *, trainable: bool) -> PeftConfig:

@@ -1,0 +1,46 @@
+"""Tokens that come one by one -> text that may be shown: never half a character, never a part of a stop string."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+_INCOMPLETE = "\N{REPLACEMENT CHARACTER}"
+"""What a decoder writes for the first bytes of a character whose others have not come."""
+
+
+class TextStream:
+    """The text of an answer in pieces that, put together, are the text of the whole answer."""
+
+    def __init__(self, decode: Callable[[Sequence[int]], str], stop: Sequence[str] = ()) -> None:
+        self._decode, self._stop = decode, tuple(stop)
+        self._ids: list[int] = []
+        self._shown = 0
+
+    def push(self, token: int) -> str:
+        """The text that can be shown now; often none."""
+        self._ids.append(token)
+        text = self._decode(self._ids)
+        return self._show(text, len(text) - self._held(text))
+
+    def finish(self) -> str:
+        """The rest, up to a stop string."""
+        text = self._decode(self._ids)
+        return self._show(text, len(text))
+
+    def _show(self, text: str, end: int) -> str:
+        stops = [text.index(stop) for stop in self._stop if stop in text]
+        end = min([end, *stops])
+        piece = text[self._shown : end]
+        self._shown = max(self._shown, end)
+        return piece
+
+    def _held(self, text: str) -> int:
+        """Characters at the end that the next token may change or cut off."""
+        broken = len(text) - len(text.rstrip(_INCOMPLETE))
+        starts = (
+            size
+            for stop in self._stop
+            for size in range(min(len(stop) - 1, len(text)), 0, -1)
+            if text.endswith(stop[:size])
+        )
+        return max([broken, *starts])
