@@ -36,11 +36,11 @@ class TextStream:
 
     def _held(self, text: str) -> int:
         """Characters at the end that the next token may change or cut off."""
-        broken = len(text) - len(text.rstrip(_INCOMPLETE))
+        whole = text.rstrip(_INCOMPLETE)
         starts = (
             size
             for stop in self._stop
-            for size in range(min(len(stop) - 1, len(text)), 0, -1)
-            if text.endswith(stop[:size])
+            for size in range(min(len(stop) - 1, len(whole)), 0, -1)
+            if whole.endswith(stop[:size])
         )
-        return max([broken, *starts])
+        return len(text) - len(whole) + max(starts, default=0)
