@@ -108,7 +108,7 @@ def rounds_of(
         turn = number % len(options.contenders)
         measured: summary.Round = {}
         for name in [*options.contenders[turn:], *options.contenders[:turn]]:
-            measured[name] = _run(options, {**job, **contenders[name].settings}, name, contenders[name])
+            measured[name] = run(options, {**job, **contenders[name].settings}, name, contenders[name])
             print(f"round {number + 1}: {name} {speed(measured[name]):.0f} tokens/s", flush=True)
         yield measured
 
@@ -125,7 +125,7 @@ def _python(options: argparse.Namespace, contender: Contender) -> str | None:
     return chosen
 
 
-def _run(
+def run(
     options: argparse.Namespace, job: Mapping[str, Any], name: str, contender: Contender
 ) -> dict[str, Any]:
     """Run one contender in a process of its own and return the JSON line it prints.
