@@ -38,13 +38,15 @@ def smollm2() -> Path:
 
 @pytest.fixture(autouse=True)
 def threads(request: pytest.FixtureRequest) -> Iterator[None]:
-    """One thread for tiny models, all cores for tests on a real one.
+    """One thread for tiny models; for tests on a real one all cores, or this worker's share of them.
 
     Threads that wait for each other over matrices of 32 x 48 spin; on a busy machine that made tests ten times slower.
     """
     import torch
 
     before = torch.get_num_threads()
-    torch.set_num_threads((os.cpu_count() or 1) if request.node.get_closest_marker("slow") else 1)
+    workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+    share = max(1, (os.cpu_count() or 1) // workers)
+    torch.set_num_threads(share if request.node.get_closest_marker("slow") else 1)
     yield
     torch.set_num_threads(before)

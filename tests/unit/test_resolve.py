@@ -138,6 +138,7 @@ def _open(recipe: Recipe) -> list[str]:
         for section, values in recipe.model_dump().items()
         for name, value in values.items()
         if value == "auto"
+        and section != "export"  # decided by the files that it reads, when it runs
         and (section, name) not in {("train", "resume"), ("train", "async_save"), ("model", "rows")}
     ]
 
