@@ -44,7 +44,11 @@ def find_tasks(
         raise RecipeError(f"--tasks-folder {folder}: no such folder")
     from lm_eval.tasks import TaskManager
 
-    manager = TaskManager(include_path=None if folder is None else str(folder))
+    manager = None
+    if folder is not None:  # lm-eval's own thousands of tasks take seconds to list
+        manager = TaskManager(include_path=str(folder), include_defaults=False)
+    if manager is None or not set(names) <= set(manager.all_tasks):
+        manager = TaskManager(include_path=None if folder is None else str(folder))
     for name in names:
         if name not in manager.all_tasks:
             near = difflib.get_close_matches(name, manager.all_tasks, n=3)

@@ -102,10 +102,9 @@ def _harness(report: Tree) -> str:
     sides = _names(report)
     lines: list[Line] = [("lm-eval task", "metric", *sides.values())]
     for task, metrics in report["lm_eval"]["target"].items():
-        for metric in metrics:
+        for k, metric in enumerate(metrics):
             values = [report["lm_eval"][side][task][metric] for side in sides]
-            lines.append((task, metric, *(_with_error(value) for value in values)))
-            task = ""
+            lines.append(("" if k else task, metric, *(_with_error(value) for value in values)))
     return _table(lines)
 
 
