@@ -53,16 +53,19 @@ class EvaluateResult:
 @dataclass(frozen=True, slots=True)
 class _Wanted:
     """What is to be measured, read and checked before any model is loaded. sets: descriptions of data, and what each is
-    read as; none: those of the run."""
+    read as. own: nothing is named, so the evaluation sets of the run are meant."""
 
     sets: Sequence[tuple[DatasetAttr, RowKind]]
-    own: bool
     benchmarks: Sequence[Benchmark]
     asking: Asking
     tasks: harness.Tasks
     window: int | None
     stride: int | None
     limit: int | None
+
+    @property
+    def own(self) -> bool:
+        return not (self.sets or self.benchmarks or self.tasks.names)
 
 
 @dataclass(slots=True)
@@ -118,39 +121,47 @@ def evaluate(
     models that cannot be loaded. Nothing is written then.
     """
     quiet_libraries()
-    file = None if output is None else Path(output) / RESULTS_NAME
-    if file is not None and file.exists() and not overwrite:
-        raise DataError(f"{file} exists already; choose another folder or give --overwrite")
+    file = _free_file(output, overwrite)
     say, trained = speaker(quiet), parts_of(target, base)
     found: dict[str, Any] = {"luthier": __version__, "target": trained.label, "against": against}
     found |= {"perplexity": [], "benchmarks": [], "pairs": [], "lm_eval": {}}
+    _require_kind(trained, pairs, (*perplexity, *tasks, *lm_eval))
     if trained.kind == "reward":
-        if perplexity or tasks or lm_eval:
-            raise RecipeError(
-                f"{target} is a reward model: it has pairs to compare (--pairs), and no text to say"
-            )
         found["pairs"] = rewards.compare(trained, target, pairs, against, base)
     else:
-        if pairs:
-            raise RecipeError(
-                f"--pairs: {target} is a language model, and pairs are for reward models (stage.type: rm)"
-            )
-        asking = _asking(n_shot, lang, layout)
-        run = trained.recipe
         wanted = _Wanted(
-            [described(name, run) for name in perplexity],
-            not (perplexity or tasks or lm_eval),
-            [read_benchmark(Path(task_dir), task, num_shots=n_shot, limit=limit) for task in tasks],
-            asking,
-            harness.find_tasks(lm_eval, tasks_folder, limit, chat=lm_eval_chat),
-            window,
-            stride,
-            limit,
+            sets=[described(name, trained.recipe) for name in perplexity],
+            benchmarks=[read_benchmark(Path(task_dir), one, num_shots=n_shot, limit=limit) for one in tasks],
+            asking=_asking(n_shot, lang, layout),
+            tasks=harness.find_tasks(lm_eval, tasks_folder, limit, chat=lm_eval_chat),
+            window=window,
+            stride=stride,
+            limit=limit,
         )
         _language(found, trained, wanted, tokens_per_pass, say)
     if file is not None:
         _write(file, json.dumps(found, indent=2, ensure_ascii=False) + "\n")
     return EvaluateResult(found, file)
+
+
+def _free_file(output: str | Path | None, overwrite: bool) -> Path | None:
+    """Where the results go. Raises DataError where some are already."""
+    file = None if output is None else Path(output) / RESULTS_NAME
+    if file is not None and file.exists() and not overwrite:
+        raise DataError(f"{file} exists already; choose another folder or give --overwrite")
+    return file
+
+
+def _require_kind(trained: Trained, pairs: Sequence[str], texts: Sequence[str]) -> None:
+    """Raise RecipeError where a reward model is asked for texts, or a language model for pairs."""
+    if trained.kind == "reward" and texts:
+        raise RecipeError(
+            f"{trained.label} is a reward model: it has pairs to compare (--pairs), and no text to say"
+        )
+    if trained.kind == "language" and pairs:
+        raise RecipeError(
+            f"--pairs: {trained.label} is a language model, and pairs are for reward models (stage.type: rm)"
+        )
 
 
 def _asking(n_shot: int, lang: str, layout: Layout) -> Asking:
@@ -220,6 +231,11 @@ def _tokens(judge: Judge, trained: Trained, wanted: _Wanted, windows: Windows | 
     template, run, most = judge.template, trained.recipe, judge.context_length
     if windows is None:
         windows = _windows(wanted, run, most)
+    elif most is not None and windows.window > most and wanted.sets:
+        raise RecipeError(
+            f"--against {trained.label}: it has positions for {most} tokens, and windows have {windows.window}; give "
+            f"--window {most} or less, for both"
+        )
     if wanted.own:
         if run is None or not (run.data.eval or run.data.dev_split):
             raise RecipeError(
