@@ -125,6 +125,7 @@ def evaluate(
     say, trained = speaker(quiet), parts_of(target, base)
     found: dict[str, Any] = {"luthier": __version__, "target": trained.label, "against": against}
     found |= {"perplexity": [], "benchmarks": [], "pairs": [], "lm_eval": {}}
+    asking = _asking(n_shot, lang, layout)
     _require_kind(trained, pairs, (*perplexity, *tasks, *lm_eval))
     if trained.kind == "reward":
         found["pairs"] = rewards.compare(trained, target, pairs, against, base)
@@ -132,7 +133,7 @@ def evaluate(
         wanted = _Wanted(
             sets=[described(name, trained.recipe) for name in perplexity],
             benchmarks=[read_benchmark(Path(task_dir), one, num_shots=n_shot, limit=limit) for one in tasks],
-            asking=_asking(n_shot, lang, layout),
+            asking=asking,
             tasks=harness.find_tasks(lm_eval, tasks_folder, limit, chat=lm_eval_chat),
             window=window,
             stride=stride,

@@ -16,8 +16,12 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner
 
+from luthier.answering import parts_of
 from luthier.cli import app
 from luthier.evaluate_verb import evaluate
+from luthier.evaluating.benchmark import read_benchmark
+from luthier.evaluating.choices import Asking, Layout, benchmark_prompts
+from luthier.trained.template import trained_template
 from luthier.types import DataError
 from tests.tiny import chat_model
 
@@ -92,15 +96,15 @@ def asked(row: Row, lang: str) -> str:
 
 def direct(
     folder: Path, split: str, lang: str, num_shots: int, sizes: dict[str, int], chat: bool
-) -> dict[str, str]:
-    """The letters by transformers alone: the chat template's text, one question at a time."""
+) -> tuple[dict[str, str], dict[str, list[tuple[int, ...]]]]:
+    """The letters by transformers alone, and the prompts: the chat template's text, one question at a time."""
     model = AutoModelForCausalLM.from_pretrained(folder).eval()
     tokenizer = AutoTokenizer.from_pretrained(folder)
     between = " " if lang == "en" and not chat else ""
     letters = [tokenizer(between + x, add_special_tokens=False)["input_ids"] for x in "ABCD"]
-    found = {}
+    found, prompts = {}, {}
     for subject, entry in SUBJECTS.items():
-        answers = ""
+        answers, prompts[subject] = "", []
         for row in rows(subject, split, sizes[split]):
             shots = rows(subject, "dev", sizes["dev"])[:num_shots]
             if chat:
@@ -116,11 +120,12 @@ def direct(
                 )
                 text = OPENING[lang].format(entry["name"]) + before + asked(row, lang)
             ids = tokenizer(text, add_special_tokens=False)["input_ids"] + letters[0][:-1]
+            prompts[subject].append(tuple(ids))
             with torch.no_grad():
                 logits = model(torch.tensor([ids])).logits[0, -1]
             answers += "ABCD"[int(logits[[one[-1] for one in letters]].argmax())]
         found[subject] = answers
-    return found
+    return found, prompts
 
 
 @pytest.fixture(scope="module")
@@ -147,10 +152,14 @@ CASES = [
 
 @pytest.mark.parametrize(("write", "task", "split", "lang", "layout", "num_shots"), CASES)
 def test_the_letters_are_those_of_transformers_alone(
-    model: Path, tmp_path: Path, write: Any, task: str, split: str, lang: str, layout: str, num_shots: int
+    model: Path, tmp_path: Path, write: Any, task: str, split: str, lang: str, layout: Layout, num_shots: int
 ) -> None:
     write(tmp_path, SIZES)
-    expected = direct(model, split, lang, num_shots, SIZES, layout == "chat")
+    expected, prompts = direct(model, split, lang, num_shots, SIZES, layout == "chat")
+    benchmark = read_benchmark(tmp_path, task, num_shots=num_shots)
+    template = trained_template(parts_of(model), lambda text: None)
+    ours = benchmark_prompts(benchmark, Asking(lang, layout, num_shots), template, None)
+    assert {name: [one.ids for one in subject] for name, subject in ours.items()} == prompts
     options = ["--task-dir", str(tmp_path), "--n-shot", str(num_shots), "--lang", lang, "--layout", layout]
     found = []
     for passes in ("1", "4000"):  # one question at a time, and all with what they begin with computed once
