@@ -5,7 +5,7 @@
 
     luthier.export(run.output, output="merged")
 
-Importing this package imports no torch; `train` and `export` do, when they are called.
+Importing this package imports no torch; `train`, `export` and `evaluate` do, when they are called.
 """
 
 from __future__ import annotations
@@ -15,11 +15,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from luthier.evaluate_verb import EvaluateResult
     from luthier.export_verb import ExportResult
     from luthier.run import TrainResult
 
 __version__ = "0.1.0"
-__all__ = ["__version__", "export", "train"]
+__all__ = ["__version__", "evaluate", "export", "train"]
 
 
 def train(
@@ -46,3 +47,15 @@ def export(source: str | Path, **options: Any) -> ExportResult:
     from luthier.export_verb import export as run_export
 
     return run_export(source, **options).require_passed()
+
+
+def evaluate(target: str | Path, **options: Any) -> EvaluateResult:
+    """Measure a trained model: perplexity, multiple-choice benchmarks, pairs, beside another model where asked for.
+
+    target: folder of a run, checkpoint, adapter or model, or a recipe. options: `perplexity`, `tasks`, `task_dir`,
+    `against`, `output` and the others of `luthier evaluate`; with none, the run's own evaluation sets.
+    Raises a `luthier.types.LuthierError` whose message says what to mend.
+    """
+    from luthier.evaluate_verb import evaluate as run_evaluate
+
+    return run_evaluate(target, **options)

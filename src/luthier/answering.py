@@ -116,7 +116,7 @@ def open_model(
     template = trained_template(trained, say)
     hardware = detect_hardware()
     where = torch.device(device or hardware.device)
-    trained = _typed(trained, where, bf16=hardware.bf16)
+    trained = typed(trained, where, bf16=hardware.bf16)
     model: Any = load.Loader(trained, source, where).live()
     names: tuple[str, ...] = ()
     if adapters:
@@ -126,6 +126,19 @@ def open_model(
     if can_pack(model) and trained.kind == "language":
         pack_linears(model)
     model.requires_grad_(False)
+    return answerer(trained, source, model, template, names=names, generation=generation)
+
+
+def answerer(
+    trained: Trained,
+    source: ModelSource,
+    model: torch.nn.Module,
+    template: ChatTemplate,
+    *,
+    names: Sequence[str] = (),
+    generation: GenerationSpec | None = None,
+) -> Answerer:
+    """A model that is loaded already, ready to answer; `names` of its adapters for requests to choose from."""
     spec = generation or (trained.recipe.generation if trained.recipe is not None else GenerationSpec())
     engine = HfEngine(
         model.eval(),
@@ -156,7 +169,7 @@ def parts_of(target: str | Path | Recipe, base: str | None = None) -> Trained:
     return Trained(str(target), spec, (), str(target), "language", named_template=True)
 
 
-def _typed(trained: Trained, device: torch.device, *, bf16: bool) -> Trained:
+def typed(trained: Trained, device: torch.device, *, bf16: bool) -> Trained:
     """With the type of the weights: that of the training; of a bare model on a GPU bfloat16, else float32."""
     spec = trained.model
     if spec.dtype != "auto":

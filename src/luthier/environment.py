@@ -44,6 +44,7 @@ OPTIONAL = (
     Library("wandb", "wandb", "train.report_to: [wandb]", "pip install wandb"),
     Library("mlflow", "mlflow", "train.report_to: [mlflow]", "pip install mlflow"),
     Library("optuna", "optuna", "search: {type: optuna} of `luthier sweep`", "pip install 'luthier[sweep]'"),
+    Library("lm_eval", "lm-eval", "luthier evaluate --lm-eval", "pip install lm-eval"),
     Library("swanlab", "swanlab", "train.report_to: [swanlab]", "pip install swanlab"),
     Library("trackio", "trackio", "train.report_to: [trackio]", "pip install trackio"),
 )

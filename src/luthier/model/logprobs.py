@@ -19,7 +19,7 @@ import torch
 from accelerate.utils import extract_model_from_parallel
 from torch import Tensor, nn
 
-from luthier.model.kernel import Anchor, Logits, token_logprobs
+from luthier.model.kernel import Anchor, Logits, chunk_rows, token_logprobs
 from luthier.model.offload import keeping_activations
 from luthier.model.reference import Reference
 from luthier.model.rows import FLAT, Rows, padded_rows
@@ -304,6 +304,23 @@ class ModelPolicy:
         if self._reference is None:
             raise ModelError("this stage compares with a reference model, and none was built")
         return self._reference
+
+    @torch.no_grad()
+    def next_logprobs(self, batch: Batch, tokens_K: Tensor) -> Tensor:
+        """(N, K) float32 log-probabilities of each of these tokens at the supervised positions, whatever their targets
+        are; without a graph."""
+        inputs = {**model_inputs(batch), "targets": batch.targets, "arithmetic": self._arithmetic}
+        hidden_ND = self._model(**inputs, only_hidden=True)["hidden"]
+        inner = _language_model(self._model)
+        head, transform = inner.get_output_embeddings(), logits_transform(inner.config)  # type: ignore[operator]
+        rows = chunk_rows(len(hidden_ND), inner.config.get_text_config().vocab_size, hidden_ND.device)  # type: ignore[union-attr, operator]
+        mixed = self._arithmetic not in (None, torch.float32)
+        found = []
+        with torch.autocast(hidden_ND.device.type, dtype=self._arithmetic if mixed else None, enabled=mixed):
+            for hidden_CD in hidden_ND.split(rows):
+                logits_CV = transform(head(hidden_CD)).float()
+                found.append(logits_CV[:, tokens_K] - logits_CV.logsumexp(dim=-1, keepdim=True))
+        return torch.cat(found)
 
     def scores(self, batch: Batch) -> Tensor:
         """What a reward model says at the last token of each row; (R,) float32."""

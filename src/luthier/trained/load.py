@@ -31,9 +31,10 @@ class Loader:
     source: ModelSource
     device: torch.device
 
-    def live(self, *, dequantized: bool = False) -> PreTrainedModel | PeftModel:
+    def live(self, *, dequantized: bool = False, own_attention: bool = True) -> PreTrainedModel | PeftModel:
         """The model as it was trained, evaluating. With `dequantized`, its base has plain weights in float32, and so it
-        has below several adapters: nothing can be added into rounded weights without rounding them anew.
+        has below several adapters: nothing can be added into rounded weights without rounding them anew. Without
+        `own_attention` its segments can be kept apart in flat rows, where it allows that.
 
         Raises ModelError for what does not fit together.
         """
@@ -43,7 +44,7 @@ class Loader:
             trained.model,
             self.source,
             self.device,
-            own_attention=True,
+            own_attention=own_attention,
             positions=positions,
             kind=trained.kind,
         )
