@@ -175,6 +175,11 @@ class HfEngine:
         ends = (lane.cancel(ticket) for lane in self._lanes.values())
         return next((end for end in ends if end is not None), None)
 
+    def abandon(self) -> list[int]:
+        """Forget all that is under way, after a step that raised; the tickets of those that still wait."""
+        self._lanes.clear()
+        return [row.ticket for row in self._waiting]
+
     @torch.inference_mode()
     def step(self) -> list[Event]:
         """One token for every row under way, those that come in now among them."""
