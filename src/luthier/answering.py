@@ -21,6 +21,7 @@ from luthier.data.template import ChatTemplate
 from luthier.engine.hf import BASE, HfEngine
 from luthier.engine.packed import can_pack, pack_linears
 from luthier.engine.precedence import model_settings, settings_of
+from luthier.engine.reasoning import OPEN, split_reasoning
 from luthier.environment import detect_hardware
 from luthier.methods.adapter_files import ADAPTER, attach_adapter, attach_further
 from luthier.model.load import ModelSource, fingerprint, locate
@@ -35,6 +36,7 @@ from luthier.types import (
     Conversation,
     Generation,
     GenerationSettings,
+    Message,
     ModelError,
     ModelKind,
     RecipeError,
@@ -83,6 +85,21 @@ class Answerer:
         Raises DataError for a conversation that the template cannot render, GenerationError for a wrong setting.
         """
         return Request(tuple(self.template.prompt(conversation)), self.settings(**call), adapter)
+
+    def opens_reasoning(self, request: Request) -> bool:
+        """Whether its prompt ends inside <think>, so that the answer begins with reasoning."""
+        return self.template.decode(request.prompt[-8:]).rstrip().endswith(OPEN)
+
+    def message(self, text: str, *, opened: bool = False) -> Message:
+        """The text of an answer as the message that training data would have in its place.
+
+        Reasoning stands apart where the template has a place for it, else in the content; opened: see
+        `opens_reasoning`.
+        """
+        if self.template.has_reasoning:
+            reasoning, content = split_reasoning(text, opened=opened)
+            return Message("assistant", content, reasoning or None)
+        return Message("assistant", f"{OPEN}\n{text}" if opened else text)
 
     def text(self, answer: Generation | Sequence[int], *, skip_special_tokens: bool | None = None) -> str:
         """The text of an answer, up to its stop string."""
@@ -226,8 +243,8 @@ def _with_choices(
     """
     if len(trained.adapters) > 1 or recorded_change(trained.adapters) is not None:
         raise ModelError(
-            f"{trained.label} changes its base itself (adapters below the last one, or new tokens), so no other adapter "
-            "can share it; export it, and load adapters on the exported model"
+            f"{trained.label} changes its base itself (adapters below the last one, or new tokens), so no other "
+            "adapter can share it; export it, and load adapters on the exported model"
         )
     found = fingerprint(source)
     for name, path in adapters.items():
