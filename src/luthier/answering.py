@@ -117,6 +117,7 @@ def open_model(
     base: str | None = None,
     template: str | None = None,
     generation: GenerationSpec | None = None,
+    rows: int | None = None,
     device: str | None = None,
     say: Note = lambda text: None,
 ) -> Answerer:
@@ -126,8 +127,8 @@ def open_model(
     adapters: more of them by name, each on the same base, for requests to choose from; with any, the trained one is
     called `default` and the base `base`. base: the model below the adapter, where it moved. template: of a model that
     nobody trained here, where its own is not wanted. generation: in place of the recipe's; what a recipe that only
-    answers says comes before what the run of its adapter says. Raises ModelError, CheckpointError and RecipeError for
-    parts that do not fit together.
+    answers says comes before what the run of its adapter says. rows: in place of that setting alone. Raises ModelError,
+    CheckpointError and RecipeError for parts that do not fit together.
     """
     asked = target if isinstance(target, Recipe) else _recipe_in(target)
     trained = parts_of(target if asked is None else asked, base)
@@ -152,7 +153,7 @@ def open_model(
     spec = generation or _generation(asked, trained.recipe)
     engine = HfEngine(
         model.eval(),
-        rows=spec.rows,
+        rows=rows or spec.rows,
         memory=None if spec.memory_gib is None else int(spec.memory_gib * 2**30),
         decode=chat.decode,
         adapters=names,

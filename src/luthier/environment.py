@@ -44,6 +44,8 @@ OPTIONAL = (
     Library("wandb", "wandb", "train.report_to: [wandb]", "pip install wandb"),
     Library("mlflow", "mlflow", "train.report_to: [mlflow]", "pip install mlflow"),
     Library("optuna", "optuna", "search: {type: optuna} of `luthier sweep`", "pip install 'luthier[sweep]'"),
+    Library("fastapi", "fastapi", "luthier serve", "pip install 'luthier[api]'"),
+    Library("uvicorn", "uvicorn", "luthier serve", "pip install 'luthier[api]'"),
     Library("swanlab", "swanlab", "train.report_to: [swanlab]", "pip install swanlab"),
     Library("trackio", "trackio", "train.report_to: [trackio]", "pip install trackio"),
 )

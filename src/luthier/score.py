@@ -101,7 +101,7 @@ def score_file(
     """
     if output is not None and output.exists() and not overwrite:
         raise DataError(f"{output} exists already; choose another file or give --overwrite")
-    scorer = _Scorer(model, base, max_length)
+    scorer = Scorer(model, base, max_length)
     attr = scorer.described(Path(file))
     scores = scorer.scores(_rows(attr))
     if output is not None:
@@ -116,7 +116,7 @@ def score_text(
     model: str | Path, prompt: str, text: str, *, base: str | None = None, max_length: int | None = None
 ) -> Scores:
     """The score of `text` as the answer to `prompt`. Raises ModelError, and DataError where it cannot be scored."""
-    scorer = _Scorer(model, base, max_length)
+    scorer = Scorer(model, base, max_length)
     row = Row("text", 0, Conversation((Message("user", prompt), Message("assistant", text))), desirable=True)
     scores = scorer.scores(iter([(0, row)]))
     if scores.rows[0].reason is not None:
@@ -128,7 +128,7 @@ def score_text(
 # The model
 
 
-class _Scorer:
+class Scorer:
     """A reward model with its template, ready to score rows."""
 
     def __init__(self, model: str | Path, base: str | None, max_length: int | None) -> None:
@@ -207,25 +207,30 @@ class _Scorer:
                     return attr
         return describe(file)
 
-    @torch.no_grad()
     def scores(self, rows: Iterator[tuple[int, Row | RowError]]) -> Scores:
         found: dict[int, Scored] = {}
         samples: list[Sample] = []
         for index, row in rows:
-            encoded = self._encoded(row)
+            encoded = self.encoded(row)
             if encoded.samples:
                 samples += encoded.samples
             else:
                 found[index] = Scored(index, reason=encoded.lost.dropped)
-        for sample, numbers in self._computed(samples):
-            found[sample.index] = Scored(sample.index, numbers)
+        for index, numbers in self.numbers(samples).items():
+            found[index] = Scored(index, numbers)
         return Scores([found[index] for index in sorted(found)])
 
-    def _encoded(self, row: Row | RowError) -> Encoded:
+    def encoded(self, row: Row | RowError) -> Encoded:
+        """The sample of a row, or what is wrong with it."""
         if isinstance(row, RowError):
             return Encoded(lost=Lost(dropped=row.reason))
         encode = feedback_sample if row.rejected is None else pair_sample
         return encode(row, self._material.template, self._options)
+
+    @torch.no_grad()
+    def numbers(self, samples: list[Sample]) -> dict[int, tuple[float, ...]]:
+        """The score of each sample, or those of its two answers, by the sample's index."""
+        return {sample.index: numbers for sample, numbers in self._computed(samples)}
 
     def _computed(self, samples: list[Sample]) -> Iterator[tuple[Sample, tuple[float, ...]]]:
         """The scores of each sample, in the passes of an evaluation."""

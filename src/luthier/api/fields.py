@@ -1,4 +1,4 @@
-"""What requests may say, field by field. A field that is unknown, or that the engine cannot hold, is refused by name."""
+"""What requests may say, field by field. One that is unknown, or that the engine cannot hold, is refused by name."""
 
 from __future__ import annotations
 
@@ -40,6 +40,24 @@ _REFUSED: dict[str, tuple[str, tuple[Any, ...]]] = {
 }
 """Known fields that are refused: why, and the values that ask for nothing and are read over."""
 
+PROBLEMS = frozenset(
+    {
+        "refused",
+        "unknown",
+        "unreadable",
+        "media",
+        "content",
+        "assistant",
+        "tool",
+        "strict",
+        "format",
+        "stream_options",
+        "top_logprobs",
+        "tool_choice",
+    }
+)
+"""Kinds of problems that the classes below find themselves."""
+
 _SEED = 2**63 - 1
 _MAX_STOPS, _MAX_CHOICES = 16, 128
 _Stop = Annotated[str, Field(min_length=1, max_length=256)]
@@ -67,9 +85,9 @@ class Strict(BaseModel):
                 continue
             if why:
                 raise PydanticCustomError(
-                    "refused", "the field {name} is not supported: {why}", {"name": name, "why": why}
+                    "refused", "the field {field} is not supported: {why}", {"field": name, "why": why}
                 )
-            raise PydanticCustomError("unknown", "the field {name} is not known here", {"name": repr(name)[:80]})
+            raise PydanticCustomError("unknown", "the field {field} is not known here", {"field": name[:80]})
         return kept
 
 
@@ -85,7 +103,9 @@ class Body(Strict):
         try:
             json.dumps(value, ensure_ascii=False).encode()
         except (UnicodeEncodeError, RecursionError) as error:
-            raise PydanticCustomError("unreadable", "the text has half a surrogate pair in it, or is nested too deep") from error
+            raise PydanticCustomError(
+                "unreadable", "the text has half a surrogate pair in it, or is nested too deep"
+            ) from error
         return value
 
 
@@ -122,9 +142,22 @@ class Drawing(Body):
             raise PydanticCustomError("stream_options", "stream_options is for stream: true")
         return self
 
+    @property
+    def with_usage(self) -> bool:
+        """Whether a stream ends with the counts."""
+        return self.stream_options is not None and self.stream_options.include_usage
+
     def call(self) -> dict[str, Any]:
         """What this request says of drawing, in the engine's words."""
-        names = ("temperature", "top_p", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty", "seed")
+        names = (
+            "temperature",
+            "top_p",
+            "min_p",
+            "repetition_penalty",
+            "presence_penalty",
+            "frequency_penalty",
+            "seed",
+        )
         said: dict[str, Any] = {name: getattr(self, name) for name in names}
         said["max_new_tokens"] = self.max_tokens
         said["top_k"] = None if self.top_k is None else max(self.top_k, 0)
@@ -143,7 +176,11 @@ class Part(Strict):
     def _text_alone(cls, value: Any) -> Any:
         kind = value.get("type") if isinstance(value, dict) else None
         if isinstance(kind, str) and kind != "text":
-            raise PydanticCustomError("media", "a part of type {kind} is not supported: {why}", {"kind": kind[:40], "why": _NO_MEDIA})
+            raise PydanticCustomError(
+                "media",
+                "a part of type {kind} is not supported: {why}",
+                {"kind": kind[:40], "why": _NO_MEDIA},
+            )
         return value
 
 
@@ -177,7 +214,9 @@ class ChatTurn(Strict):
         if self.content is None and not self.tool_calls:
             raise PydanticCustomError("content", "a message needs content")
         if self.role != "assistant" and (self.tool_calls or self.reasoning_content):
-            raise PydanticCustomError("assistant", "tool_calls and reasoning_content belong to assistant messages")
+            raise PydanticCustomError(
+                "assistant", "tool_calls and reasoning_content belong to assistant messages"
+            )
         if self.role != "tool" and (self.tool_call_id is not None or self.name is not None):
             raise PydanticCustomError("tool", "tool_call_id and name belong to tool messages")
         return self
@@ -200,7 +239,9 @@ class ToolFunction(Strict):
     @model_validator(mode="after")
     def _not_held(self) -> ToolFunction:
         if self.strict:
-            raise PydanticCustomError("strict", "strict is not supported: an answer cannot be held to a schema")
+            raise PydanticCustomError(
+                "strict", "strict is not supported: an answer cannot be held to a schema"
+            )
         return self
 
 
@@ -221,7 +262,9 @@ class ResponseFormat(BaseModel):
     def _held(self) -> ResponseFormat:
         if self.type != "text":
             raise PydanticCustomError(
-                "format", "{kind} is not supported: an answer cannot be held to a format", {"kind": self.type[:40]}
+                "format",
+                "{kind} is not supported: an answer cannot be held to a format",
+                {"kind": self.type[:40]},
             )
         return self
 
@@ -245,7 +288,9 @@ class ChatRequest(Drawing):
         if self.tool_choice is not None and not self.tools and self.tool_choice != "none":
             raise PydanticCustomError("tool_choice", "tool_choice is for requests with tools")
         if self.tool_choice not in (None, "auto", "none"):
-            raise PydanticCustomError("tool_choice", "tool_choice can be auto or none: an answer cannot be held to a call")
+            raise PydanticCustomError(
+                "tool_choice", "tool_choice can be auto or none: an answer cannot be held to a call"
+            )
         return self
 
     def call(self) -> dict[str, Any]:
@@ -261,7 +306,9 @@ _Ids = Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)]
 class CompletionRequest(Drawing):
     """POST /v1/completions. `prompt`: one or several, as text or as token ids."""
 
-    prompt: str | _Ids | Annotated[list[str], Field(min_length=1)] | Annotated[list[_Ids], Field(min_length=1)]
+    prompt: (
+        str | _Ids | Annotated[list[str], Field(min_length=1)] | Annotated[list[_Ids], Field(min_length=1)]
+    )
     logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
 
     def call(self) -> dict[str, Any]:
@@ -277,4 +324,6 @@ class CompletionRequest(Drawing):
 class ScoreRequest(Body):
     """POST /v1/score. `input`: conversations, each of which ends with the answer that is scored."""
 
-    input: Annotated[list[Annotated[list[ChatTurn], Field(min_length=2)]], Field(min_length=1, max_length=1024)]
+    input: Annotated[
+        list[Annotated[list[ChatTurn], Field(min_length=2)]], Field(min_length=1, max_length=1024)
+    ]

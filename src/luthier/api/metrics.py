@@ -60,7 +60,9 @@ class Metrics:
         for name, about, kind, value in single:
             lines += [*_head(name, about, kind), f"{name} {value}"]
         lines += self.seconds.lines("luthier_request_seconds", "Time of a request, to its last byte.")
-        lines += self.first_token.lines("luthier_first_token_seconds", "Time to the first token of a request.")
+        lines += self.first_token.lines(
+            "luthier_first_token_seconds", "Time to the first token of a request."
+        )
         return "\n".join(lines) + "\n"
 
 

@@ -86,15 +86,13 @@ async def _gone(http: HttpRequest) -> None:
         pass
 
 
-def streamed(
-    asker: Asker, answers: Sequence[Answer], shape: Shape, counted: Counted, *, with_usage: bool
-) -> Response:
+def streamed(asker: Asker, answers: Sequence[Answer], shape: Shape, counted: Counted) -> Response:
     """The answers as they grow."""
-    return Stream(asker, _events(asker, answers, shape, counted, with_usage))
+    return Stream(asker, _events(asker, answers, shape, counted))
 
 
 async def _events(
-    asker: Asker, answers: Sequence[Answer], shape: Shape, counted: Counted, with_usage: bool
+    asker: Asker, answers: Sequence[Answer], shape: Shape, counted: Counted
 ) -> AsyncIterator[str]:
     openings = [shape.opening(answer.index) for answer in answers]
     for opening in openings:
@@ -110,7 +108,12 @@ async def _events(
             if step.event.choice is not None:
                 tokens.append(step.event.choice)
             # Tokens whose text is held back are told with the text that comes next.
-            if new.content or new.reasoning or new.calls or (answer.end is not None and tokens and shape.logprobs):
+            if (
+                new.content
+                or new.reasoning
+                or new.calls
+                or (answer.end is not None and tokens and shape.logprobs)
+            ):
                 yield _data(shape.chunk([shape.piece(answer.index, new, tokens)]))
                 tokens.clear()
             if answer.end is not None:
@@ -118,7 +121,7 @@ async def _events(
     except ApiError as error:
         yield _data(error.body)
     else:
-        if with_usage:
+        if shape.with_usage:
             yield _data(shape.chunk([], counted.usage(answers)))
     yield "data: [DONE]\n\n"
 

@@ -85,6 +85,10 @@ class Served:
             hidden = set()
         return lambda ids: template.decode([index for index in ids if index not in hidden])
 
+    def unknown(self, name: str) -> ApiError:
+        """The error for a name that nothing is served by."""
+        return unknown_model(name, list(self.names))
+
     # ---- requests
 
     def chat(self, body: ChatRequest) -> list[Request]:
@@ -116,7 +120,7 @@ class Served:
 
     def _adapter(self, name: str) -> str | None:
         if name not in self.names:
-            raise unknown_model(name, list(self.names))
+            raise self.unknown(name)
         return self.names[name]
 
     def _requests(self, body: Drawing, prompts: Sequence[list[int]], adapter: str | None) -> list[Request]:
@@ -165,8 +169,11 @@ class Served:
 
 def finite(logprob: float) -> float:
     """A log-probability that JSON can say."""
-    return max(logprob, _SMALLEST)
+    return max(_SMALLEST, logprob)
 
 
-_BYTES: Mapping[str, int] = {character: byte for byte, character in bytes_to_unicode().items()}
+_BYTES: Mapping[str, int] = {
+    character: byte
+    for byte, character in bytes_to_unicode().items()  # type: ignore[no-untyped-call]
+}
 """The byte behind every character of a byte-level vocabulary."""

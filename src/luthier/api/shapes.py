@@ -13,7 +13,7 @@ from typing import Any, ClassVar
 from luthier.api.answers import Answer
 from luthier.api.served import Served, finite
 from luthier.data.answer_form import Spoken
-from luthier.types import ToolCall, TokenChoice
+from luthier.types import TokenChoice, ToolCall
 
 
 @dataclass(frozen=True)
@@ -23,6 +23,8 @@ class Shape:
     served: Served
     model: str
     logprobs: bool
+    with_usage: bool = False
+    """Of a stream: every chunk has the field, and the last one the counts."""
     created: int = field(default_factory=lambda: int(time.time()))
     id: str = field(default_factory=lambda: secrets.token_hex(12))
     prefix: ClassVar[str]
@@ -35,7 +37,8 @@ class Shape:
 
     def chunk(self, choices: list[dict[str, Any]], usage: Mapping[str, int] | None = None) -> dict[str, Any]:
         """One of the objects of a stream."""
-        return self._object(self.kinds[1], choices) | ({"usage": usage} if usage is not None else {})
+        head = self._object(self.kinds[1], choices)
+        return head | {"usage": usage} if self.with_usage else head
 
     def choice(self, answer: Answer) -> dict[str, Any]:
         """An answer that is complete."""
@@ -104,7 +107,8 @@ class ChatShape(Shape):
             return None
         entry = self.served.token_entry
         content = [
-            entry(choice.token, choice.logprob or 0.0) | {"top_logprobs": [entry(*pair) for pair in choice.top]}
+            entry(choice.token, choice.logprob or 0.0)
+            | {"top_logprobs": [entry(*pair) for pair in choice.top]}
             for choice in tokens
         ]
         return {"content": content, "refusal": None}

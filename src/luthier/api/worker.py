@@ -138,7 +138,9 @@ class Worker:
         if self._closed:
             raise shutting_down()
         if wanted > self.most:
-            raise invalid(f"{wanted} answers at once are more than this server takes, which is {self.most}", "n")
+            raise invalid(
+                f"{wanted} answers at once are more than this server takes, which is {self.most}", "n"
+            )
         if self.outstanding + wanted > self.most:
             raise overloaded()
 
@@ -218,5 +220,7 @@ class Worker:
         lost = {key for ticket, key in self._tickets.items() if ticket not in waiting}
         lost |= turn.new.keys() - turn.tickets.keys()
         for key in lost & self._askers.keys():
-            self._askers.pop(key)._fail(key, server_error("the engine failed while it answered; see the server's log"))
+            self._askers.pop(key)._fail(
+                key, server_error("the engine failed while it answered; see the server's log")
+            )
         self._tickets = {ticket: key for ticket, key in self._tickets.items() if key not in lost}

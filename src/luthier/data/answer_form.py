@@ -3,9 +3,9 @@
     AnswerForm.of(template)            learnt by rendering an answer whose parts are known
     form.read(text, tools=, ended=)    an answer, or the beginning of one -> its parts
 
-Nothing is known of families here: the marks around reasoning and calls, and the keys of a call's JSON, are those that the
-template puts around the parts of a made-up answer. A template that writes calls in another form than JSON has no
-call form, and says why.
+Nothing is known of families here: the marks around reasoning and calls, and the keys of a call's JSON, are those
+that the template puts around the parts of a made-up answer. A template that writes calls in another form than JSON has
+no call form, and says why.
 """
 
 from __future__ import annotations
@@ -88,7 +88,11 @@ class AnswerForm:
             call = _call_form(template, closes)
         except DataError as error:
             return AnswerForm(opens, closes, None, str(error))
-        why = "" if call else "the chat template writes tool calls in a form other than JSON, which is not read back"
+        why = (
+            ""
+            if call
+            else "the chat template writes tool calls in a form other than JSON, which is not read back"
+        )
         return AnswerForm(opens, closes, call, why)
 
     @property

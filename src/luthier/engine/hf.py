@@ -57,6 +57,11 @@ class HfEngine:
         self._lanes: dict[str | None, Lane] = {}
 
     @property
+    def rows(self) -> int:
+        """The most that are answered at once."""
+        return self._rows
+
+    @property
     def choices(self) -> tuple[str, ...]:
         """The names that a request may have as its adapter; none where adapters are merged, or there are none."""
         return (*self.adapters, BASE) if isinstance(self.model, PeftModel) else self.adapters
