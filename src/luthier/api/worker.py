@@ -181,7 +181,7 @@ class Worker:
         self._thread.shutdown()
 
     async def _run(self, engine: HfEngine) -> None:
-        while not (self._closed and not self._askers):
+        while not self._closed or self._askers or self._given_up:
             await self._wake.wait()
             turn = _Turn(self._new, self._given_up)
             self._new, self._given_up = {}, []
