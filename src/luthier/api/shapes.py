@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import secrets
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate
@@ -17,7 +18,7 @@ from luthier.types import TokenChoice, ToolCall
 
 
 @dataclass(frozen=True)
-class Shape:
+class Shape(ABC):
     """What all objects of one answer have in common. `logprobs`: whether they were asked for."""
 
     served: Served
@@ -40,21 +41,21 @@ class Shape:
         head = self._object(self.kinds[1], choices)
         return head | {"usage": usage} if self.with_usage else head
 
+    @abstractmethod
     def choice(self, answer: Answer) -> dict[str, Any]:
         """An answer that is complete."""
-        raise NotImplementedError
 
+    @abstractmethod
     def opening(self, index: int) -> dict[str, Any] | None:
         """What a stream begins with, if anything."""
-        raise NotImplementedError
 
+    @abstractmethod
     def piece(self, index: int, new: Spoken, tokens: Sequence[TokenChoice]) -> dict[str, Any]:
         """What `tokens` add to an answer."""
-        raise NotImplementedError
 
+    @abstractmethod
     def closing(self, answer: Answer) -> dict[str, Any]:
         """The last of an answer."""
-        raise NotImplementedError
 
     def _object(self, kind: str, choices: list[dict[str, Any]]) -> dict[str, Any]:
         head = {"id": f"{self.prefix}-{self.id}", "object": kind, "created": self.created}
