@@ -72,8 +72,9 @@ def load_recipe(
         _default_output(document, document.path)
     recipe = validate(document)
     if not (to_export or recipe.train.eval_only or recipe.data.train):
+        what, verb = ("exports", "export") if recipe.export.output is not None else ("predicts", "predict")
         raise RecipeError(
-            f"{document.label}: data.train is empty: this recipe only exports; run `luthier export` with it"
+            f"{document.label}: data.train is empty: this recipe only {what}; run `luthier {verb}` with it"
         )
     recipe = _find_directory(recipe, document)
     return LoadedRecipe(recipe, _origins(recipe, document), document.path, tuple(document.notes), flat)

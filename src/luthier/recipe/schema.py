@@ -138,7 +138,7 @@ class Recipe(Spec):
 
     @model_validator(mode="after")
     def _something_to_do(self) -> Recipe:
-        if not self.train.eval_only and not self.data.train and self.export.output is None:
+        if not (self.train.eval_only or self.data.train or self.data.eval or self.export.output is not None):
             raise ValueError("data.train is empty: name at least one data set")
         if self.train.eval_only and not self.data.eval and not self.data.dev_split:
             raise ValueError("train.eval_only needs data.eval or data.dev_split")
