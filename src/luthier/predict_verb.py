@@ -236,12 +236,12 @@ def _identity(answerer: Answerer) -> dict[str, Any]:
 
 
 def _default_output(trained: Trained, settings: _Settings) -> Path:
-    folder = Path(trained.label)
-    if folder.is_dir():
-        beside = folder.name.startswith("checkpoint-")
-        return folder.parent / f"predictions-{folder.name}" if beside else folder / "predictions"
     if isinstance(settings.target, Recipe):
         return Path(settings.target.train.output) / "predictions"
+    folder = Path(trained.label)
+    if folder.is_dir():
+        beside = folder.name.startswith("checkpoint-")  # what is in a checkpoint is hashed
+        return folder.parent / f"predictions-{folder.name}" if beside else folder / "predictions"
     raise RecipeError(f"{trained.label} has no folder of its own: say where predictions go with --output")
 
 

@@ -27,7 +27,7 @@ CORPUS_METRICS = ("bleu", "chrf")
 """Of all rows together: sums of counts, not means."""
 
 INSTALL = "pip install 'luthier[metrics]'"
-_LIBRARIES = {
+LIBRARIES = {
     "jieba": "jieba",
     "nltk": "nltk",
     "rouge_chinese": "rouge-chinese",
@@ -39,7 +39,7 @@ Floats = np.ndarray[Any, np.dtype[np.float64]]
 
 def require_libraries(key: str) -> None:
     """Raise RecipeError, with the line that installs them, where a library of the metrics is missing."""
-    missing = [package for module, package in _LIBRARIES.items() if util.find_spec(module) is None]
+    missing = [package for module, package in LIBRARIES.items() if util.find_spec(module) is None]
     if missing:
         raise RecipeError(f"{key} needs {', '.join(missing)}, not installed here: {INSTALL}")
 
