@@ -80,10 +80,14 @@ class Answerer:
         )
 
     def request(self, conversation: Conversation, *, adapter: str | None = None, **call: Any) -> Request:
-        """The request for the assistant's next turn, with the ids that training had for it.
+        """The request for the assistant's next turn, with the ids that training had for it: like there, an empty
+        system message is none.
 
         Raises DataError for a conversation that the template cannot render, GenerationError for a wrong setting.
         """
+        first = conversation.messages[0] if conversation.messages else None
+        if first is not None and first.role == "system" and not first.content:
+            conversation = replace(conversation, messages=conversation.messages[1:])
         return Request(tuple(self.template.prompt(conversation)), self.settings(**call), adapter)
 
     def opens_reasoning(self, request: Request) -> bool:

@@ -240,6 +240,33 @@ def test_a_template_for_a_model_without_one(base: Path, tmp_path: Path) -> None:
         open_model(run, template="chatml")
 
 
+def test_a_llamafactory_file_to_chat_with(base: Path, tmp_path: Path) -> None:
+    """Its model, adapter and template, drawn as that tool draws where the file says nothing."""
+    run = trained(tmp_path / "a", base)
+    file = tmp_path / "chat.yaml"
+    keys = {"model_name_or_path": str(base), "adapter_name_or_path": str(run), "infer_backend": "huggingface"}
+    file.write_text(json.dumps(keys))
+    opened = open_model(file)
+    assert answers(opened) == expected(with_adapter(plain(base), run), run)
+    settings = opened.settings()
+    assert (settings.temperature, settings.top_p, settings.top_k) == (0.95, 0.7, 50)
+    assert settings.max_new_tokens == 1024 and open_model(run).settings().max_new_tokens == 512
+    file.write_text(json.dumps({**keys, "do_sample": False, "max_new_tokens": 6}))
+    settings = open_model(file).settings()
+    assert (settings.temperature, settings.max_new_tokens) == (0.0, 6)
+    # Of a bare model, with a template by its name.
+    file.write_text(json.dumps({"model_name_or_path": str(base), "template": "qwen"}))
+    opened = open_model(file)
+    assert opened.template.name == "qwen" and opened.template.pieces
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    text = tokenizer.decode(opened.request(Conversation((Message("user", "Hi"),))).prompt)
+    assert text.startswith("<|im_start|>system\nYou are Qwen") and text.endswith("<|im_start|>assistant\n")
+    wrong = tmp_path / "wrong"
+    file.write_text(json.dumps({**keys, "adapter_name_or_path": str(wrong)}))
+    with pytest.raises(ModelError, match="no such folder"):
+        open_model(file)
+
+
 def test_generation_of_the_recipe_is_the_default_of_calls(base: Path, tmp_path: Path) -> None:
     run = trained(tmp_path, base, generation={"temperature": 0.6, "stop": ["7"], "max_new_tokens": 9})
     opened = open_model(run)

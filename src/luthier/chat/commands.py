@@ -56,7 +56,8 @@ def _system(session: Session, rest: str) -> Outcome:
 def _save(session: Session, rest: str) -> Outcome:
     if not rest:
         raise GenerationError("where to? Write /save FILE, for example /save talk.jsonl")
-    return Outcome(f"saved: {session.save(rest)}")
+    file = session.save(rest)
+    return Outcome(f"saved: {file} (data.train: [{{file_name: {file.name}, formatting: openai}}])")
 
 
 def _retry(session: Session, rest: str) -> Outcome:

@@ -12,6 +12,7 @@ import sys
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from io import TextIOWrapper
 from types import FrameType
 from typing import Any
 
@@ -28,6 +29,9 @@ class Terminal:
     """Reads turns and shows answers."""
 
     def __init__(self, commands: Sequence[str] = ()) -> None:
+        for stream in (sys.stdin, sys.stdout, sys.stderr):
+            if isinstance(stream, TextIOWrapper):  # what the encoding of the locale lacks is no reason to end
+                stream.reconfigure(errors="replace")
         self.interactive = sys.stdin.isatty() and sys.stdout.isatty()
         self._out = Console(soft_wrap=True, highlight=False)
         self._notes = self._out if self.interactive else Console(stderr=True, soft_wrap=True, highlight=False)
@@ -96,7 +100,10 @@ class Terminal:
     def _write(self, piece: Piece) -> None:
         console = self._notes if piece.reasoning else self._out
         text = _CONTROL.sub("\N{REPLACEMENT CHARACTER}", piece.text) if self.interactive else piece.text
-        console.out(text, end="", style="dim" if piece.reasoning else None, highlight=False)
+        if piece.reasoning and self.interactive:
+            console.out(text, end="", style="dim", highlight=False)
+        else:  # as it is: rich would put spaces in the place of tabs
+            console.file.write(text)
         console.file.flush()
 
     def note(self, text: str) -> None:

@@ -4,7 +4,14 @@ from __future__ import annotations
 
 import sys
 
-from luthier.cli import chat as chat, facts as facts, models as models, serve as serve, training as training
+from luthier.cli import (
+    chat as chat,
+    facts as facts,
+    models as models,
+    predict as predict,
+    serve as serve,
+    training as training,
+)
 from luthier.cli.app import app as app
 
 

@@ -7,6 +7,18 @@ from typing import Annotated
 import typer
 
 from luthier.cli.app import USAGE_ERROR, app
+from luthier.types import RecipeError
+
+
+def named_folders(words: list[str]) -> dict[str, str]:
+    """NAME=FOLDER, each name once. Raises RecipeError."""
+    named: dict[str, str] = {}
+    for word in words:
+        name, equals, folder = word.partition("=")
+        if not equals or not folder or name in named:
+            raise RecipeError(f"--adapter {word}: write NAME=FOLDER, each name once")
+        named[name] = folder
+    return named
 
 
 @app.command()
@@ -52,18 +64,11 @@ def chat(
     answered.
     """
     from luthier.chat.verb import chat as run_chat
-    from luthier.types import RecipeError
 
-    named: dict[str, str] = {}
-    for word in adapter or []:
-        name, equals, folder = word.partition("=")
-        if not equals or not folder or name in named:
-            raise RecipeError(f"--adapter {word}: write NAME=FOLDER, each name once")
-        named[name] = folder
     every = run_chat(
         target,
         settings or [],
-        adapters=named or None,
+        adapters=named_folders(adapter or []),
         base=base,
         template=template,
         system=system,

@@ -72,13 +72,16 @@ def load_recipe(
         _default_output(document, document.path)
     recipe = validate(document)
     if not (to_export or recipe.train.eval_only or recipe.data.train):
-        raise RecipeError(f"{document.label}: data.train is empty: this recipe only {_verb(recipe)} with it")
+        where = f"{document.label}: " if document.label else ""
+        raise RecipeError(f"{where}data.train is empty: this recipe only {_verb(recipe)} with it")
     recipe = _find_directory(recipe, document)
     return LoadedRecipe(recipe, _origins(recipe, document), document.path, tuple(document.notes), flat)
 
 
 def _verb(recipe: Recipe) -> str:
-    return "exports; run `luthier export`" if recipe.export.output else "answers; run `luthier chat`"
+    if recipe.export.output is not None:
+        return "exports; run `luthier export`"
+    return "predicts; run `luthier predict`" if recipe.data.eval else "answers; run `luthier chat`"
 
 
 # --------------------------------------------------------------------------------------------------
