@@ -15,6 +15,8 @@ import torch
 
 import luthier
 from luthier.answering import Answerer, open_model
+from luthier.api.fields import ChatRequest
+from luthier.api.served import Served
 from luthier.chat.session import Session
 from luthier.run import prepare
 from luthier.types import Conversation, Event, Generation, Message, Request, TokenChoice, ToolCall
@@ -145,6 +147,18 @@ def test_requests_have_the_prompts_of_training(made: tuple[Answerer, list[Case]]
     answerer, cases = made
     for conversation, prompt, _ in cases:
         assert answerer.request(asked(conversation)).prompt == prompt, conversation
+
+
+def test_serve_has_the_prompts_of_training(made: tuple[Answerer, list[Case]]) -> None:
+    """From the JSON of a request, tools, calls and reasoning in it."""
+    answerer, cases = made
+    served = Served("made", answerer)
+    for conversation, prompt, _ in cases:
+        before = asked(conversation)
+        fields = row(list(before.messages), [])["messages"]
+        text = json.dumps({"model": "made", "messages": fields, "tools": list(before.tools) or None})
+        body = ChatRequest.model_validate(json.loads(text))
+        assert served.chat(body)[0].prompt == prompt, conversation
 
 
 def test_chat_has_the_prompts_of_training(

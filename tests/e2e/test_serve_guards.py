@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from importlib import util
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +19,11 @@ import openai
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings, strategies as st
+from typer.testing import CliRunner
 
 from luthier.api.served import Served
 from luthier.api.server import is_loopback, load
+from luthier.cli import app
 from luthier.types import RecipeError
 from tests.serving import Running, hang_up, running
 from tests.tiny import chat_model
@@ -405,3 +408,18 @@ def test_an_address_that_is_taken_and_a_key_without_letters_are_refused(
         serve(folder, port=standing.port)
     with pytest.raises(RecipeError, match="--api-key"):
         serve(folder, key="")
+
+
+def test_without_its_libraries_the_command_says_how_to_get_them(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    find = util.find_spec
+    for missing in ("fastapi", "uvicorn"):
+        with monkeypatch.context() as patch:
+            patch.setattr(
+                util, "find_spec", lambda name, *rest: None if name == missing else find(name, *rest)
+            )  # noqa: B023
+            done = CliRunner().invoke(app, ["serve", str(folder)])
+        assert done.exit_code == 2
+        assert f"luthier serve needs the package {missing}" in done.stderr
+        assert "pip install 'luthier[api]'" in done.stderr

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ModelWrapValidatorHandler, PrivateAttr, model_validator
 from pydantic_core import PydanticCustomError
 
 HARMLESS = frozenset(
@@ -250,6 +251,19 @@ class Tool(Strict):
 
     type: Literal["function"]
     function: ToolFunction
+    _given: Mapping[str, Any] = PrivateAttr(default_factory=dict)
+
+    @model_validator(mode="wrap")
+    @classmethod
+    def _kept(cls, value: Any, handler: ModelWrapValidatorHandler[Tool]) -> Tool:
+        tool = handler(value)
+        if isinstance(value, dict):
+            tool._given = value
+        return tool
+
+    def given(self) -> Mapping[str, Any]:
+        """The tool as it was written: templates show it as JSON, so the order of its keys makes its tokens."""
+        return self._given
 
 
 class ResponseFormat(BaseModel):

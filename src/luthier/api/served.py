@@ -98,7 +98,7 @@ class Served:
         if body.tools and body.tool_choice != "none":
             if self.form.call is None:
                 raise invalid(f"tools are not supported by this model: {self.form.no_calls}", "tools")
-            tools = [tool.model_dump(exclude_none=True) for tool in body.tools]
+            tools = [tool.given() for tool in body.tools]
         try:
             prompt = self.answerer.template.prompt(conversation_of(body.messages, tools))
         except LuthierError as error:
