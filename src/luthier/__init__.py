@@ -4,8 +4,9 @@
     run = luthier.train("recipe.yaml")
 
     luthier.export(run.output, output="merged")
+    luthier.predict(run.output, data=["questions.jsonl"])
 
-Importing this package imports no torch; `train`, `export` and `evaluate` do, when they are called.
+Importing this package imports no torch; `train`, `export`, `predict` and `evaluate` do, when they are called.
 """
 
 from __future__ import annotations
@@ -17,10 +18,11 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from luthier.evaluate_verb import EvaluateResult
     from luthier.export_verb import ExportResult
+    from luthier.predict_verb import PredictResult
     from luthier.run import TrainResult
 
 __version__ = "0.1.0"
-__all__ = ["__version__", "evaluate", "export", "train"]
+__all__ = ["__version__", "evaluate", "export", "predict", "train"]
 
 
 def train(
@@ -59,3 +61,15 @@ def evaluate(target: str | Path, **options: Any) -> EvaluateResult:
     from luthier.evaluate_verb import evaluate as run_evaluate
 
     return run_evaluate(target, **options)
+
+
+def predict(target: str | Path | Any, overrides: Sequence[str] = (), **options: Any) -> PredictResult:
+    """Answer the rows of data sets with what was trained, and measure the answers: BLEU, ROUGE, chrF, exact matches.
+
+    target: folder of a run, checkpoint, adapter or model, or a recipe. overrides: `["generation.temperature=0.7"]`.
+    options: `data`, `output`, `compare`, `max_samples`, `base`, `overwrite`, `quiet`, as those of `luthier predict`.
+    Raises a `luthier.types.LuthierError` whose message says what to mend.
+    """
+    from luthier.predict_verb import predict as run_predict
+
+    return run_predict(target, overrides, **options)

@@ -21,12 +21,13 @@ from luthier.data.template import ChatTemplate
 from luthier.engine.hf import BASE, HfEngine
 from luthier.engine.packed import can_pack, pack_linears
 from luthier.engine.precedence import model_settings, settings_of
+from luthier.engine.reasoning import OPEN, split_reasoning
 from luthier.environment import detect_hardware
 from luthier.methods.adapter_files import ADAPTER, attach_adapter, attach_further
 from luthier.model.load import ModelSource, fingerprint, locate
 from luthier.model.vocabulary import recorded_change
 from luthier.recipe.load import load_recipe
-from luthier.recipe.schema import GenerationSpec, ModelSpec, Recipe
+from luthier.recipe.schema import DataSpec, GenerationSpec, ModelSpec, Recipe
 from luthier.trained import load
 from luthier.trained.dequantize import is_quantized
 from luthier.trained.source import Trained, from_folder, from_recipe, require_base
@@ -35,6 +36,7 @@ from luthier.types import (
     Conversation,
     Generation,
     GenerationSettings,
+    Message,
     ModelError,
     ModelKind,
     RecipeError,
@@ -78,11 +80,30 @@ class Answerer:
         )
 
     def request(self, conversation: Conversation, *, adapter: str | None = None, **call: Any) -> Request:
-        """The request for the assistant's next turn, with the ids that training had for it.
+        """The request for the assistant's next turn, with the ids that training had for it: like there, an empty
+        system message is none.
 
         Raises DataError for a conversation that the template cannot render, GenerationError for a wrong setting.
         """
+        first = conversation.messages[0] if conversation.messages else None
+        if first is not None and first.role == "system" and not first.content:
+            conversation = replace(conversation, messages=conversation.messages[1:])
         return Request(tuple(self.template.prompt(conversation)), self.settings(**call), adapter)
+
+    def opens_reasoning(self, request: Request) -> bool:
+        """Whether its prompt ends inside <think>, so that the answer begins with reasoning."""
+        return self.template.decode(request.prompt[-8:]).rstrip().endswith(OPEN)
+
+    def message(self, text: str, *, opened: bool = False) -> Message:
+        """The text of an answer as the message that training data would have in its place.
+
+        Reasoning stands apart where the template has a place for it, else in the content; opened: see
+        `opens_reasoning`.
+        """
+        if self.template.has_reasoning:
+            reasoning, content = split_reasoning(text, opened=opened)
+            return Message("assistant", content, reasoning or None)
+        return Message("assistant", f"{OPEN}\n{text}" if opened else text)
 
     def text(self, answer: Generation | Sequence[int], *, skip_special_tokens: bool | None = None) -> str:
         """The text of an answer, up to its stop string."""
@@ -98,7 +119,9 @@ def open_model(
     *,
     adapters: Mapping[str, str | Path] | None = None,
     base: str | None = None,
+    template: str | None = None,
     generation: GenerationSpec | None = None,
+    rows: int | None = None,
     device: str | None = None,
     say: Note = lambda text: None,
 ) -> Answerer:
@@ -106,14 +129,19 @@ def open_model(
     the hub, or `embedded`.
 
     adapters: more of them by name, each on the same base, for requests to choose from; with any, the trained one is
-    called `default` and the base `base`. base: the model below the adapter, where it moved. generation: in place of
-    the recipe's. Raises ModelError, CheckpointError and RecipeError for parts that do not fit together.
+    called `default` and the base `base`. base: the model below the adapter, where it moved. template: of a model that
+    nobody trained here, where its own is not wanted. generation: in place of the recipe's; what a recipe that only
+    answers says comes before what the run of its adapter says. rows: in place of that setting alone. Raises ModelError,
+    CheckpointError and RecipeError for parts that do not fit together.
     """
-    trained = parts_of(target, base)
+    asked = target if isinstance(target, Recipe) else _recipe_in(target)
+    trained = parts_of(target if asked is None else asked, base)
+    if template is not None:
+        trained = _with_template(trained, template)
     source = locate(trained.model)
     if trained.bases:
         require_base(trained, source)
-    template = trained_template(trained, say)
+    chat = trained_template(trained, say)
     hardware = detect_hardware()
     where = torch.device(device or hardware.device)
     trained = typed(trained, where, bf16=hardware.bf16)
@@ -126,7 +154,10 @@ def open_model(
     if can_pack(model) and trained.kind == "language":
         pack_linears(model)
     model.requires_grad_(False)
-    return answerer(trained, source, model, template, names=names, generation=generation)
+    label = trained.label if asked is None or isinstance(target, Recipe) else str(target)
+    spec = generation or _generation(asked, trained.recipe)
+    spec = spec if rows is None else spec.model_copy(update={"rows": rows})
+    return replace(answerer(trained, source, model, chat, names=names, generation=spec), label=label)
 
 
 def answerer(
@@ -147,26 +178,57 @@ def answerer(
         decode=template.decode,
         adapters=names,
     )
-    return Answerer(
-        trained.label, engine, template, trained, spec, model_settings(_settings_folder(trained, source))
-    )
+    said = model_settings(_settings_folder(trained, source))
+    return Answerer(trained.label, engine, template, trained, spec, said)
 
 
 def parts_of(target: str | Path | Recipe, base: str | None = None) -> Trained:
     """What `target` names, in its parts, nothing loaded. Raises as `open_model` does."""
     below = None if base is None else ModelSpec(path=base)
+    recipe = target if isinstance(target, Recipe) else _recipe_in(target)
+    if recipe is not None and below is not None:
+        raise RecipeError(
+            "--base: a recipe names its own model; change model.path there, or name the run's folder"
+        )
     if isinstance(target, Recipe):
         return from_recipe(target, "the recipe")
+    if recipe is not None:
+        return from_recipe(recipe, str(target))
     path = Path(target).expanduser()
     if path.is_dir():
         return from_folder(path, base=below)
-    if path.is_file() and path.suffix in (".yaml", ".yml", ".json"):
-        return from_recipe(load_recipe(path, to_export=True).recipe, str(path))
     if below is not None:
         raise RecipeError(f"--base: {target} is a whole model, which has no model below it")
     spec = ModelSpec(path=str(target))
     locate(spec)  # a path that is not there is refused here
     return Trained(str(target), spec, (), str(target), "language", named_template=True)
+
+
+def _recipe_in(target: str | Path) -> Recipe | None:
+    """The recipe in a file; None where `target` is no file of a recipe."""
+    path = Path(target).expanduser()
+    if not path.is_file() or path.suffix not in (".yaml", ".yml", ".json"):
+        return None
+    return load_recipe(path, to_export=True).recipe
+
+
+def _generation(asked: Recipe | None, run: Recipe | None) -> GenerationSpec:
+    """What the recipe that was named says, and where it says nothing the recipe of the run that it names."""
+    spec = GenerationSpec() if run is None else run.generation
+    if asked is None or asked is run:
+        return spec
+    given = {name: getattr(asked.generation, name) for name in asked.generation.model_fields_set}
+    return spec.model_copy(update=given)
+
+
+def _with_template(trained: Trained, template: str) -> Trained:
+    """With another template than the tokenizer's. Raises RecipeError for a model that was trained with one."""
+    if trained.recipe is not None or trained.adapters:
+        raise RecipeError(
+            f"template: {trained.label} answers with the template that it was trained with; leave it out"
+        )
+    recipe = Recipe(model=trained.model, data=DataSpec(template=template), generation=GenerationSpec())
+    return replace(trained, recipe=recipe, named_template=True)
 
 
 def typed(trained: Trained, device: torch.device, *, bf16: bool) -> Trained:
@@ -199,6 +261,11 @@ def _with_choices(
 
     Raises ModelError for an adapter of another base, one that needs more than itself, and a name that is taken.
     """
+    if len(trained.adapters) > 1 or recorded_change(trained.adapters) is not None:
+        raise ModelError(
+            f"{trained.label} changes its base itself (adapters below the last one, or new tokens), so no other "
+            "adapter can share it; export it, and load adapters on the exported model"
+        )
     found = fingerprint(source)
     for name, path in adapters.items():
         if name in (ADAPTER, BASE) or not name.isidentifier():
@@ -211,6 +278,15 @@ def _with_choices(
                 raise ModelError(
                     f"the adapter {name}={folder} was not trained on {trained.model.path}: its base is another"
                 )
+        if not parts.adapters:
+            raise ModelError(
+                f"the adapter {name}={path} holds no adapter (adapter_config.json) but a whole model"
+            )
+        if parts.model.quantization != trained.model.quantization:
+            raise ModelError(
+                f"the adapter {name}={path} was trained on a base that is quantized in another way than "
+                f"{trained.model.path} is here; load it by itself"
+            )
         if (
             len(parts.adapters) != 1
             or recorded_change((str(path),)) is not None

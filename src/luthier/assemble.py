@@ -22,6 +22,7 @@ from luthier.data.encode import EncodeOptions
 from luthier.data.prepare import Preparation, Progress, prepare
 from luthier.data.template import ChatTemplate, load_template
 from luthier.environment import require
+from luthier.measures.text import require_libraries
 from luthier.methods import build_method
 from luthier.methods.lora import Lora
 from luthier.model.calibration import Calibration
@@ -98,6 +99,8 @@ def attachments(loaded: LoadedRecipe) -> Attachments:
             "model.token: trackers keep the command line, and the token with it; set HF_TOKEN instead"
         )
     build_method(loaded.recipe.method)
+    if train_spec.generate_at_eval is not None:
+        require_libraries("train.generate_at_eval")
     callbacks = load_callbacks(train_spec.callbacks, beside)
     if (early := train_spec.early_stopping) is not None:
         callbacks.append(EarlyStopping(early.patience, early.threshold))

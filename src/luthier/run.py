@@ -31,6 +31,7 @@ from luthier.assemble import (
 from luthier.data.prepare import PreparedData
 from luthier.data.report import check_max_lost, format_reports
 from luthier.environment import detect_hardware
+from luthier.eval_answers import answers_at_eval
 from luthier.methods.groups import ParameterCount, count_parameters
 from luthier.model.base_record import BaseRecord, remember_base
 from luthier.model.load import ModelSource, fingerprint, locate
@@ -140,6 +141,7 @@ def _train(loaded: LoadedRecipe, hardware: Hardware, quiet: bool) -> TrainResult
             async_save=train_spec.async_save,
             metrics=attached.metrics,
             schedule=attached.schedule,
+            answers=answers_at_eval(settings, source, model, material, say),
             eval_arithmetic=AUTOCAST[train_spec.eval_precision],
             bad_numbers=train_spec.bad_numbers,
             reference=live_reference(settings, hardware, model, material),

@@ -6,10 +6,9 @@ score_text(model, prompt, text, ...)  one answer
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -18,12 +17,13 @@ import torch
 
 from luthier.arrange import Material, eval_sets
 from luthier.assemble import build_model, fitted, load_tokens
+from luthier.data.described import described
 from luthier.data.encode import EncodeOptions
 from luthier.data.formats import to_row
 from luthier.data.pairs import feedback_sample, pair_sample
 from luthier.data.prepare import PreparedData
 from luthier.data.read import read_rows
-from luthier.data.registry import DatasetAttr, resolve_datasets
+from luthier.data.registry import DatasetAttr
 from luthier.data.table import SampleTable
 from luthier.data.template import load_template
 from luthier.environment import detect_hardware
@@ -32,13 +32,12 @@ from luthier.model.load import load_config, locate
 from luthier.model.logprobs import ModelPolicy, chosen_rows
 from luthier.recipe.load import load_recipe
 from luthier.recipe.resolve import Hardware, resolve
-from luthier.recipe.schema import AdapterSpec, ColumnSpec, DatasetSpec, DataSpec, ModelSpec, Recipe, RmSpec
+from luthier.recipe.schema import AdapterSpec, DataSpec, ModelSpec, Recipe, RmSpec
 from luthier.show import quiet_libraries
 from luthier.stages import build_stage
 from luthier.trainer.precision import AUTOCAST
 from luthier.types import Conversation, DataError, Encoded, Lost, Message, ModelError, Row, RowError, Sample
 
-_PROMPTS, _ANSWERS = ("instruction", "prompt", "question"), ("output", "response", "completion", "answer")
 _ROWS = "rows"
 
 
@@ -101,7 +100,7 @@ def score_file(
     """
     if output is not None and output.exists() and not overwrite:
         raise DataError(f"{output} exists already; choose another file or give --overwrite")
-    scorer = _Scorer(model, base, max_length)
+    scorer = Scorer(model, base, max_length)
     attr = scorer.described(Path(file))
     scores = scorer.scores(_rows(attr))
     if output is not None:
@@ -116,7 +115,7 @@ def score_text(
     model: str | Path, prompt: str, text: str, *, base: str | None = None, max_length: int | None = None
 ) -> Scores:
     """The score of `text` as the answer to `prompt`. Raises ModelError, and DataError where it cannot be scored."""
-    scorer = _Scorer(model, base, max_length)
+    scorer = Scorer(model, base, max_length)
     row = Row("text", 0, Conversation((Message("user", prompt), Message("assistant", text))), desirable=True)
     scores = scorer.scores(iter([(0, row)]))
     if scores.rows[0].reason is not None:
@@ -128,7 +127,7 @@ def score_text(
 # The model
 
 
-class _Scorer:
+class Scorer:
     """A reward model with its template, ready to score rows."""
 
     def __init__(self, model: str | Path, base: str | None, max_length: int | None) -> None:
@@ -199,33 +198,32 @@ class _Scorer:
 
     def described(self, file: Path) -> DatasetAttr:
         """What the columns of a data file mean: as the run's recipe says of it, or by their names."""
-        data = self._run.data if self._run is not None else DataSpec()
-        for ref in (*data.train, *data.eval):
-            with contextlib.suppress(DataError):
-                (attr,) = resolve_datasets([ref], data)
-                if attr.load_from == "file" and Path(attr.path).resolve() == file.resolve():
-                    return attr
-        return describe(file)
+        return described(file, self._run.data if self._run is not None else DataSpec())
 
-    @torch.no_grad()
     def scores(self, rows: Iterator[tuple[int, Row | RowError]]) -> Scores:
         found: dict[int, Scored] = {}
         samples: list[Sample] = []
         for index, row in rows:
-            encoded = self._encoded(row)
+            encoded = self.encoded(row)
             if encoded.samples:
                 samples += encoded.samples
             else:
                 found[index] = Scored(index, reason=encoded.lost.dropped)
-        for sample, numbers in self._computed(samples):
-            found[sample.index] = Scored(sample.index, numbers)
+        for index, numbers in self.numbers(samples).items():
+            found[index] = Scored(index, numbers)
         return Scores([found[index] for index in sorted(found)])
 
-    def _encoded(self, row: Row | RowError) -> Encoded:
+    def encoded(self, row: Row | RowError) -> Encoded:
+        """The sample of a row, or what is wrong with it."""
         if isinstance(row, RowError):
             return Encoded(lost=Lost(dropped=row.reason))
         encode = feedback_sample if row.rejected is None else pair_sample
         return encode(row, self._material.template, self._options)
+
+    @torch.no_grad()
+    def numbers(self, samples: list[Sample]) -> dict[int, tuple[float, ...]]:
+        """The score of each sample, or those of its two answers, by the sample's index."""
+        return {sample.index: numbers for sample, numbers in self._computed(samples)}
 
     def _computed(self, samples: list[Sample]) -> Iterator[tuple[Sample, tuple[float, ...]]]:
         """The scores of each sample, in the passes of an evaluation."""
@@ -281,38 +279,6 @@ def _looks_local(path: str) -> bool:
 
 # --------------------------------------------------------------------------------------------------
 # The rows
-
-
-def describe(file: Path) -> DatasetAttr:
-    """A data file's format, told from the columns of its first row.
-
-    Raises DataError for a file that cannot be read, and for columns that hold no answers by their names.
-    """
-    (bare,) = resolve_datasets([DatasetSpec(file_name=str(file.absolute()))], DataSpec())
-    columns = next(read_rows(bare, max_samples=1)).columns
-    ranking = {"chosen", "rejected"} <= columns.keys()
-    named = {name: name for name in ("chosen", "rejected") if ranking}
-    named |= {name: name for name in ("system", "tools", "history") if name in columns}
-    lists = [name for name in ("messages", "conversations", "prompt") if isinstance(columns.get(name), list)]
-    fields: dict[str, Any] = {"file_name": str(file.absolute()), "ranking": ranking}
-    if lists or (ranking and not isinstance(columns["chosen"], str)):
-        named.pop("history", None)
-        named |= {"messages": lists[0]} if lists else {}
-        shown = columns[lists[0]] if lists else columns["chosen"]
-        turn = shown[0] if isinstance(shown, list) and shown else shown
-        fields["formatting"] = "openai" if isinstance(turn, Mapping) and "role" in turn else "sharegpt"
-    else:
-        prompt = next((name for name in _PROMPTS if name in columns), None)
-        answer = next((name for name in _ANSWERS if name in columns), None)
-        if prompt is None or (answer is None and not ranking):
-            raise DataError(
-                f"{file}: no answers to score in its columns ({', '.join(columns)}). Expected are messages or "
-                f"conversations; or a prompt ({', '.join(_PROMPTS)}) with an answer ({', '.join(_ANSWERS)}) or with "
-                "chosen and rejected"
-            )
-        named |= {"prompt": prompt} | ({"response": answer} if answer is not None and not ranking else {})
-    (attr,) = resolve_datasets([DatasetSpec(**fields, columns=ColumnSpec(**named))], DataSpec())
-    return attr
 
 
 def _rows(attr: DatasetAttr) -> Iterator[tuple[int, Row | RowError]]:

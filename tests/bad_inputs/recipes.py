@@ -357,9 +357,15 @@ CASES: list[BadInput] = [
     file(
         "lf: a file to chat with",
         "lf.json",
-        '{"model_name_or_path": "m",\n "infer_backend": "vllm"}',
-        "lf.json:2: infer_backend: this file does not train; to train add do_train: true and dataset; "
-        "the verbs chat and serve, which talk to a model, come in a later version",
+        '{"model_name_or_path": "m",\n "infer_backend": "huggingface"}',
+        "lf.json:2: infer_backend: this file names a model to talk to: run `luthier chat` or `luthier serve` with it; "
+        "to train add do_train: true and dataset",
+    ),
+    file(
+        "lf: a file that predicts",
+        "lf.yaml",
+        "model_name_or_path: m\neval_dataset: a\ndo_predict: true\n",
+        "lf.yaml:3: do_predict: this file answers a data set: run `luthier predict` with it",
     ),
     file(
         "lf: no model",

@@ -111,7 +111,8 @@ def recipes_in_documents() -> list[tuple[str, str]]:
 @pytest.mark.parametrize(("document", "text"), recipes_in_documents())
 def test_recipes_in_documents_validate(document: str, text: str) -> None:
     tree = yaml.safe_load(text)
-    assert load_recipe(tree).llamafactory == ("model_name_or_path" in tree)
+    # Some of them only export, or only answer.
+    assert load_recipe(tree, to_export=True).llamafactory == ("model_name_or_path" in tree)
 
 
 @pytest.mark.parametrize("path", DOCUMENTS, ids=name)

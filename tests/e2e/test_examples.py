@@ -30,6 +30,7 @@ def test_an_example_trains(
         "train.log_every=1",
         "data.max_samples=8",
         "data.dev_split=0",
+        "train.generate_at_eval=null",
         "train.eval_every=null",
         "train.load_best=false",
     ]

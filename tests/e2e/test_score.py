@@ -216,7 +216,7 @@ def test_what_is_no_reward_model_is_named(tmp_path: Path, full: Path) -> None:
     with pytest.raises(DataError, match="does not exist"):
         score_file(full, tmp_path / "absent.json")
     (tmp_path / "odd.json").write_text(json.dumps([{"a": "Hi", "b": "Hello"}]))
-    with pytest.raises(DataError, match="no answers to score in its columns"):
+    with pytest.raises(DataError, match="no answers in its columns"):
         score_file(full, tmp_path / "odd.json")
 
 

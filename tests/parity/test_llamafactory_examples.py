@@ -92,8 +92,8 @@ MEDIA = tuple(
 MEGATRON = "Megatron is not part of Luthier; remove it"
 SHARDING = DEEPSPEED.removeprefix("deepspeed: ")
 TALK = (
-    "infer_backend: this file does not train; to train add do_train: true and dataset; "
-    "the verbs chat and serve, which talk to a model, come in a later version"
+    "infer_backend: this file names a model to talk to: run `luthier chat` or `luthier serve` with it; "
+    "to train add do_train: true and dataset"
 )
 V1 = (
     "LLaMA-Factory's v1 form is not read; "
@@ -120,7 +120,7 @@ REFUSED: dict[str, tuple[str, ...]] = {
         "is no recipe: it has neither model (a native recipe) nor model_name_or_path (a LLaMA-Factory file)",
     ),
     "extras/nlg_eval/llama3_lora_predict.yaml": (
-        "do_predict: this file generates answers over a data set; the verb predict comes in a later version",
+        "do_predict: this file answers a data set: run `luthier predict` with it",
     ),
     "extras/oft/qwen2_5vl_oft_sft.yaml": (*MEDIA,),
     "inference/qwen3.yaml": (TALK,),
@@ -330,6 +330,37 @@ def test_translated_examples(name: str) -> None:
     said = {key: SAYS[key](loaded.recipe) for key in values if key not in NOT_SAID}
     assert said == {key: value for key, value in values.items() if key not in NOT_SAID}
     assert isinstance(loaded.recipe.method, (FullSpec, LlamaProSpec, LoraSpec, OftSpec))
+
+
+DRAWN = {"do_sample": True, "temperature": 0.95, "top_p": 0.7, "top_k": 50, "max_new_tokens": 1024}
+"""How that tool answers where a file says nothing."""
+
+
+@pytest.mark.parametrize("name", sorted(name for name in EXAMPLES if name.startswith("inference/")))
+def test_examples_of_chats_name_a_model_to_talk_to(name: str) -> None:
+    """What `llamafactory-cli chat`, `webchat` and `api` are given."""
+    flat = EXAMPLES[name]
+    recipe = load_recipe(write(flat), to_export=True).recipe
+    assert recipe.model.path == flat["model_name_or_path"] and recipe.data.template == flat["template"]
+    assert recipe.model.trust_remote_code and recipe.data.train == () and recipe.data.rules == "llamafactory"
+    adapter = flat.get("adapter_name_or_path")
+    assert recipe.method.model_dump()["adapters"] == ((adapter,) if adapter else ())
+    assert {key: getattr(recipe.generation, key) for key in DRAWN} == DRAWN
+
+
+def test_the_example_of_predictions_names_a_model_and_data() -> None:
+    """What `llamafactory-cli train` is given with do_predict alone."""
+    flat = EXAMPLES["extras/nlg_eval/llama3_lora_predict.yaml"]
+    loaded = load_recipe(write(flat), to_export=True)
+    recipe = loaded.recipe
+    assert recipe.data.eval == ("identity", "alpaca_en_demo") and recipe.data.train == ()
+    assert (recipe.data.max_samples, recipe.data.template, recipe.data.max_length) == (50, "llama3", 2048)
+    assert recipe.method.model_dump()["adapters"] == ("saves/llama3-8b/lora/sft",)
+    assert recipe.train.output == "saves/llama3-8b/lora/predict" and recipe.train.generate_at_eval is None
+    assert {key: getattr(recipe.generation, key) for key in DRAWN} == DRAWN
+    assert recipe.generation.rows == 1 and not recipe.train.eval_only
+    native = yaml.safe_load(dump_recipe(loaded, everything=False))
+    assert load_recipe(native, to_export=True).recipe == recipe
 
 
 def test_examples_of_merges_are_exports_here() -> None:

@@ -115,7 +115,16 @@ def test_help_names_every_command() -> None:
 
 def test_schema_is_the_recipes_json_schema() -> None:
     schema = json.loads(run("schema").stdout)
-    assert set(schema["properties"]) == {"model", "data", "stage", "method", "optim", "train", "export"}
+    assert set(schema["properties"]) == {
+        "model",
+        "data",
+        "stage",
+        "method",
+        "optim",
+        "train",
+        "generation",
+        "export",
+    }
     assert schema["additionalProperties"] is False
     assert schema["required"] == ["model"]
     path = schema["$defs"]["ModelSpec"]["properties"]["path"]

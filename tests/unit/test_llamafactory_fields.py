@@ -410,20 +410,25 @@ def test_a_json_file_translates_as_the_yaml_file_does() -> None:
     [
         ({"export_dir": "x", "export_size": 5}, "export_dir: this file exports a model: "
          "run `luthier export` with it"),
-        ({"task": "mmlu_test"}, "task: this file runs a benchmark; the verb evaluate comes in a later version"),
+        ({"task": "mmlu_test"}, "task: this file runs a benchmark: run luthier evaluate m --task mmlu_test"),
         (
-            {"do_predict": True, "eval_dataset": "a"},
-            "do_predict: this file generates answers over a data set; the verb predict comes in a later version",
+            {"task": "ceval_validation", "adapter_name_or_path": "a", "lang": "zh", "n_shot": 3, "task_dir": "d"},
+            "task: this file runs a benchmark: "
+            "run luthier evaluate a --task ceval_validation --task-dir d --n-shot 3 --lang zh",
         ),
         (
-            {"infer_backend": "vllm", "image_max_pixels": 9},
-            "infer_backend: this file does not train; to train add do_train: true and dataset; "
-            "the verbs chat and serve, which talk to a model, come in a later version",
+            {"do_predict": True, "eval_dataset": "a"},
+            "do_predict: this file answers a data set: run `luthier predict` with it",
+        ),
+        (
+            {"infer_backend": "huggingface", "image_max_pixels": 9},
+            "infer_backend: this file names a model to talk to: run `luthier chat` or `luthier serve` with it; "
+            "to train add do_train: true and dataset",
         ),
         (
             {"template": "qwen"},
-            "do_train: this file does not train; to train add do_train: true and dataset; "
-            "the verbs chat and serve, which talk to a model, come in a later version",
+            "do_train: this file names a model to talk to: run `luthier chat` or `luthier serve` with it; "
+            "to train add do_train: true and dataset",
         ),
     ],
 )  # fmt: skip

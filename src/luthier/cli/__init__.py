@@ -4,7 +4,15 @@ from __future__ import annotations
 
 import sys
 
-from luthier.cli import evaluate as evaluate, facts as facts, models as models, training as training
+from luthier.cli import (
+    chat as chat,
+    evaluate as evaluate,
+    facts as facts,
+    models as models,
+    predict as predict,
+    serve as serve,
+    training as training,
+)
 from luthier.cli.app import app as app
 
 

@@ -149,6 +149,11 @@ class ChatTemplate:
         self._document_end = family.document_end if family else None
 
     @property
+    def has_reasoning(self) -> bool:
+        """Whether reasoning has a place of its own in it, apart from the content."""
+        return "reasoning_content" in self._renderers["default"].source
+
+    @property
     def stop_ids(self) -> tuple[int, ...]:
         return self._stop_ids
 

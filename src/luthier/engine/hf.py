@@ -56,6 +56,16 @@ class HfEngine:
         self._waiting: deque[Row] = deque()
         self._lanes: dict[str | None, Lane] = {}
 
+    @property
+    def rows(self) -> int:
+        """The most that are answered at once."""
+        return self._rows
+
+    @property
+    def choices(self) -> tuple[str, ...]:
+        """The names that a request may have as its adapter; none where adapters are merged, or there are none."""
+        return (*self.adapters, BASE) if isinstance(self.model, PeftModel) else self.adapters
+
     # ---- one request, one stream, many
 
     def generate(
@@ -116,10 +126,9 @@ class HfEngine:
             raise GenerationError("the prompt is empty")
         if settings.stop and self._decode is None:
             raise GenerationError("stop: this engine knows no text, only tokens")
-        if request.adapter not in (None, BASE, *self.adapters):
-            raise GenerationError(
-                f"adapter: there is no {request.adapter!r}; choose from {[BASE, *self.adapters]}"
-            )
+        if request.adapter not in (None, *self.choices):
+            among = f"choose from {', '.join(self.choices)}" if self.choices else "this model is one whole"
+            raise GenerationError(f"adapter: there is no {request.adapter!r}; {among}")
         room = settings.max_new_tokens
         if settings.max_length is not None:
             room = min(room, settings.max_length - length)
@@ -174,6 +183,11 @@ class HfEngine:
                 return row.ended("cancelled")
         ends = (lane.cancel(ticket) for lane in self._lanes.values())
         return next((end for end in ends if end is not None), None)
+
+    def abandon(self) -> list[int]:
+        """Forget all that is under way, after a step that raised; the tickets of those that still wait."""
+        self._lanes.clear()
+        return [row.ticket for row in self._waiting]
 
     @torch.inference_mode()
     def step(self) -> list[Event]:

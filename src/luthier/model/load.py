@@ -152,7 +152,8 @@ def _converted(gguf: Path) -> Path:
 
 def load_tokenizer(spec: ModelSpec, source: ModelSource) -> PreTrainedTokenizerFast:
     """The model's tokenizer. Raises ModelError where there is none, or only a slow one."""
-    path = spec.tokenizer or source.path
+    named = spec.tokenizer
+    path = source.path if named is None or named == spec.path else named
     if _looks_local(path) and not Path(path).expanduser().exists():
         raise ModelError(f"model.tokenizer={path}: no such folder")
     try:

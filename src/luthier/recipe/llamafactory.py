@@ -6,6 +6,7 @@ tool lets packed conversations see each other, Luthier does not, and says so.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from luthier.recipe.earlier_keys import EARLY_MARKS, OLDER_NAMES
@@ -14,13 +15,17 @@ from luthier.recipe.key_rules import Rule
 from luthier.recipe.known_keys import KEYS
 from luthier.recipe.llamafactory_data import DATA_SUBJECTS
 from luthier.recipe.llamafactory_export import EXPORT_SUBJECTS, exports
+from luthier.recipe.llamafactory_generation import GENERATION_SUBJECTS, predicts, talks, trains
 from luthier.recipe.llamafactory_keys import EXPORT_KEYS
-from luthier.recipe.llamafactory_model import EXPORTED_SUBJECTS, MODEL_SUBJECTS
+from luthier.recipe.llamafactory_model import ANSWERING_SUBJECTS, EXPORTED_SUBJECTS, MODEL_SUBJECTS
 from luthier.recipe.llamafactory_stage import STAGE_SUBJECTS
 from luthier.recipe.llamafactory_train import TRAIN_SUBJECTS
 from luthier.recipe.problems import nearest, specs, tag
 from luthier.recipe.schema import Recipe, Spec
 from luthier.recipe.source import Document
+
+Subjects = tuple[Callable[[Flat], None], ...]
+"""What translates a file, a function for each of its parts."""
 
 EARLY_DEFAULTS = (
     "from an early version with other defaults (lora_target: q_proj,v_proj; lora_dropout: 0.1); "
@@ -37,23 +42,26 @@ def recognises(tree: dict[str, Any]) -> bool:
 
 
 def translate(document: Document, *, to_export: bool = False) -> Document:
-    """The native tree of a flat document; `to_export`: it may describe an export alone.
+    """The native tree of a flat document; `to_export`: it may train nothing, but export or answer alone.
 
     Raises RecipeError, one line for every key that cannot be kept.
     """
     flat = Flat(document)
     _check_names(flat)
-    trains = not to_export or flat.given("dataset") or flat.given("eval_dataset")
-    if trains:
-        _check_verb(flat)
+    alone = to_export and (predicts(flat) or not (flat.given("dataset") or flat.given("eval_dataset")))
+    _check_verb(flat, alone=alone)
     _check_values(flat)
     for key, rule in KEYS.items():
         if rule.rule is Rule.DIRECT:
             flat.put(rule.target, flat.get(key), key)
         elif rule.rule is Rule.EXTRA and flat.changed(key):
             flat.put(f"train.extra.{key}", flat.get(key), key)
-    model, train = (MODEL_SUBJECTS, TRAIN_SUBJECTS) if trains else (EXPORTED_SUBJECTS, (_no_run,))
-    for subject in (*model, *STAGE_SUBJECTS, *DATA_SUBJECTS, *EXPORT_SUBJECTS, *train):
+    model: Subjects = MODEL_SUBJECTS
+    train: Subjects = TRAIN_SUBJECTS
+    if alone:
+        model = ANSWERING_SUBJECTS if predicts(flat) or talks(flat) else EXPORTED_SUBJECTS
+        train = (_no_run,)
+    for subject in (*model, *STAGE_SUBJECTS, *DATA_SUBJECTS, *EXPORT_SUBJECTS, *train, *GENERATION_SUBJECTS):
         subject(flat)
     flat.refuse()
     _forget_our_defaults(flat)
@@ -61,7 +69,7 @@ def translate(document: Document, *, to_export: bool = False) -> Document:
 
 
 def _no_run(flat: Flat) -> None:
-    """A file that only exports names no run."""
+    """A file that only exports or answers names no run."""
     if flat.native.tree["train"].get("output") is None:
         flat.drop("train.output")
 
@@ -86,27 +94,36 @@ def _unknown(key: str) -> str:
     return f"LLaMA-Factory has no such key; did you mean {near}?" if near else "LLaMA-Factory has no such key"
 
 
-def _check_verb(flat: Flat) -> None:
-    """Files that train nothing: they belong to another verb, and only that is worth saying."""
-    trains = flat.get("do_train") is True or flat.get("do_eval") is True
+def _check_verb(flat: Flat, *, alone: bool) -> None:
+    """Files that belong to another verb, and only that is worth saying. `alone`: one that trains nothing is welcome."""
     verb = None
-    if exports(flat) and not trains:
+    if flat.given("task") and not trains(flat):
+        verb = "task", f"this file runs a benchmark: {_benchmark(flat)}"
+    elif alone or trains(flat):
+        return
+    elif exports(flat):
         key = next(key for key in EXPORT_KEYS if flat.changed(key))
         verb = key, "this file exports a model: run `luthier export` with it"
-    elif flat.given("task") and not trains:
-        verb = "task", "this file runs a benchmark; the verb evaluate comes in a later version"
-    elif not trains and (flat.flag("do_predict") or flat.flag("predict_with_generate")):
+    elif predicts(flat):
         key = "do_predict" if flat.flag("do_predict") else "predict_with_generate"
-        verb = key, "this file generates answers over a data set; the verb predict comes in a later version"
-    elif not trains and not flat.given("dataset") and not flat.given("eval_dataset"):
+        verb = key, "this file answers a data set: run `luthier predict` with it"
+    elif talks(flat):
         verb = (
             "infer_backend" if flat.given("infer_backend") else "do_train",
-            "this file does not train; to train add do_train: true and dataset; "
-            "the verbs chat and serve, which talk to a model, come in a later version",
+            "this file names a model to talk to: run `luthier chat` or `luthier serve` with it; "
+            "to train add do_train: true and dataset",
         )
     if verb is not None:
         flat.problem(*verb)
         flat.refuse()
+
+
+def _benchmark(flat: Flat) -> str:
+    """The command that does what a file for that tool's `eval` says."""
+    given = {"task": "--task", "task_dir": "--task-dir", "n_shot": "--n-shot", "lang": "--lang"}
+    words = [f"{option} {flat.get(key)}" for key, option in given.items() if flat.given(key)]
+    model = flat.get("adapter_name_or_path") or flat.get("model_name_or_path")
+    return f"run luthier evaluate {model} {' '.join(words)}"
 
 
 def _check_values(flat: Flat) -> None:

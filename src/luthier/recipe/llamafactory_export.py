@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from luthier.recipe.flat import Flat
 from luthier.recipe.key_rules import Rule
-from luthier.recipe.known_keys import KEYS
 from luthier.recipe.llamafactory_keys import EXPORT_KEYS
 
 _TYPES = ("auto", "float16", "bfloat16", "float32")
@@ -17,8 +16,8 @@ def exports(flat: Flat) -> bool:
 
 def _export(flat: Flat) -> None:
     if not flat.given("export_dir"):
-        if flat.changed("infer_dtype"):
-            flat.note(f"infer_dtype: {KEYS['do_sample'].text}")
+        if flat.changed("infer_dtype") and flat.get("do_train") is True:
+            flat.note("infer_dtype: is about generating and has no effect on this training")
         for key in EXPORT_KEYS:
             if flat.changed(key) and EXPORT_KEYS[key].rule is Rule.READ:
                 flat.note(f"{key}: no effect without export_dir")

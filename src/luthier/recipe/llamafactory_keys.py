@@ -148,41 +148,48 @@ EXPORT_KEYS: dict[str, Key] = (
     | read("uploaded once it is verified, private", export_hub_model_id=("export.push_to_hub.repo", None))
 )
 
-GENERATION_KEYS: dict[str, Key] = read(
-    "with export_dir, else a note", infer_dtype=("export.dtype", "auto")
-) | keys(
-    Rule.NOTED,
-    "is about generating and has no effect on this training",
-    infer_backend="huggingface",
-    vllm_maxlen=4096,
-    vllm_gpu_util=0.7,
-    vllm_enforce_eager=False,
-    vllm_max_lora_rank=32,
-    vllm_config=None,
-    sglang_maxlen=4096,
-    sglang_mem_fraction=0.7,
-    sglang_tp_size=-1,
-    sglang_config=None,
-    sglang_lora_backend="triton",
-    do_sample=True,
-    temperature=0.95,
-    top_p=0.7,
-    top_k=50,
-    num_beams=1,
-    max_length=1024,
-    max_new_tokens=1024,
-    repetition_penalty=1.0,
-    length_penalty=1.0,
-    skip_special_tokens=True,
-    eval_num_beams=None,
-    generation_max_length=None,
-    generation_num_beams=None,
-    generation_config=None,
+GENERATION_KEYS: dict[str, Key] = (
+    read(
+        do_sample=("generation.do_sample", True),
+        temperature=("generation.temperature", 0.95),
+        top_p=("generation.top_p", 0.7),
+        top_k=("generation.top_k", 50),
+        num_beams=("generation.num_beams", 1),
+        repetition_penalty=("generation.repetition_penalty", 1.0),
+        length_penalty=("generation.length_penalty", 1.0),
+        skip_special_tokens=("generation.skip_special_tokens", True),
+    )
+    | read("0 leaves the length to max_length", max_new_tokens=("generation.max_new_tokens", 1024))
+    | read("where max_new_tokens is 0", max_length=("generation.max_length", 1024))
+    | read("at evaluations", generation_max_length=("generation.max_length", None))
+    | read("at evaluations", generation_num_beams=("generation.num_beams", None))
+    | read("at evaluations", eval_num_beams=("generation.num_beams", None))
+    | read("with export_dir; of a file that only answers, model.dtype", infer_dtype=("export.dtype", "auto"))
+    | read("huggingface alone, which is what answers here", infer_backend=("generation", "huggingface"))
+    | keys(
+        Rule.REFUSED,
+        "write its values into the file itself (temperature, top_p, max_new_tokens and the others)",
+        generation_config=None,
+    )
+    | keys(
+        Rule.NOTED,
+        "sets up another engine; transformers answers here",
+        vllm_maxlen=4096,
+        vllm_gpu_util=0.7,
+        vllm_enforce_eager=False,
+        vllm_max_lora_rank=32,
+        vllm_config=None,
+        sglang_maxlen=4096,
+        sglang_mem_fraction=0.7,
+        sglang_tp_size=-1,
+        sglang_config=None,
+        sglang_lora_backend="triton",
+    )
 )
 
 BENCHMARK_KEYS: dict[str, Key] = keys(
     Rule.REFUSED,
-    "belongs to LLaMA-Factory's benchmark command, not to training; remove it",
+    "belongs to LLaMA-Factory's benchmark command, whose settings are options of luthier evaluate here; remove it",
     task=None,
     task_dir="evaluation",
     batch_size=4,

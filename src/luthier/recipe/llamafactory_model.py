@@ -349,3 +349,5 @@ def _continued(flat: Flat) -> None:
 MODEL_SUBJECTS = (_attention, _checkpointing, _vocabulary, _quantization, _precision, _method)
 EXPORTED_SUBJECTS = (_vocabulary, _method)
 """What a file that only exports says of its model."""
+ANSWERING_SUBJECTS = (_attention, _vocabulary, _quantization, _method)
+"""What a file that only answers says of it."""

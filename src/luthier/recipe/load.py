@@ -53,7 +53,7 @@ def load_recipe(
 
     source: path of a native or LLaMA-Factory file (YAML or JSON), or the same as a mapping.
     overrides: words like `train.epochs=2`; for a LLaMA-Factory file also its own keys (`learning_rate=1e-5`).
-    to_export: it may describe an export alone, with nothing to train on.
+    to_export: it may have nothing to train on: an export alone, or a model that only answers.
     Raises RecipeError: one line for each problem, naming file, line and key, or the override.
     """
     document = from_mapping(source) if isinstance(source, Mapping) else read_file(Path(source))
@@ -72,11 +72,16 @@ def load_recipe(
         _default_output(document, document.path)
     recipe = validate(document)
     if not (to_export or recipe.train.eval_only or recipe.data.train):
-        raise RecipeError(
-            f"{document.label}: data.train is empty: this recipe only exports; run `luthier export` with it"
-        )
+        where = f"{document.label}: " if document.label else ""
+        raise RecipeError(f"{where}data.train is empty: this recipe only {_verb(recipe)} with it")
     recipe = _find_directory(recipe, document)
     return LoadedRecipe(recipe, _origins(recipe, document), document.path, tuple(document.notes), flat)
+
+
+def _verb(recipe: Recipe) -> str:
+    if recipe.export.output is not None:
+        return "exports; run `luthier export`"
+    return "predicts; run `luthier predict`" if recipe.data.eval else "answers; run `luthier chat`"
 
 
 # --------------------------------------------------------------------------------------------------

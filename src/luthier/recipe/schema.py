@@ -58,7 +58,14 @@ from luthier.recipe.stage import (
     SftSpec,
     StageSpec,
 )
-from luthier.recipe.train import BadNumbersSpec, CompileSpec, EarlyStoppingSpec, HubSpec, TrainSpec
+from luthier.recipe.train import (
+    BadNumbersSpec,
+    CompileSpec,
+    EarlyStoppingSpec,
+    GenerateAtEvalSpec,
+    HubSpec,
+    TrainSpec,
+)
 
 __all__ = [
     "EMBEDDED_MODEL",
@@ -84,6 +91,7 @@ __all__ = [
     "FreezeSpec",
     "FullSpec",
     "GaloreSpec",
+    "GenerateAtEvalSpec",
     "GenerationSpec",
     "GroupSpec",
     "HqqSpec",
@@ -138,11 +146,12 @@ class Recipe(Spec):
 
     @model_validator(mode="after")
     def _something_to_do(self) -> Recipe:
-        if not self.train.eval_only and not self.data.train and self.export.output is None:
+        train, data = self.train, self.data
+        others = bool(data.eval) or self.export.output is not None or "generation" in self.model_fields_set
+        if not (train.eval_only or data.train or others):
             raise ValueError("data.train is empty: name at least one data set")
         if self.train.eval_only and not self.data.eval and not self.data.dev_split:
             raise ValueError("train.eval_only needs data.eval or data.dev_split")
-        train = self.train
         if train.eval_every is not None and not self.data.eval and not self.data.dev_split:
             raise ValueError("train.eval_every needs something to evaluate on: data.eval or data.dev_split")
         if train.load_best and train.eval_every is None:
@@ -185,6 +194,8 @@ class Recipe(Spec):
     @model_validator(mode="after")
     def _what_the_stage_has(self) -> Recipe:
         stage = self.stage
+        if self.train.generate_at_eval is not None:
+            self._require_answers()
         if isinstance(stage, RmSpec) and self.train.metrics:
             raise ValueError(
                 "train.metrics does not go with stage: rm, which predicts no tokens; evaluations report the accuracy "
@@ -196,6 +207,18 @@ class Recipe(Spec):
                 "leave it out"
             )
         return self
+
+    def _require_answers(self) -> None:
+        key, data = "train.generate_at_eval", self.data
+        if not isinstance(self.stage, SftSpec):
+            raise ValueError(f"{key} goes with stage: sft, and this is {self.stage.type}; remove it")
+        if not data.eval and not data.dev_split:
+            raise ValueError(f"{key} needs something to evaluate on: data.eval or data.dev_split")
+        if data.train_on_prompt or data.overflow == "split":
+            wrong = "train_on_prompt: true" if data.train_on_prompt else "overflow: split"
+            raise ValueError(
+                f"{key} does not go with data.{wrong}: where an answer begins is not known then; remove one of them"
+            )
 
     @model_validator(mode="after")
     def _what_a_quantized_base_takes(self) -> Recipe:

@@ -48,6 +48,13 @@ class BadNumbersSpec(Spec):
     """Losses that `spike` looks back on."""
 
 
+class GenerateAtEvalSpec(Spec):
+    """Answers at evaluations, drawn as the recipe's `generation` says."""
+
+    max_samples: int | None = Field(default=None, gt=0)
+    """The first rows of each evaluation set; absent: all of them."""
+
+
 class TrainSpec(Spec):
     output: str = "runs/luthier"
     """The run directory. An existing run is never overwritten unless `overwrite` says so."""
@@ -112,6 +119,9 @@ class TrainSpec(Spec):
     """Stop early; needs `load_best`."""
     metrics: tuple[str, ...] = ()
     """More numbers at evaluations: `accuracy`, or functions as `package.module:name` or `file.py:name`."""
+    generate_at_eval: GenerateAtEvalSpec | None = None
+    """Answer the prompts of the evaluation sets, too, and report BLEU, ROUGE, chrF and exact matches; `{}` takes its
+    defaults. Stage sft."""
     callbacks: tuple[str, ...] = ()
     """transformers callbacks of yours, as `package.module:Class` or `file.py:Class`."""
     plots: bool = True

@@ -46,6 +46,7 @@ _TRANSLATED = (
         metric_for_best_model=("train.best_metric", None),
         do_train=("train.eval_only", False),
         do_eval=("train.eval_at_end", False),
+        predict_with_generate=("train.generate_at_eval", False),
         resume_from_checkpoint=("train.resume", None),
         overwrite_output_dir=("train.overwrite", False),
         hub_private_repo=("train.push_to_hub.private", None),
@@ -55,6 +56,8 @@ _TRANSLATED = (
     | read(
         "use_reentrant alone", gradient_checkpointing_kwargs=("model.gradient_checkpointing.reentrant", None)
     )
+    | read("a verb of its own: run `luthier predict` with the file", do_predict=("data.eval", False))
+    | read("of a file that answers a data set", per_device_eval_batch_size=("generation.rows", 8))
     | read("of pt and sft", label_smoothing_factor=("stage.label_smoothing", 0.0))
     | read(lr_scheduler_type=("optim.schedule", "linear"))
     | read("see docs/optimizers.md for the names", optim=("optim.type", "adamw_torch_fused"))
@@ -103,7 +106,6 @@ _ACCEPTED = (
         include_num_input_tokens_seen="no",
         logging_nan_inf_filter=True,
         disable_tqdm=None,
-        per_device_eval_batch_size=8,
         prediction_loss_only=False,
         eval_do_concat_batches=True,
         eval_use_gather_object=False,
@@ -143,19 +145,13 @@ _ACCEPTED = (
         average_tokens_across_devices=True,
     )
     | keys(Rule.NOTED, "to keep away from a GPU, set CUDA_VISIBLE_DEVICES to nothing", use_cpu=False)
+    | keys(Rule.NOTED, "prompts of like length are answered together without it", sortish_sampler=False)
     | keys(Rule.NOTED, "logs are written into the run directory", logging_dir=None)
     | keys(Rule.NOTED, "give torchrun the address", master_addr=None, master_port=None)
 )
 
 _REFUSED = (
     keys(
-        Rule.REFUSED,
-        "generating answers over a data set comes in a later version; remove it",
-        do_predict=False,
-        predict_with_generate=False,
-        sortish_sampler=False,
-    )
-    | keys(
         Rule.REFUSED,
         "metrics here see sums over tokens, not whole batches; name functions in train.metrics of a native recipe",
         include_for_metrics=[],

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, overload
 
@@ -18,6 +18,9 @@ from luthier.trainer.ledger import add_terms
 from luthier.trainer.metrics import Metric, RecordingPolicy, joined, measure
 from luthier.trainer.steps import Passes
 from luthier.types import Batch, EvalRow, Observed, Policy, RecipeError, Sample, Stage, Term
+
+Answers = Callable[[str], Mapping[str, float]]
+"""Answers the evaluation sets with the model as it is; the numbers of the answers, their names after a prefix."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,6 +70,7 @@ class Evaluation(Seq2SeqTrainer):
     _metrics: tuple[Metric, ...]
     _eval_arithmetic: torch.dtype | None
     _reference: Reference | None
+    _answers: Answers | None
     _evaluated: tuple[int, dict[str, float]] | None = None
     """The last evaluation and the step after which it was."""
 
@@ -84,7 +88,7 @@ class Evaluation(Seq2SeqTrainer):
         ignore_keys: list[str] | None = None,
         metric_key_prefix: str = "eval",
     ) -> dict[str, float]:
-        """Loss and perplexity of every evaluation set by exact sums, and the recipe's metrics of its rows.
+        """Loss and perplexity of every evaluation set by exact sums, and the recipe's metrics of its rows and answers.
 
         One set gives `eval_loss`; several give `eval_<name>_loss` each, and `eval_loss` of all their tokens; so with
         metrics. Raises RecipeError where, in training, `best_metric` is not among the numbers.
@@ -100,6 +104,9 @@ class Evaluation(Seq2SeqTrainer):
             if named:
                 metrics = joined(metrics, self._report(f"{metric_key_prefix}_{name}", sums, evaluated))
         metrics = joined(metrics, self._report(metric_key_prefix, pooled, rows))
+        if self._answers is not None:
+            with self.compute_loss_context_manager():
+                metrics = joined(metrics, self._answers(metric_key_prefix))
         seconds = time.time() - started
         speed = {"runtime": round(seconds, 4), "tokens_per_second": round(num_tokens / seconds, 3)}
         metrics = joined(metrics, {f"{metric_key_prefix}_{name}": value for name, value in speed.items()})

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from luthier.recipe.schema import Recipe
+from luthier.recipe.schema import GenerationSpec, Recipe
 from luthier.trainer.checkpoint import read_manifest
 from luthier.types import CheckpointError
 
@@ -34,6 +34,7 @@ FREE = {
         "greater_is_better",
         "early_stopping",
         "metrics",
+        "generate_at_eval",
         "callbacks",
         "plots",
         "report_to",
@@ -42,6 +43,7 @@ FREE = {
         "fit_memory",
         "tokens_per_pass",
     },
+    "generation": set(GenerationSpec.model_fields),
     "export": {"output", "dtype", "shard_size", "device", "probes", "push_to_hub"},
 }
 """What may differ: it changes no step of the training, or its content is compared instead."""

@@ -36,7 +36,7 @@ from luthier.optim.schedule import Factor, build_schedule
 from luthier.recipe.schema import AnyOptimSpec, BadNumbersSpec
 from luthier.trainer.bad_numbers import BadNumbersError, NumberGuard, Rewind
 from luthier.trainer.checkpoint import newest_valid, read_manifest
-from luthier.trainer.evaluation import EvalSet, Evaluation, observe
+from luthier.trainer.evaluation import Answers, EvalSet, Evaluation, observe
 from luthier.trainer.ledger import Ledger, add_terms
 from luthier.trainer.memory import FitMemory, running_out
 from luthier.trainer.metrics import Metric
@@ -71,10 +71,12 @@ class PeftTrainer(Evaluation):
         bad_numbers: BadNumbersSpec | None = None,
         reference: Reference | None = None,
         schedule: Factor | None = None,
+        answers: Answers | None = None,
     ) -> None:
         """`eval_arithmetic` is the type of evaluations (see `ModelPolicy`), without it that of training; `reference` is
-        the model that a stage compares with, where it needs one, `schedule` what `optim.schedule_function` names."""
-        self._reference, self._schedule = reference, schedule
+        the model that a stage compares with, where it needs one, `schedule` what `optim.schedule_function` names;
+        `answers` answers at evaluations."""
+        self._reference, self._schedule, self._answers = reference, schedule, answers
         self.stage, self.method, self._optim = stage, method, optim
         self._steps, self._eval_sets = steps, dict(eval_sets)
         self.saver = CheckpointSaver(

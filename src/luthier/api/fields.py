@@ -1,0 +1,343 @@
+"""What requests may say, field by field. One that is unknown, or that the engine cannot hold, is refused by name."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Annotated, Any, ClassVar, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ModelWrapValidatorHandler, PrivateAttr, model_validator
+from pydantic_core import PydanticCustomError
+
+HARMLESS = frozenset(
+    {
+        "user",
+        "store",
+        "metadata",
+        "service_tier",
+        "safety_identifier",
+        "prompt_cache_key",
+        "prompt_cache_retention",
+        "verbosity",
+    }
+)
+"""Fields of OpenAI's that ask nothing of an answer: read over."""
+
+_NO_MEDIA = "this server opens no images, sounds or files; send text"
+_REFUSED: dict[str, tuple[str, tuple[Any, ...]]] = {
+    "logit_bias": ("logits cannot be biased here", ({},)),
+    "functions": ("write tools instead", ([],)),
+    "function_call": ("write tool_choice instead", ()),
+    "parallel_tool_calls": ("the number of calls cannot be held to one", (True,)),
+    "modalities": ("answers are text", (["text"],)),
+    "audio": ("answers are text", ()),
+    "prediction": ("there is no speculative decoding", ()),
+    "reasoning_effort": ("how much a model reasons is its template's matter", ()),
+    "web_search_options": ("nothing is searched", ()),
+    "suffix": ("nothing is filled in between", ("",)),
+    "echo": ("the prompt is not repeated", (False,)),
+    "best_of": ("all answers are returned; use n", ()),
+    "num_beams": ("beams are not searched here; `luthier predict` can", (1,)),
+}
+"""Known fields that are refused: why, and the values that ask for nothing and are read over."""
+
+PROBLEMS = frozenset(
+    {
+        "refused",
+        "unknown",
+        "unreadable",
+        "media",
+        "content",
+        "assistant",
+        "tool",
+        "strict",
+        "format",
+        "stream_options",
+        "top_logprobs",
+        "tool_choice",
+    }
+)
+"""Kinds of problems that the classes below find themselves."""
+
+_SEED = 2**63 - 1
+_MAX_STOPS, _MAX_CHOICES = 16, 128
+_Stop = Annotated[str, Field(min_length=1, max_length=256)]
+_Text = Annotated[str, Field(max_length=64)]
+
+
+class Strict(BaseModel):
+    """An object whose every field is known."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+    ignored: ClassVar[frozenset[str]] = frozenset()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _known(cls, value: Any) -> Any:
+        if not isinstance(value, dict):
+            return value
+        kept = {}
+        for name, item in value.items():
+            if name in cls.model_fields:
+                kept[name] = item
+                continue
+            why, harmless = _REFUSED.get(name, ("", ()))
+            if name in cls.ignored or item is None or (why and item in harmless):
+                continue
+            if why:
+                raise PydanticCustomError(
+                    "refused", "the field {field} is not supported: {why}", {"field": name, "why": why}
+                )
+            raise PydanticCustomError("unknown", "the field {field} is not known here", {"field": name[:80]})
+        return kept
+
+
+class Body(Strict):
+    """What all requests have in common. `model`: a name that /v1/models lists."""
+
+    ignored = HARMLESS
+    model: Annotated[str, Field(max_length=512)]
+
+    @model_validator(mode="before")
+    @classmethod
+    def _readable(cls, value: Any) -> Any:
+        try:
+            json.dumps(value, ensure_ascii=False).encode()
+        except (UnicodeEncodeError, RecursionError) as error:
+            raise PydanticCustomError(
+                "unreadable", "the text has half a surrogate pair in it, or is nested too deep"
+            ) from error
+        return value
+
+
+class StreamOptions(Strict):
+    """Of a stream. `include_usage`: the counts come in a last chunk."""
+
+    ignored = frozenset({"include_obfuscation"})
+    include_usage: bool = False
+
+
+class Drawing(Body):
+    """How an answer is drawn. What is absent is as the recipe, then the model's generation_config.json says."""
+
+    n: Annotated[int, Field(ge=1, le=_MAX_CHOICES)] | None = None
+    max_tokens: Annotated[int, Field(ge=1, le=2**31)] | None = None
+    temperature: Annotated[float, Field(ge=0, le=100, allow_inf_nan=False)] | None = None
+    top_p: Annotated[float, Field(gt=0, le=1)] | None = None
+    top_k: Annotated[int, Field(ge=-1, le=2**31)] | None = None
+    """Extension; 0 and -1: all."""
+    min_p: Annotated[float, Field(ge=0, le=1)] | None = None
+    """Extension."""
+    repetition_penalty: Annotated[float, Field(gt=0, le=100, allow_inf_nan=False)] | None = None
+    """Extension."""
+    presence_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
+    frequency_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
+    seed: Annotated[int, Field(ge=-_SEED, le=_SEED)] | None = None
+    stop: _Stop | Annotated[list[_Stop], Field(max_length=_MAX_STOPS)] | None = None
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+
+    @model_validator(mode="after")
+    def _options_of_streams(self) -> Drawing:
+        if self.stream_options is not None and not self.stream:
+            raise PydanticCustomError("stream_options", "stream_options is for stream: true")
+        return self
+
+    @property
+    def with_usage(self) -> bool:
+        """Whether a stream ends with the counts."""
+        return self.stream_options is not None and self.stream_options.include_usage
+
+    def call(self) -> dict[str, Any]:
+        """What this request says of drawing, in the engine's words."""
+        names = (
+            "temperature",
+            "top_p",
+            "min_p",
+            "repetition_penalty",
+            "presence_penalty",
+            "frequency_penalty",
+            "seed",
+        )
+        said: dict[str, Any] = {name: getattr(self, name) for name in names}
+        said["max_new_tokens"] = self.max_tokens
+        said["top_k"] = None if self.top_k is None else max(self.top_k, 0)
+        said["stop"] = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
+        return said
+
+
+class Part(Strict):
+    """A part of a message: text alone."""
+
+    type: Literal["text"]
+    text: str
+
+    @model_validator(mode="before")
+    @classmethod
+    def _text_alone(cls, value: Any) -> Any:
+        kind = value.get("type") if isinstance(value, dict) else None
+        if isinstance(kind, str) and kind != "text":
+            raise PydanticCustomError(
+                "media",
+                "a part of type {kind} is not supported: {why}",
+                {"kind": kind[:40], "why": _NO_MEDIA},
+            )
+        return value
+
+
+class CalledFunction(Strict):
+    """`arguments` is JSON as text."""
+
+    name: _Text
+    arguments: str
+
+
+class Called(Strict):
+    """A call that the assistant made earlier."""
+
+    id: Annotated[str, Field(max_length=128)] | None = None
+    type: Literal["function"] = "function"
+    function: CalledFunction
+
+
+class ChatTurn(Strict):
+    """A message. `reasoning_content` belongs to assistants, `tool_call_id` and `name` to tools."""
+
+    role: Literal["system", "developer", "user", "assistant", "tool"]
+    content: str | list[Part] | None = None
+    reasoning_content: str | None = None
+    tool_calls: list[Called] | None = None
+    tool_call_id: str | None = None
+    name: str | None = None
+
+    @model_validator(mode="after")
+    def _belongs(self) -> ChatTurn:
+        if self.content is None and not self.tool_calls:
+            raise PydanticCustomError("content", "a message needs content")
+        if self.role != "assistant" and (self.tool_calls or self.reasoning_content):
+            raise PydanticCustomError(
+                "assistant", "tool_calls and reasoning_content belong to assistant messages"
+            )
+        if self.role != "tool" and (self.tool_call_id is not None or self.name is not None):
+            raise PydanticCustomError("tool", "tool_call_id and name belong to tool messages")
+        return self
+
+    def turn(self) -> dict[str, Any]:
+        """The message as a data file in OpenAI's format would have it."""
+        turn = self.model_dump(exclude_none=True, exclude={"tool_call_id", "name"})
+        # `developer` is OpenAI's newer word, which chat templates do not know.
+        return turn | ({"role": "system"} if self.role == "developer" else {})
+
+
+class ToolFunction(Strict):
+    """A function that may be called; `parameters` is a JSON schema."""
+
+    name: Annotated[str, Field(min_length=1, max_length=64, pattern=r"^[A-Za-z0-9_.-]+$")]
+    description: str | None = None
+    parameters: dict[str, Any] | None = None
+    strict: bool | None = None
+
+    @model_validator(mode="after")
+    def _not_held(self) -> ToolFunction:
+        if self.strict:
+            raise PydanticCustomError(
+                "strict", "strict is not supported: an answer cannot be held to a schema"
+            )
+        return self
+
+
+class Tool(Strict):
+    """What the assistant may call."""
+
+    type: Literal["function"]
+    function: ToolFunction
+    _given: Mapping[str, Any] = PrivateAttr(default_factory=dict)
+
+    @model_validator(mode="wrap")
+    @classmethod
+    def _kept(cls, value: Any, handler: ModelWrapValidatorHandler[Tool]) -> Tool:
+        tool = handler(value)
+        if isinstance(value, dict):
+            tool._given = value
+        return tool
+
+    def given(self) -> Mapping[str, Any]:
+        """The tool as it was written: templates show it as JSON, so the order of its keys makes its tokens."""
+        return self._given
+
+
+class ResponseFormat(BaseModel):
+    """The form of an answer; only `text`, which is none, can be held."""
+
+    model_config = ConfigDict(extra="allow", strict=True)
+    type: str
+
+    @model_validator(mode="after")
+    def _held(self) -> ResponseFormat:
+        if self.type != "text":
+            raise PydanticCustomError(
+                "format",
+                "{kind} is not supported: an answer cannot be held to a format",
+                {"kind": self.type[:40]},
+            )
+        return self
+
+
+class ChatRequest(Drawing):
+    """POST /v1/chat/completions"""
+
+    messages: Annotated[list[ChatTurn], Field(min_length=1)]
+    max_completion_tokens: Annotated[int, Field(ge=1, le=2**31)] | None = None
+    """The same as max_tokens, and before it."""
+    logprobs: bool | None = None
+    top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
+    tools: list[Tool] | None = None
+    tool_choice: Literal["auto", "none", "required"] | dict[str, Any] | None = None
+    response_format: ResponseFormat | None = None
+
+    @model_validator(mode="after")
+    def _held(self) -> ChatRequest:
+        if self.top_logprobs is not None and not self.logprobs:
+            raise PydanticCustomError("top_logprobs", "top_logprobs is for logprobs: true")
+        if self.tool_choice is not None and not self.tools and self.tool_choice != "none":
+            raise PydanticCustomError("tool_choice", "tool_choice is for requests with tools")
+        if self.tool_choice not in (None, "auto", "none"):
+            raise PydanticCustomError(
+                "tool_choice", "tool_choice can be auto or none: an answer cannot be held to a call"
+            )
+        return self
+
+    def call(self) -> dict[str, Any]:
+        said = super().call()
+        said["max_new_tokens"] = self.max_completion_tokens or self.max_tokens
+        said["logprobs"] = (self.top_logprobs or 0) if self.logprobs else None
+        return said
+
+
+_Ids = Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)]
+
+
+class CompletionRequest(Drawing):
+    """POST /v1/completions. `prompt`: one or several, as text or as token ids."""
+
+    prompt: (
+        str | _Ids | Annotated[list[str], Field(min_length=1)] | Annotated[list[_Ids], Field(min_length=1)]
+    )
+    logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
+
+    def call(self) -> dict[str, Any]:
+        return super().call() | {"logprobs": self.logprobs}
+
+    def prompts(self) -> list[str | list[int]]:
+        """The prompts one by one."""
+        prompt: Any = self.prompt
+        one = isinstance(prompt, str) or isinstance(prompt[0], int)
+        return [prompt] if one else list(prompt)
+
+
+class ScoreRequest(Body):
+    """POST /v1/score. `input`: conversations, each of which ends with the answer that is scored."""
+
+    input: Annotated[
+        list[Annotated[list[ChatTurn], Field(min_length=2)]], Field(min_length=1, max_length=1024)
+    ]

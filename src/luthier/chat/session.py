@@ -1,0 +1,222 @@
+"""A conversation with a model: who said what, how answers are drawn, and the next answer, piece by piece."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from luthier.answering import Answerer
+from luthier.engine.reasoning import ReasoningStream
+from luthier.engine.text import TextStream
+from luthier.types import (
+    Conversation,
+    DataError,
+    Generation,
+    GenerationError,
+    LuthierError,
+    Message,
+    ModelError,
+    Request,
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """A part of an answer's text, or of the reasoning before it."""
+
+    text: str
+    reasoning: bool = False
+
+
+class Session:
+    """What is kept between turns.
+
+    settings: what was said of drawing answers, which comes before what the recipe and the model say. Raises ModelError
+    for a reward model, GenerationError for an adapter that is not there.
+    """
+
+    def __init__(
+        self,
+        answerer: Answerer,
+        *,
+        system: str | None = None,
+        adapter: str | None = None,
+        settings: Mapping[str, Any] | None = None,
+    ) -> None:
+        if answerer.kind == "reward":
+            raise ModelError(
+                f"{answerer.label} is a reward model, which scores answers and gives none; use `luthier score`"
+            )
+        self.answerer = answerer
+        self.settings = dict(settings or {})
+        self.messages: list[Message] = []
+        self.adapter: str | None = None
+        self.last: Generation | None = None
+        """How the newest answer ended; None where it was stopped."""
+        self._saved: set[Path] = set()
+        self.set_system(system)
+        if adapter is not None:
+            self.choose(adapter)
+        answerer.settings(**self.settings)
+
+    # ---- what an answer is made of
+
+    @property
+    def system(self) -> str | None:
+        first = self.messages[0] if self.messages else None
+        return first.content if first is not None and first.role == "system" else None
+
+    def set_system(self, text: str | None) -> None:
+        """Put a system message before the conversation, in place of the one that is there; None takes it away."""
+        rest = self.messages[1:] if self.system is not None else self.messages
+        self.messages = [Message("system", text), *rest] if text else list(rest)
+
+    def choose(self, adapter: str) -> None:
+        """Answer with this adapter from now on. Raises GenerationError where there is none of that name."""
+        choices = self.answerer.engine.choices
+        if adapter not in choices:
+            among = (
+                f"choose from {', '.join(choices)}"
+                if choices
+                else "this model was loaded without others; start with --adapter NAME=FOLDER"
+            )
+            raise GenerationError(f"there is no adapter {adapter!r}; {among}")
+        self.adapter = adapter
+
+    def change(self, settings: Mapping[str, Any]) -> None:
+        """Settings for the answers from now on; None goes back to what the recipe and the model say.
+
+        Raises GenerationError, and changes nothing, where they are out of range.
+        """
+        changed = {
+            name: value for name, value in (self.settings | dict(settings)).items() if value is not None
+        }
+        self.answerer.settings(**changed)
+        self.settings = changed
+
+    def request(self) -> Request:
+        """The request for the next answer. Raises GenerationError for a conversation that leaves it no room."""
+        request = self.answerer.request(
+            Conversation(tuple(self.messages)), adapter=self.adapter, **self.settings
+        )
+        limits = (self.answerer.engine.context_length, request.settings.max_length)
+        room = min((limit for limit in limits if limit is not None), default=None)
+        if room is not None and len(request.prompt) >= room:
+            raise GenerationError(
+                f"the conversation has {len(request.prompt)} tokens, and {room} is all that question and answer may "
+                "have together: /undo takes the last turn back, /clear begins anew"
+            )
+        self.answerer.engine.limit(request)
+        return request
+
+    # ---- turns
+
+    def ask(self, text: str) -> Iterator[Piece]:
+        """The answer to `text`. What cannot be asked leaves the conversation as it was.
+
+        An iterator that is closed before its end stops the answer; what was said of it stays. Raises GenerationError
+        and DataError for what cannot be answered.
+        """
+        self.messages.append(Message("user", text))
+        try:
+            request = self.request()
+        except LuthierError:
+            self.messages.pop()
+            raise
+        return self._answer(request)
+
+    def retry(self) -> Iterator[Piece]:
+        """Another answer to the last question, in place of the one that was given.
+
+        Raises GenerationError where there is none.
+        """
+        question = self._last("user")
+        kept, self.messages = self.messages, self.messages[: question + 1]
+        try:
+            request = self.request()
+        except LuthierError:
+            self.messages = kept
+            raise
+        return self._answer(request)
+
+    def undo(self) -> str:
+        """Take the last question and its answer back; the question. Raises GenerationError where there is none."""
+        question = self._last("user")
+        text = self.messages[question].content
+        self.messages = self.messages[:question]
+        return text
+
+    def clear(self) -> None:
+        """Begin anew, with the same system message."""
+        self.messages = [message for message in self.messages[:1] if message.role == "system"]
+
+    def _last(self, role: str) -> int:
+        found = [number for number, message in enumerate(self.messages) if message.role == role]
+        if not found:
+            raise GenerationError("nothing was asked yet")
+        return found[-1]
+
+    def _answer(self, request: Request) -> Iterator[Piece]:
+        answerer, self.last = self.answerer, None
+        skip = self.settings.get("skip_special_tokens", answerer.spec.skip_special_tokens)
+        opened = answerer.opens_reasoning(request)
+        stream = TextStream(
+            lambda ids: answerer.template.decode(ids, skip_special_tokens=skip), request.settings.stop
+        )
+        parts, text = ReasoningStream(opened=opened), ""
+        try:
+            for event in answerer.engine.stream(request):
+                if event.choice is not None:
+                    piece = stream.push(event.choice.token)
+                    text += piece
+                    yield from _pieces(parts.push(piece))
+                self.last = event.end
+            piece = stream.finish()
+            text += piece
+            yield from _pieces(parts.push(piece))
+            yield from _pieces(parts.finish())
+        finally:
+            if text or self.last is not None:
+                self.messages.append(answerer.message(text, opened=opened))
+            else:
+                self.messages.pop()
+
+    # ---- files
+
+    def save(self, path: str | Path) -> Path:
+        """Write the conversation as one line of JSON: a row of a data set in OpenAI's messages format.
+
+        A file that this session did not write is not replaced. Raises DataError.
+        """
+        file = Path(path).expanduser()
+        if not any(message.role == "assistant" for message in self.messages):
+            raise DataError("there is no answer yet that could be saved")
+        if file.exists() and file.resolve() not in self._saved:
+            raise DataError(f"{file} exists already; choose another name")
+        row = json.dumps({"messages": [_row(message) for message in self.messages]}, ensure_ascii=False)
+        try:
+            file.parent.mkdir(parents=True, exist_ok=True)
+            partial = file.with_name(f".{file.name}.{os.getpid()}")
+            partial.write_text(row + "\n", encoding="utf-8")
+            partial.replace(file)
+        except OSError as error:
+            raise DataError(f"{file} cannot be written: {error.strerror}") from error
+        self._saved.add(file.resolve())
+        return file
+
+
+def _pieces(parts: tuple[str, str]) -> Iterator[Piece]:
+    reasoning, answer = parts
+    if reasoning:
+        yield Piece(reasoning, reasoning=True)
+    if answer:
+        yield Piece(answer)
+
+
+def _row(message: Message) -> dict[str, str]:
+    row = {"role": message.role, "content": message.content}
+    return row if message.reasoning is None else row | {"reasoning_content": message.reasoning}
