@@ -19,6 +19,7 @@ import openai
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings, strategies as st
+from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
 from luthier.api.served import Served
@@ -37,8 +38,14 @@ ENDLESS = {"model": "tiny", "messages": ASKED, "max_tokens": 100_000}
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model that never stops by itself: the logit of its end token is 0, and others are larger."""
     folder = tmp_path_factory.mktemp("model")
-    return chat_model(folder, initializer_range=0.2, max_position_embeddings=2**20)
+    chat_model(folder, initializer_range=0.2, max_position_embeddings=2**20)
+    model: Any = AutoModelForCausalLM.from_pretrained(folder)
+    with torch.no_grad():
+        model.lm_head.weight[model.config.eos_token_id] = 0
+    model.save_pretrained(folder)
+    return folder
 
 
 @pytest.fixture(scope="module")
