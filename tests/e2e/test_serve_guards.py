@@ -417,16 +417,13 @@ def test_an_address_that_is_taken_and_a_key_without_letters_are_refused(
         serve(folder, key="")
 
 
+@pytest.mark.parametrize("missing", ["fastapi", "uvicorn"])
 def test_without_its_libraries_the_command_says_how_to_get_them(
-    folder: Path, monkeypatch: pytest.MonkeyPatch
+    folder: Path, monkeypatch: pytest.MonkeyPatch, missing: str
 ) -> None:
     find = util.find_spec
-    for missing in ("fastapi", "uvicorn"):
-        with monkeypatch.context() as patch:
-            patch.setattr(
-                util, "find_spec", lambda name, *rest: None if name == missing else find(name, *rest)
-            )  # noqa: B023
-            done = CliRunner().invoke(app, ["serve", str(folder)])
-        assert done.exit_code == 2
-        assert f"luthier serve needs the package {missing}" in done.stderr
-        assert "pip install 'luthier[api]'" in done.stderr
+    monkeypatch.setattr(util, "find_spec", lambda name, *rest: None if name == missing else find(name, *rest))
+    done = CliRunner().invoke(app, ["serve", str(folder)])
+    assert done.exit_code == 2
+    assert f"luthier serve needs the package {missing}" in done.stderr
+    assert "pip install 'luthier[api]'" in done.stderr
