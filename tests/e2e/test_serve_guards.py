@@ -19,6 +19,7 @@ import openai
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings, strategies as st
+from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
 from luthier.api.served import Served
@@ -37,8 +38,14 @@ ENDLESS = {"model": "tiny", "messages": ASKED, "max_tokens": 100_000}
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model that never stops by itself: the logit of its end token is 0, and others are larger."""
     folder = tmp_path_factory.mktemp("model")
-    return chat_model(folder, initializer_range=0.2, max_position_embeddings=2**20)
+    chat_model(folder, initializer_range=0.2, max_position_embeddings=2**20)
+    model: Any = AutoModelForCausalLM.from_pretrained(folder)
+    with torch.no_grad():
+        model.lm_head.weight[model.config.eos_token_id] = 0
+    model.save_pretrained(folder)
+    return folder
 
 
 @pytest.fixture(scope="module")
@@ -410,16 +417,13 @@ def test_an_address_that_is_taken_and_a_key_without_letters_are_refused(
         serve(folder, key="")
 
 
+@pytest.mark.parametrize("missing", ["fastapi", "uvicorn"])
 def test_without_its_libraries_the_command_says_how_to_get_them(
-    folder: Path, monkeypatch: pytest.MonkeyPatch
+    folder: Path, monkeypatch: pytest.MonkeyPatch, missing: str
 ) -> None:
     find = util.find_spec
-    for missing in ("fastapi", "uvicorn"):
-        with monkeypatch.context() as patch:
-            patch.setattr(
-                util, "find_spec", lambda name, *rest: None if name == missing else find(name, *rest)
-            )
-            done = CliRunner().invoke(app, ["serve", str(folder)])
-        assert done.exit_code == 2
-        assert f"luthier serve needs the package {missing}" in done.stderr
-        assert "pip install 'luthier[api]'" in done.stderr
+    monkeypatch.setattr(util, "find_spec", lambda name, *rest: None if name == missing else find(name, *rest))
+    done = CliRunner().invoke(app, ["serve", str(folder)])
+    assert done.exit_code == 2
+    assert f"luthier serve needs the package {missing}" in done.stderr
+    assert "pip install 'luthier[api]'" in done.stderr
