@@ -411,41 +411,13 @@ def test_the_memory_ceiling_changes_how_many_and_not_what(folder: Path, run: Pat
 
 
 @pytest.mark.slow
-def test_the_examples_answer_with_the_real_model(
+def test_the_example_answers_with_the_real_model(
     smollm2: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The run's own numbers of its held-out rows are those of `predict`, and the base's answers are compared with them."""
     root = Path(__file__).parents[2]
     monkeypatch.chdir(root)
-    words = ["generation.max_new_tokens=16"]
-    small = {
-        "model.path": smollm2,
-        "train.output": tmp_path / "run",
-        "data.cache": tmp_path / "cache",
-        "train.tokens_per_batch": 192,
-        "train.max_steps": 2,
-        "train.eval_every": 2,
-        "train.save_every": "null",
-        "train.load_best": "false",
-        "train.generate_at_eval.max_samples": 3,
-    }
-    trained = train(
-        root / "examples" / "sft_answers_at_eval.yaml",
-        [*words, *(f"{key}={value}" for key, value in small.items())],
-        quiet=True,
-    )
-    tuned = luthier.predict(tmp_path / "run", words, max_samples=3, quiet=True)
-    assert trained.metrics["eval_rouge-l"] == pytest.approx(tuned.metrics["predict_rouge-l"], abs=1e-4) != 0
-    base = luthier.predict(
-        root / "examples" / "predict" / "orders.yaml",
-        words,
-        max_samples=3,
-        output=tmp_path / "base",
-        quiet=True,
-    )
-    assert [one.prompt.count("<|im_start|>") for one in base.predictions] == [
-        3,
-        3,
-        3,
-    ]  # with the system's own
+    recipe = root / "examples" / "predict" / "orders.yaml"
+    words = ["generation.max_new_tokens=8"]
+    base = luthier.predict(recipe, words, max_samples=2, output=tmp_path / "base", quiet=True)
+    assert [one.prompt.count("<|im_start|>") for one in base.predictions] == [3, 3]  # with the system's own
     assert all(one.predict and one.label.startswith("item=") for one in base.predictions)
