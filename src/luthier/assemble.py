@@ -22,7 +22,7 @@ from luthier.data.encode import EncodeOptions
 from luthier.data.prepare import Preparation, Progress, prepare
 from luthier.data.template import ChatTemplate, load_template
 from luthier.environment import require
-from luthier.measures.text import require_libraries
+from luthier.measures.libraries import require_libraries
 from luthier.methods import build_method
 from luthier.methods.lora import Lora
 from luthier.model.calibration import Calibration

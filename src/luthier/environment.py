@@ -11,7 +11,7 @@ from pathlib import Path
 import psutil
 
 from luthier import __version__
-from luthier.measures.text import LIBRARIES as METRICS
+from luthier.measures.libraries import INSTALL, LIBRARIES
 from luthier.recipe.resolve import Hardware
 from luthier.types import RecipeError
 
@@ -49,8 +49,8 @@ OPTIONAL = (
     Library("fastapi", "fastapi", "luthier serve", "pip install 'luthier[api]'"),
     Library("uvicorn", "uvicorn", "luthier serve", "pip install 'luthier[api]'"),
     *(
-        Library(module, package, "luthier predict, train.generate_at_eval", "pip install 'luthier[metrics]'")
-        for module, package in METRICS.items()
+        Library(module, package, "luthier predict, train.generate_at_eval", INSTALL)
+        for module, package in LIBRARIES.items()
     ),
     Library("swanlab", "swanlab", "train.report_to: [swanlab]", "pip install swanlab"),
     Library("trackio", "trackio", "train.report_to: [trackio]", "pip install trackio"),

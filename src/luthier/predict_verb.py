@@ -20,7 +20,7 @@ from luthier.data.described import described
 from luthier.data.registry import DatasetAttr, resolve_datasets
 from luthier.engine.hf import HfEngine
 from luthier.generation import GenerationError, Request
-from luthier.measures.text import require_libraries
+from luthier.measures.libraries import require_libraries
 from luthier.model.load import fingerprint, locate
 from luthier.predicting.progress import PredictionProgress
 from luthier.predicting.questions import (

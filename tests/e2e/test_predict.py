@@ -395,3 +395,29 @@ def test_scores_that_are_no_numbers_are_counted(tmp_path: Path) -> None:
     assert result.metrics["finish"] == {"error": 6}
     assert result.metrics["bad_scores"] == 6
     assert [(one.predict, one.finish, one.bad_scores) for one in result.predictions] == [("", "error", 1)] * 6
+
+
+def test_the_memory_ceiling_changes_how_many_and_not_what(folder: Path, run: Path, tmp_path: Path) -> None:
+    """Keys and values for one row at a time; two limits, the same answers."""
+    from luthier.engine.key_values import bytes_per_token
+
+    model = open_model(run).engine.model
+    one_row = 64 * bytes_per_token(model.config, torch.float32) / 2**30  # type: ignore[arg-type]
+    narrow = luthier.predict(
+        run, [MAX, f"generation.memory_gib={one_row}"], output=tmp_path / "narrow", quiet=True
+    )
+    wide = luthier.predict(run, [MAX], output=tmp_path / "wide", quiet=True)
+    assert [one.predict for one in narrow.predictions] == [one.predict for one in wide.predictions]
+
+
+@pytest.mark.slow
+def test_the_example_answers_with_the_real_model(
+    smollm2: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root = Path(__file__).parents[2]
+    monkeypatch.chdir(root)
+    recipe = root / "examples" / "predict" / "orders.yaml"
+    words = ["generation.max_new_tokens=8"]
+    base = luthier.predict(recipe, words, max_samples=2, output=tmp_path / "base", quiet=True)
+    assert [one.prompt.count("<|im_start|>") for one in base.predictions] == [3, 3]  # with the system's own
+    assert all(one.predict and one.label.startswith("item=") for one in base.predictions)

@@ -51,6 +51,7 @@ def test_a_torn_last_line_is_made_again(tmp_path: Path, cut: int) -> None:
     with PredictionRecord(tmp_path, IDENTITY) as record:
         assert set(record.done) == {0}
         record.add(made(1))
+        assert read_predictions(file) == [made(0), made(1)], "a second kill finds no torn line in the middle"
         record.put_in_order()
     assert read_predictions(file) == [made(0), made(1)]
 

@@ -14,34 +14,18 @@ import logging
 import unicodedata
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from importlib import util
 from typing import Any
 
 import numpy as np
 
-from luthier.types import RecipeError
+from luthier.measures.libraries import require_libraries
 
 ROW_METRICS = ("bleu-4", "rouge-1", "rouge-2", "rouge-l", "exact_match")
 """Means over rows: each row has its own."""
 CORPUS_METRICS = ("bleu", "chrf")
 """Of all rows together: sums of counts, not means."""
 
-INSTALL = "pip install 'luthier[metrics]'"
-LIBRARIES = {
-    "jieba": "jieba",
-    "nltk": "nltk",
-    "rouge_chinese": "rouge-chinese",
-    "sacrebleu": "sacrebleu",
-}
-
 Floats = np.ndarray[Any, np.dtype[np.float64]]
-
-
-def require_libraries(key: str) -> None:
-    """Raise RecipeError, with the line that installs them, where a library of the metrics is missing."""
-    missing = [package for module, package in LIBRARIES.items() if util.find_spec(module) is None]
-    if missing:
-        raise RecipeError(f"{key} needs {', '.join(missing)}, not installed here: {INSTALL}")
 
 
 @dataclass(frozen=True, slots=True)

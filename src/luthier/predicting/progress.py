@@ -30,7 +30,7 @@ class PredictionProgress:
         self.total, self.done, self.rows, self.tokens = total, done, 0, 0
         self._file, self._quiet, self._clock = file or sys.stdout, quiet, clock
         self._started = clock()
-        self._said = 0
+        self._said = 10 * done // max(total, 1)
         draws = not quiet and self._file.isatty() and not Console(file=self._file).is_dumb_terminal
         self._bar = (
             Progress(
