@@ -21,7 +21,9 @@ def trained_template(trained: Trained, say: Callable[[str], object]) -> ChatTemp
 
     Raises ModelError where the run's manifest says that it was another one.
     """
-    spec = trained.model.model_copy(update={"tokenizer": trained.tokenizer})
+    # One that is with the model is where the model is found: `embedded` and GGUF files are converted first.
+    own = trained.tokenizer == trained.model.path
+    spec = trained.model.model_copy(update={"tokenizer": None if own else trained.tokenizer})
     tokenizer: PreTrainedTokenizerFast = load_tokenizer(spec, locate(trained.model))
     record = recorded_change(trained.adapters)
     if record is not None:
