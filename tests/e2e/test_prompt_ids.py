@@ -6,7 +6,8 @@ The tokens of training are those of `prepare`, read back from its samples; a run
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -159,6 +160,26 @@ def test_serve_has_the_prompts_of_training(made: tuple[Answerer, list[Case]]) ->
         text = json.dumps({"model": "made", "messages": fields, "tools": list(before.tools) or None})
         body = ChatRequest.model_validate(json.loads(text))
         assert served.chat(body)[0].prompt == prompt, conversation
+
+
+def test_predict_has_the_prompts_of_training(
+    made: tuple[Answerer, list[Case]], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Over the file that was trained on, each row's last answer is asked for."""
+    answerer, cases = made
+    said: list[tuple[int, ...]] = []
+
+    def answers(engine: Any, requests: Sequence[Request]) -> Iterator[tuple[int, Generation]]:
+        said.extend(request.prompt for request in requests)
+        for number, _ in enumerate(requests):
+            yield number, Generation((TokenChoice(40),), "stop")
+
+    monkeypatch.setattr("luthier.engine.hf.HfEngine.answers", answers)
+    rows = "{file_name: rows.jsonl, formatting: openai, columns: {tools: tools}}"
+    run = Path(answerer.label)
+    words = [f"data.eval=[{rows}]", f"data.directory={run.parent}"]
+    luthier.predict(run, words, output=tmp_path / "out", quiet=True)
+    assert said == [prompt for _, prompt, _ in cases]
 
 
 def test_chat_has_the_prompts_of_training(

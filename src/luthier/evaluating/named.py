@@ -6,11 +6,11 @@ from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
+from luthier.data.described import describe
 from luthier.data.read import read_rows
 from luthier.data.registry import DatasetAttr, resolve_datasets
 from luthier.evaluating.sets import kind_of
 from luthier.recipe.schema import ColumnSpec, DataSpec, Recipe
-from luthier.score import describe
 from luthier.types import DataError, RowKind
 
 _NOT_TEXT = {"messages", "conversations", "instruction", "prompt", "chosen"}
