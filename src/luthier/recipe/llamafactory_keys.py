@@ -189,7 +189,7 @@ GENERATION_KEYS: dict[str, Key] = (
 
 BENCHMARK_KEYS: dict[str, Key] = keys(
     Rule.REFUSED,
-    "belongs to LLaMA-Factory's benchmark command, whose settings are options of luthier evaluate here; remove it",
+    "belongs to LLaMA-Factory's benchmark command, whose settings are options of `luthier evaluate` here; remove it",
     task=None,
     task_dir="evaluation",
     batch_size=4,
