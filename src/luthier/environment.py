@@ -45,7 +45,7 @@ OPTIONAL = (
     Library("wandb", "wandb", "train.report_to: [wandb]", "pip install wandb"),
     Library("mlflow", "mlflow", "train.report_to: [mlflow]", "pip install mlflow"),
     Library("optuna", "optuna", "search: {type: optuna} of `luthier sweep`", "pip install 'luthier[sweep]'"),
-    Library("lm_eval", "lm-eval", "luthier evaluate --lm-eval", "pip install lm-eval"),
+    Library("lm_eval", "lm-eval", "luthier evaluate --lm-eval", "pip install 'luthier[lm-eval]'"),
     Library("fastapi", "fastapi", "luthier serve", "pip install 'luthier[api]'"),
     Library("uvicorn", "uvicorn", "luthier serve", "pip install 'luthier[api]'"),
     *(

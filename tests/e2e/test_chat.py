@@ -393,7 +393,9 @@ class Screen:
     def __init__(self, words: list[str]) -> None:
         self.pid, self.file = pty.fork()
         if not self.pid:
-            signal.signal(signal.SIGINT, signal.SIG_DFL)  # a shell's background jobs ignore it, and their children
+            signal.signal(
+                signal.SIGINT, signal.SIG_DFL
+            )  # a shell's background jobs ignore it, and their children
             os.execvpe(words[0], words, environment())
         self.text = ""
 

@@ -169,5 +169,7 @@ def test_unknown_tasks_are_refused(model: Path, tmp_path: Path) -> None:
 
 @pytest.mark.skipif(INSTALLED, reason="lm-eval is installed here")
 def test_without_lm_eval_the_line_that_installs_it(model: Path) -> None:
-    with pytest.raises(RecipeError, match=r"--lm-eval needs the package lm-eval.*pip install lm-eval"):
+    with pytest.raises(
+        RecipeError, match=r"--lm-eval needs the package lm-eval.*pip install 'luthier\[lm-eval\]'"
+    ):
         evaluate(model, lm_eval=["hellaswag"], quiet=True)
