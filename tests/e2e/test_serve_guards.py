@@ -335,7 +335,7 @@ def test_nothing_that_is_sent_stops_the_server(served: Served, standing: Running
             assert set(answer["error"]) == {"message", "type", "param", "code"}
 
     anything()
-    assert {200, 400, 404} <= seen
+    assert 400 in seen
     assert standing.ends.worker.outstanding == 0
     assert answer_of(standing)
 
