@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +18,12 @@ import torch
 from peft import PeftModel
 from transformers import PreTrainedModel
 
+from luthier.data.answer_form import THINK, AnswerForm
 from luthier.data.template import ChatTemplate
 from luthier.engine.hf import BASE, HfEngine
 from luthier.engine.packed import can_pack, pack_linears
 from luthier.engine.precedence import model_settings, settings_of
-from luthier.engine.reasoning import OPEN, split_reasoning
+from luthier.engine.text import up_to
 from luthier.environment import detect_hardware
 from luthier.methods.adapter_files import ADAPTER, attach_adapter, attach_further
 from luthier.model.load import ModelSource, fingerprint, locate
@@ -46,7 +48,7 @@ from luthier.types import (
 Note = Callable[[str], object]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Answerer:
     """A loaded model with its template.
 
@@ -90,28 +92,43 @@ class Answerer:
             conversation = replace(conversation, messages=conversation.messages[1:])
         return Request(tuple(self.template.prompt(conversation)), self.settings(**call), adapter)
 
-    def opens_reasoning(self, request: Request) -> bool:
-        """Whether its prompt ends inside <think>, so that the answer begins with reasoning."""
-        return self.template.decode(request.prompt[-8:]).rstrip().endswith(OPEN)
+    @cached_property
+    def form(self) -> AnswerForm:
+        """How the template marks reasoning and tool calls."""
+        return AnswerForm.of(self.template)
 
-    def message(self, text: str, *, opened: bool = False) -> Message:
-        """The text of an answer as the message that training data would have in its place.
+    def form_after(self, request: Request) -> AnswerForm:
+        """How the answer to a request is read: see `AnswerForm.after`."""
+        return self.form.after(self.template.decode(request.prompt[-8:]))
 
-        Reasoning stands apart where the template has a place for it, else in the content; opened: see
-        `opens_reasoning`.
+    def message(self, text: str, form: AnswerForm) -> Message:
+        """The text of an answer as the message that training data would have in its place; form: see `form_after`.
+
+        Reasoning stands apart where the template has a place for it, else in the content.
         """
         if self.template.has_reasoning:
-            reasoning, content = split_reasoning(text, opened=opened)
-            return Message("assistant", content, reasoning or None)
-        return Message("assistant", f"{OPEN}\n{text}" if opened else text)
+            spoken = form.read(text)
+            return Message("assistant", spoken.content, spoken.reasoning or None)
+        return Message("assistant", text if form.reason_opens else f"{THINK[0]}\n{text}")
+
+    def decoder(self, *, skip_special_tokens: bool | None = None) -> Callable[[Sequence[int]], str]:
+        """Tokens to text: special tokens are left out where the recipe says so, but not the template's own marks."""
+        template, marks = self.template, self.form.marks
+        skip = self.spec.skip_special_tokens if skip_special_tokens is None else skip_special_tokens
+        added = template.tokenizer.backend_tokenizer.get_added_tokens_decoder()
+        hidden = {
+            index
+            for index, token in added.items()
+            if skip and token.special and not any(token.content in mark for mark in marks)
+        }
+        return lambda ids: template.decode([index for index in ids if index not in hidden])
 
     def text(self, answer: Generation | Sequence[int], *, skip_special_tokens: bool | None = None) -> str:
         """The text of an answer, up to its stop string."""
         ids = answer.ids if isinstance(answer, Generation) else list(answer)
         skip = self.spec.skip_special_tokens if skip_special_tokens is None else skip_special_tokens
-        text = self.template.decode(ids, skip_special_tokens=skip)
         by = answer.stopped_by if isinstance(answer, Generation) else None
-        return text[: text.index(by)] if isinstance(by, str) and by in text else text
+        return up_to(self.template.decode(ids, skip_special_tokens=skip), [by] if isinstance(by, str) else [])
 
 
 def open_model(

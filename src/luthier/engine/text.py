@@ -8,6 +8,11 @@ _INCOMPLETE = "\N{REPLACEMENT CHARACTER}"
 """What a decoder writes for the first bytes of a character whose others have not come."""
 
 
+def up_to(text: str, stop: Sequence[str]) -> str:
+    """The text before the first stop string in it."""
+    return text[: min((text.index(one) for one in stop if one in text), default=len(text))]
+
+
 class TextStream:
     """The text of an answer in pieces that, put together, are the text of the whole answer."""
 
@@ -28,8 +33,7 @@ class TextStream:
         return self._show(text, len(text))
 
     def _show(self, text: str, end: int) -> str:
-        stops = [text.index(stop) for stop in self._stop if stop in text]
-        end = min([end, *stops])
+        end = min(end, len(up_to(text, self._stop)))
         piece = text[self._shown : end]
         self._shown = max(self._shown, end)
         return piece
