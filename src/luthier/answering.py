@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,7 @@ from luthier.data.template import ChatTemplate
 from luthier.engine.hf import BASE, HfEngine
 from luthier.engine.packed import can_pack, pack_linears
 from luthier.engine.precedence import model_settings, settings_of
-from luthier.engine.text import up_to
+from luthier.engine.text import answer_text
 from luthier.environment import detect_hardware
 from luthier.methods.adapter_files import ADAPTER, attach_adapter, attach_further
 from luthier.model.load import ModelSource, fingerprint, locate
@@ -76,7 +76,7 @@ class Answerer:
         """The settings that hold for a call that says these: see `engine.precedence`."""
         return settings_of(
             call,
-            self.spec.model_dump(exclude={"rows", "memory_gib"}),
+            self.spec.model_dump(),
             self.said,
             stop_ids=self.template.stop_ids,
         )
@@ -123,12 +123,10 @@ class Answerer:
         }
         return lambda ids: template.decode([index for index in ids if index not in hidden])
 
-    def text(self, answer: Generation | Sequence[int], *, skip_special_tokens: bool | None = None) -> str:
+    def text(self, answer: Generation, *, skip_special_tokens: bool | None = None) -> str:
         """The text of an answer, up to its stop string."""
-        ids = answer.ids if isinstance(answer, Generation) else list(answer)
         skip = self.spec.skip_special_tokens if skip_special_tokens is None else skip_special_tokens
-        by = answer.stopped_by if isinstance(answer, Generation) else None
-        return up_to(self.template.decode(ids, skip_special_tokens=skip), [by] if isinstance(by, str) else [])
+        return answer_text(answer, partial(self.template.decode, skip_special_tokens=skip))
 
 
 def open_model(
@@ -191,7 +189,7 @@ def answerer(
     engine = HfEngine(
         model.eval(),
         rows=spec.rows,
-        memory=None if spec.memory_gib is None else int(spec.memory_gib * 2**30),
+        memory=spec.memory,
         decode=template.decode,
         adapters=names,
     )

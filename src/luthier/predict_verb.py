@@ -19,6 +19,7 @@ from luthier.answering import Answerer, open_model
 from luthier.data.described import described
 from luthier.data.registry import DatasetAttr, resolve_datasets
 from luthier.engine.hf import HfEngine
+from luthier.files import write_whole
 from luthier.generation import GenerationError, Request
 from luthier.measures.libraries import require_libraries
 from luthier.model.load import fingerprint, locate
@@ -32,7 +33,7 @@ from luthier.predicting.questions import (
     label_text,
     read_questions,
 )
-from luthier.predicting.record import RESULTS_NAME, Prediction, PredictionRecord, write_whole
+from luthier.predicting.record import RESULTS_NAME, Prediction, PredictionRecord
 from luthier.predicting.results import (
     ORDERED_BY,
     Comparison,
@@ -113,7 +114,7 @@ def predict(
     measured = measure_predictions(predictions)
     comparison = compared(measured, *other) if other is not None else None
     metrics = _report(measured, comparison, unusable, speed)
-    write_whole(folder / RESULTS_NAME, [json.dumps(metrics, indent=2, ensure_ascii=False) + "\n"])
+    write_whole(folder / RESULTS_NAME, json.dumps(metrics, indent=2, ensure_ascii=False) + "\n")
     result = PredictResult(folder, predictions, metrics, *measured.extremes())
     _show(result, measured, comparison, unusable, say, quiet=quiet)
     return result

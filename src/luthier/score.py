@@ -7,7 +7,6 @@ score_text(model, prompt, text, ...)  one answer
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -27,6 +26,7 @@ from luthier.data.registry import DatasetAttr
 from luthier.data.table import SampleTable
 from luthier.data.template import load_template
 from luthier.environment import detect_hardware
+from luthier.files import write_whole
 from luthier.model.faults import read_json
 from luthier.model.load import load_config, locate
 from luthier.model.logprobs import ModelPolicy, chosen_rows
@@ -105,9 +105,7 @@ def score_file(
     scores = scorer.scores(_rows(attr))
     if output is not None:
         output.parent.mkdir(parents=True, exist_ok=True)
-        partial = output.with_name(f".{output.name}.{os.getpid()}")
-        partial.write_text(scores.lines(), encoding="utf-8")
-        partial.replace(output)
+        write_whole(output, scores.lines())
     return scores
 
 

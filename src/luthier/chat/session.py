@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import Any
 from luthier.answering import Answerer
 from luthier.data.answer_form import Spoken, SpokenStream
 from luthier.engine.text import TextStream
+from luthier.files import write_whole
 from luthier.types import (
     Conversation,
     DataError,
@@ -196,9 +196,7 @@ class Session:
         row = json.dumps({"messages": [_row(message) for message in self.messages]}, ensure_ascii=False)
         try:
             file.parent.mkdir(parents=True, exist_ok=True)
-            partial = file.with_name(f".{file.name}.{os.getpid()}")
-            partial.write_text(row + "\n", encoding="utf-8")
-            partial.replace(file)
+            write_whole(file, row + "\n")
         except OSError as error:
             raise DataError(f"{file} cannot be written: {error.strerror}") from error
         self._saved.add(file.resolve())
