@@ -149,7 +149,7 @@ def open_model(
     answers says comes before what the run of its adapter says. rows: in place of that setting alone. Raises ModelError,
     CheckpointError and RecipeError for parts that do not fit together.
     """
-    asked = target if isinstance(target, Recipe) else _recipe_in(target)
+    asked = target if isinstance(target, Recipe) else recipe_in(target)
     trained = parts_of(target if asked is None else asked, base)
     if template is not None:
         trained = _with_template(trained, template)
@@ -200,7 +200,7 @@ def answerer(
 def parts_of(target: str | Path | Recipe, base: str | None = None) -> Trained:
     """What `target` names, in its parts, nothing loaded. Raises as `open_model` does."""
     below = None if base is None else ModelSpec(path=base)
-    recipe = target if isinstance(target, Recipe) else _recipe_in(target)
+    recipe = target if isinstance(target, Recipe) else recipe_in(target)
     if recipe is not None and below is not None:
         raise RecipeError(
             "--base: a recipe names its own model; change model.path there, or name the run's folder"
@@ -219,12 +219,12 @@ def parts_of(target: str | Path | Recipe, base: str | None = None) -> Trained:
     return Trained(str(target), spec, (), str(target), "language", named_template=True)
 
 
-def _recipe_in(target: str | Path) -> Recipe | None:
-    """The recipe in a file; None where `target` is no file of a recipe."""
+def recipe_in(target: str | Path, overrides: Sequence[str] = ()) -> Recipe | None:
+    """The recipe in a file; None where `target` is no file of a recipe. Raises RecipeError for a wrong one."""
     path = Path(target).expanduser()
     if not path.is_file() or path.suffix not in (".yaml", ".yml", ".json"):
         return None
-    return load_recipe(path, to_export=True).recipe
+    return load_recipe(path, overrides, to_export=True).recipe
 
 
 def _generation(asked: Recipe | None, run: Recipe | None) -> GenerationSpec:

@@ -15,7 +15,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from luthier import __version__
-from luthier.answering import Answerer, open_model
+from luthier.answering import Answerer, open_model, recipe_in
 from luthier.data.described import described
 from luthier.data.registry import DatasetAttr, resolve_datasets
 from luthier.engine.hf import HfEngine
@@ -46,7 +46,7 @@ from luthier.predicting.results import (
 from luthier.recipe.load import load_recipe
 from luthier.recipe.schema import DatasetSpec, DataSpec, GenerationSpec, Recipe
 from luthier.show import Say, quiet_libraries, speaker
-from luthier.trained.source import Trained
+from luthier.trained.source import Trained, run_of
 from luthier.trainer.checkpoint import hash_file
 from luthier.types import DataError, ModelError, RecipeError, RowError
 
@@ -149,12 +149,9 @@ class _Settings:
 
 def _settings(target: str | Path | Recipe, overrides: Sequence[str], names: Sequence[str]) -> _Settings:
     """Raises RecipeError for overrides that would change the model, DataError where there is nothing to answer."""
-    if not isinstance(target, Recipe):
-        path = Path(target).expanduser()
-        if path.is_file() and path.suffix in (".yaml", ".yml", ".json"):
-            target = load_recipe(path, overrides, to_export=True).recipe
-            overrides = ()
-    recipe = target if isinstance(target, Recipe) else _run_recipe(Path(target).expanduser())
+    if not isinstance(target, Recipe) and (asked := recipe_in(target, overrides)) is not None:
+        target, overrides = asked, ()
+    recipe = target if isinstance(target, Recipe) else run_of(Path(target).expanduser())
     for word in overrides:
         if not word.startswith(("generation.", "data.")):
             raise RecipeError(
@@ -173,12 +170,6 @@ def _settings(target: str | Path | Recipe, overrides: Sequence[str], names: Sequ
         tree["data"]["eval"] = list(names)
     changed = load_recipe(tree, overrides, to_export=True).recipe
     return _Settings(target, changed.data, changed.generation, recipe, bool(names))
-
-
-def _run_recipe(folder: Path) -> Recipe | None:
-    """The recipe of the run that a folder is, or is a checkpoint of."""
-    file = (folder.parent if folder.name.startswith("checkpoint-") else folder) / "recipe.yaml"
-    return load_recipe(file, to_export=True).recipe if file.is_file() else None
 
 
 def _asked(settings: _Settings, max_samples: int | None) -> tuple[list[Asked], dict[str, Any]]:

@@ -35,6 +35,7 @@ from luthier.recipe.resolve import Hardware, resolve
 from luthier.recipe.schema import AdapterSpec, DataSpec, ModelSpec, Recipe, RmSpec
 from luthier.show import quiet_libraries
 from luthier.stages import build_stage
+from luthier.trained.source import run_of
 from luthier.trainer.precision import AUTOCAST
 from luthier.types import Conversation, DataError, Encoded, Lost, Message, ModelError, Row, RowError, Sample
 
@@ -245,11 +246,8 @@ def _recipe_of(folder: Path) -> Recipe | None:
 
     Raises ModelError where it is of another stage.
     """
-    around = folder.parent if folder.name.startswith("checkpoint-") else folder
-    if not (around / "recipe.yaml").is_file():
-        return None
-    recipe = load_recipe(around / "recipe.yaml").recipe
-    if not isinstance(recipe.stage, RmSpec):
+    recipe = run_of(folder)
+    if recipe is not None and not isinstance(recipe.stage, RmSpec):
         raise ModelError(
             f"{folder} is a run of stage {recipe.stage.type}; scores come from a reward model (stage.type: rm)"
         )
