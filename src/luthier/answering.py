@@ -123,10 +123,11 @@ class Answerer:
         }
         return lambda ids: template.decode([index for index in ids if index not in hidden])
 
-    def text(self, answer: Generation, *, skip_special_tokens: bool | None = None) -> str:
+    def text(self, answer: Generation | Sequence[int], *, skip_special_tokens: bool | None = None) -> str:
         """The text of an answer, up to its stop string."""
         skip = self.spec.skip_special_tokens if skip_special_tokens is None else skip_special_tokens
-        return answer_text(answer, partial(self.template.decode, skip_special_tokens=skip))
+        decode = partial(self.template.decode, skip_special_tokens=skip)
+        return answer_text(answer, decode) if isinstance(answer, Generation) else decode(answer)
 
 
 def open_model(
