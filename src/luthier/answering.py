@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +18,12 @@ import torch
 from peft import PeftModel
 from transformers import PreTrainedModel
 
+from luthier.data.answer_form import THINK, AnswerForm
 from luthier.data.template import ChatTemplate
 from luthier.engine.hf import BASE, HfEngine
 from luthier.engine.packed import can_pack, pack_linears
 from luthier.engine.precedence import model_settings, settings_of
-from luthier.engine.reasoning import OPEN, split_reasoning
+from luthier.engine.text import answer_text
 from luthier.environment import detect_hardware
 from luthier.methods.adapter_files import ADAPTER, attach_adapter, attach_further
 from luthier.model.load import ModelSource, fingerprint, locate
@@ -46,7 +48,7 @@ from luthier.types import (
 Note = Callable[[str], object]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Answerer:
     """A loaded model with its template.
 
@@ -74,7 +76,7 @@ class Answerer:
         """The settings that hold for a call that says these: see `engine.precedence`."""
         return settings_of(
             call,
-            self.spec.model_dump(exclude={"rows", "memory_gib"}),
+            self.spec.model_dump(),
             self.said,
             stop_ids=self.template.stop_ids,
         )
@@ -90,28 +92,42 @@ class Answerer:
             conversation = replace(conversation, messages=conversation.messages[1:])
         return Request(tuple(self.template.prompt(conversation)), self.settings(**call), adapter)
 
-    def opens_reasoning(self, request: Request) -> bool:
-        """Whether its prompt ends inside <think>, so that the answer begins with reasoning."""
-        return self.template.decode(request.prompt[-8:]).rstrip().endswith(OPEN)
+    @cached_property
+    def form(self) -> AnswerForm:
+        """How the template marks reasoning and tool calls."""
+        return AnswerForm.of(self.template)
 
-    def message(self, text: str, *, opened: bool = False) -> Message:
-        """The text of an answer as the message that training data would have in its place.
+    def form_after(self, request: Request) -> AnswerForm:
+        """How the answer to a request is read: see `AnswerForm.after`."""
+        return self.form.after(self.template.decode(request.prompt[-8:]))
 
-        Reasoning stands apart where the template has a place for it, else in the content; opened: see
-        `opens_reasoning`.
+    def message(self, text: str, form: AnswerForm) -> Message:
+        """The text of an answer as the message that training data would have in its place; form: see `form_after`.
+
+        Reasoning stands apart where the template has a place for it, else in the content.
         """
         if self.template.has_reasoning:
-            reasoning, content = split_reasoning(text, opened=opened)
-            return Message("assistant", content, reasoning or None)
-        return Message("assistant", f"{OPEN}\n{text}" if opened else text)
+            spoken = form.read(text)
+            return Message("assistant", spoken.content, spoken.reasoning or None)
+        return Message("assistant", text if form.reason_opens else f"{THINK[0]}\n{text}")
+
+    def decoder(self, *, skip_special_tokens: bool | None = None) -> Callable[[Sequence[int]], str]:
+        """Tokens to text: special tokens are left out where the recipe says so, but not the template's own marks."""
+        template, marks = self.template, self.form.marks
+        skip = self.spec.skip_special_tokens if skip_special_tokens is None else skip_special_tokens
+        added = template.tokenizer.backend_tokenizer.get_added_tokens_decoder()
+        hidden = {
+            index
+            for index, token in added.items()
+            if skip and token.special and not any(token.content in mark for mark in marks)
+        }
+        return lambda ids: template.decode([index for index in ids if index not in hidden])
 
     def text(self, answer: Generation | Sequence[int], *, skip_special_tokens: bool | None = None) -> str:
         """The text of an answer, up to its stop string."""
-        ids = answer.ids if isinstance(answer, Generation) else list(answer)
         skip = self.spec.skip_special_tokens if skip_special_tokens is None else skip_special_tokens
-        text = self.template.decode(ids, skip_special_tokens=skip)
-        by = answer.stopped_by if isinstance(answer, Generation) else None
-        return text[: text.index(by)] if isinstance(by, str) and by in text else text
+        decode = partial(self.template.decode, skip_special_tokens=skip)
+        return answer_text(answer, decode) if isinstance(answer, Generation) else decode(answer)
 
 
 def open_model(
@@ -134,7 +150,7 @@ def open_model(
     answers says comes before what the run of its adapter says. rows: in place of that setting alone. Raises ModelError,
     CheckpointError and RecipeError for parts that do not fit together.
     """
-    asked = target if isinstance(target, Recipe) else _recipe_in(target)
+    asked = target if isinstance(target, Recipe) else recipe_in(target)
     trained = parts_of(target if asked is None else asked, base)
     if template is not None:
         trained = _with_template(trained, template)
@@ -174,7 +190,7 @@ def answerer(
     engine = HfEngine(
         model.eval(),
         rows=spec.rows,
-        memory=None if spec.memory_gib is None else int(spec.memory_gib * 2**30),
+        memory=spec.memory,
         decode=template.decode,
         adapters=names,
     )
@@ -185,7 +201,7 @@ def answerer(
 def parts_of(target: str | Path | Recipe, base: str | None = None) -> Trained:
     """What `target` names, in its parts, nothing loaded. Raises as `open_model` does."""
     below = None if base is None else ModelSpec(path=base)
-    recipe = target if isinstance(target, Recipe) else _recipe_in(target)
+    recipe = target if isinstance(target, Recipe) else recipe_in(target)
     if recipe is not None and below is not None:
         raise RecipeError(
             "--base: a recipe names its own model; change model.path there, or name the run's folder"
@@ -204,12 +220,12 @@ def parts_of(target: str | Path | Recipe, base: str | None = None) -> Trained:
     return Trained(str(target), spec, (), str(target), "language", named_template=True)
 
 
-def _recipe_in(target: str | Path) -> Recipe | None:
-    """The recipe in a file; None where `target` is no file of a recipe."""
+def recipe_in(target: str | Path, overrides: Sequence[str] = ()) -> Recipe | None:
+    """The recipe in a file; None where `target` is no file of a recipe. Raises RecipeError for a wrong one."""
     path = Path(target).expanduser()
     if not path.is_file() or path.suffix not in (".yaml", ".yml", ".json"):
         return None
-    return load_recipe(path, to_export=True).recipe
+    return load_recipe(path, overrides, to_export=True).recipe
 
 
 def _generation(asked: Recipe | None, run: Recipe | None) -> GenerationSpec:

@@ -72,6 +72,7 @@ from luthier.types import (
     ModelError,
     ModelKind,
     RecipeError,
+    Stage,
 )
 
 
@@ -146,24 +147,28 @@ def load_tokens(
 
 def read_material(settings: Recipe, tokenizer: PreTrainedTokenizerFast, say: Say) -> Material:
     """Read, check and tokenize the data, saying how far it is. Raises DataError for data that cannot be used."""
-    compatible = settings.data.rules == "llamafactory"
-    template = load_template(tokenizer, settings.data, pieces=compatible)
+    template = load_template(tokenizer, settings.data, pieces=settings.data.rules == "llamafactory")
     if isinstance(settings.stage, RmSpec):
         _choose_padding(settings, template, say)
-    options = _encode_options(settings, tokenizer)
+    stage, how = preparation(settings, template)
+    data = prepare(settings.data, how, _row_progress(say))
+    return Material(template, stage, data)
+
+
+def preparation(settings: Recipe, template: ChatTemplate) -> tuple[Stage, Preparation]:
+    """The stage of a recipe, and how its rows become samples."""
+    options = _encode_options(settings, template.tokenizer)
     stage = build_stage(settings.stage, options)
-    how = Preparation(
+    return stage, Preparation(
         encode=stage.encode,
         template=template,
         kind=stage.kind,
         identity={"stage": settings.stage.type, **asdict(options)},
         seed=settings.train.seed,
-        llamafactory=compatible,
+        llamafactory=settings.data.rules == "llamafactory",
         hub_cache=settings.model.cache_dir,
         hub_token=settings.model.token,
     )
-    data = prepare(settings.data, how, _row_progress(say))
-    return Material(template, stage, data)
 
 
 def _choose_padding(settings: Recipe, template: ChatTemplate, say: Say) -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import groupby
 
 import numpy as np
@@ -20,10 +21,11 @@ from luthier.arrange import Material
 from luthier.data.template import ChatTemplate
 from luthier.engine.hf import HfEngine
 from luthier.engine.precedence import model_settings, settings_of
+from luthier.engine.text import answer_text
 from luthier.generation import GenerationError, Request
 from luthier.measures.text import ComputeMetrics
 from luthier.model.load import ModelSource
-from luthier.predicting.questions import answer_text
+from luthier.predicting.questions import label_of
 from luthier.recipe.schema import Recipe
 from luthier.types import Generation, GenerationSettings, RecipeError, Sample
 
@@ -81,12 +83,12 @@ def answers_at_eval(
     engine = HfEngine(
         model,
         rows=spec.rows,
-        memory=None if spec.memory_gib is None else int(spec.memory_gib * 2**30),
+        memory=spec.memory,
         decode=template.decode,
     )
     settings = settings_of(
         {},
-        spec.model_dump(exclude={"rows", "memory_gib"}),
+        spec.model_dump(),
         model_settings(source.path),
         stop_ids=template.stop_ids,
     )
@@ -111,12 +113,8 @@ def answers_at_eval(
     if crowded:
         say(f"note: {crowded} evaluation rows leave no room for an answer, and get none")
 
-    def text(answer: Generation) -> str:
-        written = template.decode(answer.ids, skip_special_tokens=spec.skip_special_tokens)
-        by = answer.stopped_by
-        return written[: written.index(by)] if isinstance(by, str) and by in written else written
-
-    return EvalAnswers(engine, questions, text)
+    decode = partial(template.decode, skip_special_tokens=spec.skip_special_tokens)
+    return EvalAnswers(engine, questions, partial(answer_text, decode=decode))
 
 
 def last_of_rows(samples: Sequence[Sample]) -> list[Sample]:
@@ -138,5 +136,5 @@ def question_of(
     breaks = np.flatnonzero(np.diff(learnt) > 1)
     start = int(learnt[breaks[-1] + 1] if len(breaks) else learnt[0]) if len(learnt) else len(sample)
     stop = int(learnt[-1]) + 1 if len(learnt) else len(sample)
-    label = answer_text(sample.input_ids[start:stop].tolist(), template, skip_special_tokens)
+    label = label_of(sample.input_ids[start:stop].tolist(), template, skip_special_tokens)
     return EvalQuestion(name, Request(tuple(sample.input_ids[:start].tolist()), settings), label)

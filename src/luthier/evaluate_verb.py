@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import gc
 import json
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -23,6 +22,7 @@ from luthier.evaluating.judge import Judge, open_judge
 from luthier.evaluating.named import described
 from luthier.evaluating.perplexity import Likelihood, TokenSet, likelihood
 from luthier.evaluating.sets import Windows, named_set, own_sets
+from luthier.files import write_whole
 from luthier.recipe.schema import Recipe
 from luthier.show import Say, quiet_libraries, speaker
 from luthier.trained.source import Trained
@@ -141,7 +141,8 @@ def evaluate(
         )
         _language(found, trained, wanted, tokens_per_pass, say)
     if file is not None:
-        _write(file, json.dumps(found, indent=2, ensure_ascii=False) + "\n")
+        file.parent.mkdir(parents=True, exist_ok=True)
+        write_whole(file, json.dumps(found, indent=2, ensure_ascii=False) + "\n")
     return EvaluateResult(found, file)
 
 
@@ -171,13 +172,6 @@ def _asking(n_shot: int, lang: str, layout: Layout) -> Asking:
     if n_shot < 0:
         raise RecipeError(f"--n-shot {n_shot}: expected 0 or more")
     return Asking(lang, layout, n_shot)
-
-
-def _write(file: Path, text: str) -> None:
-    file.parent.mkdir(parents=True, exist_ok=True)
-    partial = file.with_name(f".{file.name}.{os.getpid()}")
-    partial.write_text(text, encoding="utf-8")
-    partial.replace(file)
 
 
 # --------------------------------------------------------------------------------------------------

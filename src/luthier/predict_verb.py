@@ -15,10 +15,11 @@ from rich.markup import escape
 from rich.table import Table
 
 from luthier import __version__
-from luthier.answering import Answerer, open_model
+from luthier.answering import Answerer, open_model, recipe_in
 from luthier.data.described import described
 from luthier.data.registry import DatasetAttr, resolve_datasets
 from luthier.engine.hf import HfEngine
+from luthier.files import write_whole
 from luthier.generation import GenerationError, Request
 from luthier.measures.libraries import require_libraries
 from luthier.model.load import fingerprint, locate
@@ -32,7 +33,7 @@ from luthier.predicting.questions import (
     label_text,
     read_questions,
 )
-from luthier.predicting.record import RESULTS_NAME, Prediction, PredictionRecord, write_whole
+from luthier.predicting.record import RESULTS_NAME, Prediction, PredictionRecord
 from luthier.predicting.results import (
     ORDERED_BY,
     Comparison,
@@ -45,7 +46,7 @@ from luthier.predicting.results import (
 from luthier.recipe.load import load_recipe
 from luthier.recipe.schema import DatasetSpec, DataSpec, GenerationSpec, Recipe
 from luthier.show import Say, quiet_libraries, speaker
-from luthier.trained.source import Trained
+from luthier.trained.source import Trained, run_of
 from luthier.trainer.checkpoint import hash_file
 from luthier.types import DataError, ModelError, RecipeError, RowError
 
@@ -113,7 +114,7 @@ def predict(
     measured = measure_predictions(predictions)
     comparison = compared(measured, *other) if other is not None else None
     metrics = _report(measured, comparison, unusable, speed)
-    write_whole(folder / RESULTS_NAME, [json.dumps(metrics, indent=2, ensure_ascii=False) + "\n"])
+    write_whole(folder / RESULTS_NAME, json.dumps(metrics, indent=2, ensure_ascii=False) + "\n")
     result = PredictResult(folder, predictions, metrics, *measured.extremes())
     _show(result, measured, comparison, unusable, say, quiet=quiet)
     return result
@@ -148,12 +149,9 @@ class _Settings:
 
 def _settings(target: str | Path | Recipe, overrides: Sequence[str], names: Sequence[str]) -> _Settings:
     """Raises RecipeError for overrides that would change the model, DataError where there is nothing to answer."""
-    if not isinstance(target, Recipe):
-        path = Path(target).expanduser()
-        if path.is_file() and path.suffix in (".yaml", ".yml", ".json"):
-            target = load_recipe(path, overrides, to_export=True).recipe
-            overrides = ()
-    recipe = target if isinstance(target, Recipe) else _run_recipe(Path(target).expanduser())
+    if not isinstance(target, Recipe) and (asked := recipe_in(target, overrides)) is not None:
+        target, overrides = asked, ()
+    recipe = target if isinstance(target, Recipe) else run_of(Path(target).expanduser())
     for word in overrides:
         if not word.startswith(("generation.", "data.")):
             raise RecipeError(
@@ -172,12 +170,6 @@ def _settings(target: str | Path | Recipe, overrides: Sequence[str], names: Sequ
         tree["data"]["eval"] = list(names)
     changed = load_recipe(tree, overrides, to_export=True).recipe
     return _Settings(target, changed.data, changed.generation, recipe, bool(names))
-
-
-def _run_recipe(folder: Path) -> Recipe | None:
-    """The recipe of the run that a folder is, or is a checkpoint of."""
-    file = (folder.parent if folder.name.startswith("checkpoint-") else folder) / "recipe.yaml"
-    return load_recipe(file, to_export=True).recipe if file.is_file() else None
 
 
 def _asked(settings: _Settings, max_samples: int | None) -> tuple[list[Asked], dict[str, Any]]:

@@ -7,7 +7,6 @@ score_text(model, prompt, text, ...)  one answer
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -27,6 +26,7 @@ from luthier.data.registry import DatasetAttr
 from luthier.data.table import SampleTable
 from luthier.data.template import load_template
 from luthier.environment import detect_hardware
+from luthier.files import write_whole
 from luthier.model.faults import read_json
 from luthier.model.load import load_config, locate
 from luthier.model.logprobs import ModelPolicy, chosen_rows
@@ -35,6 +35,7 @@ from luthier.recipe.resolve import Hardware, resolve
 from luthier.recipe.schema import AdapterSpec, DataSpec, ModelSpec, Recipe, RmSpec
 from luthier.show import quiet_libraries
 from luthier.stages import build_stage
+from luthier.trained.source import run_of
 from luthier.trainer.precision import AUTOCAST
 from luthier.types import Conversation, DataError, Encoded, Lost, Message, ModelError, Row, RowError, Sample
 
@@ -105,9 +106,7 @@ def score_file(
     scores = scorer.scores(_rows(attr))
     if output is not None:
         output.parent.mkdir(parents=True, exist_ok=True)
-        partial = output.with_name(f".{output.name}.{os.getpid()}")
-        partial.write_text(scores.lines(), encoding="utf-8")
-        partial.replace(output)
+        write_whole(output, scores.lines())
     return scores
 
 
@@ -247,11 +246,8 @@ def _recipe_of(folder: Path) -> Recipe | None:
 
     Raises ModelError where it is of another stage.
     """
-    around = folder.parent if folder.name.startswith("checkpoint-") else folder
-    if not (around / "recipe.yaml").is_file():
-        return None
-    recipe = load_recipe(around / "recipe.yaml").recipe
-    if not isinstance(recipe.stage, RmSpec):
+    recipe = run_of(folder)
+    if recipe is not None and not isinstance(recipe.stage, RmSpec):
         raise ModelError(
             f"{folder} is a run of stage {recipe.stage.type}; scores come from a reward model (stage.type: rm)"
         )

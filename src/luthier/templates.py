@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from rich.markup import escape
 
+from luthier.columns import aligned
 from luthier.data import families
 from luthier.show import example_text, quiet_libraries
 from luthier.types import Conversation, DataError, Encoded, Message, Row
@@ -33,8 +34,7 @@ def listing() -> str:
     found = [families.find(name) for name in families.names()]
     lines = [("name", "stops at", "about")]
     lines += [(family.name, _stops(family), family.about) for family in found]
-    widths = [max(len(line[column]) for line in lines) for column in (0, 1)]
-    return "\n".join(f"{a.ljust(widths[0])}  {b.ljust(widths[1])}  {c}" for a, b, c in lines)
+    return aligned(lines)
 
 
 def shown(name: str, tokenizer: str | None = None) -> str:

@@ -7,7 +7,7 @@ import json
 import pytest
 from hypothesis import given, strategies as st
 
-from luthier.data.answer_form import AnswerForm, Spoken
+from luthier.data.answer_form import AnswerForm, Spoken, SpokenStream
 from luthier.types import Conversation, Message, ToolCall
 from tests.templates_with_tools import BARE, HERMES, LIST, OPENED, TEXT, template_with
 from tests.tiny import CHATML
@@ -111,6 +111,40 @@ def test_arguments_as_text_and_words_after_a_call() -> None:
     assert named(spoken) == [("look", {"place": "Rome"})] and spoken.content == "Well.\nSo."
 
 
+@pytest.mark.parametrize(
+    ("text", "opened", "reasoning", "answer"),
+    [
+        ("Yes.", False, "", "Yes."),
+        ("<think>\nhm\n</think>\n\nYes.", False, "hm", "Yes."),
+        ("\n<think>hm</think>Yes.", False, "hm", "Yes."),
+        ("hm\n</think>\n\nYes.", True, "hm", "Yes."),
+        ("hm and more", True, "hm and more", ""),
+        ("<think>hm", False, "hm", ""),
+        ("<think></think>Yes.", False, "", "Yes."),
+        ("<think>a < b</think>a<b", False, "a < b", "a<b"),
+        ("<think>hm</think>Say </think>.", False, "hm", "Say </think>."),
+        ("Say <think>hm</think>", False, "", "Say <think>hm</think>"),
+        ("<thin", False, "", "<thin"),
+        ("  spaces stay ", False, "", "  spaces stay "),
+        ("<think>\n a \n</think>\n\n  spaces stay", False, " a ", "  spaces stay"),
+    ],
+)
+@pytest.mark.parametrize("name", ["chatml", "hermes"])
+def test_the_answer_to_a_prompt_that_may_begin_the_reasoning(
+    name: str, text: str, opened: bool, reasoning: str, answer: str
+) -> None:
+    form = FORMS[name].after("<|im_start|>assistant\n" + ("<think>\n" if opened else ""))
+    assert form.read(text) == Spoken(answer, reasoning)
+
+
+def test_marks_that_are_learnt_come_before_those_that_models_write() -> None:
+    form = AnswerForm("[THINK]", "[/THINK]")
+    assert form.after("assistant") == form
+    assert form.after("assistant[THINK]\n") == AnswerForm("", "[/THINK]")
+    assert form.after("assistant<think>") == form
+    assert FORMS["opened"].after("<|im_start|>assistant\n<think>\n") == FORMS["opened"]
+
+
 MARKS = (
     "<think>",
     "</think>",
@@ -139,3 +173,18 @@ def test_what_is_shown_early_is_never_taken_back(name: str, pieces: list[str], t
         assert now.content.startswith(before.content) and now.reasoning.startswith(before.reasoning)
         before = now
     assert whole.content.startswith(before.content) and whole.reasoning.startswith(before.reasoning)
+
+
+@given(st.sampled_from(sorted(FORMS)), PIECES, st.booleans(), st.data())
+def test_pieces_put_together_are_the_parts(
+    name: str, pieces: list[str], opened: bool, data: st.DataObject
+) -> None:
+    form, text = FORMS[name].after("<think>" if opened else ""), "".join(pieces)
+    stream, content, reasoning, rest = SpokenStream(form, ("look",)), "", "", text
+    while rest:
+        size = data.draw(st.integers(1, len(rest)))
+        added = stream.push(rest[:size])
+        content, reasoning, rest = content + added.content, reasoning + added.reasoning, rest[size:]
+    added = stream.push("", ended=True)
+    whole = form.read(text, tools=("look",))
+    assert Spoken(content + added.content, reasoning + added.reasoning, added.calls) == whole == stream.spoken

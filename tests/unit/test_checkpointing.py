@@ -11,39 +11,25 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import luthier.model.attention  # noqa: F401  registers the attention's name
-from luthier.data.collate import branch_batch, flat_batch
-from luthier.methods import build_method
 from luthier.model.checkpointing import checkpoint_layers
 from luthier.model.load import load_model, locate
 from luthier.model.logprobs import ModelPolicy, install_target_forward
-from luthier.model.rows import Rows
 from luthier.recipe.schema import (
     CheckpointingSpec,
-    FreezeSpec,
     FullSpec,
-    LoraSpec,
     MethodSpec,
     ModelSpec,
 )
 from luthier.types import Batch, ModelError
-from tests.tiny import FAMILIES, chat_model, random_pairs, random_samples
+from tests.activations import METHODS, ROWS, gradients_of, in_training
+from tests.tiny import FAMILIES, chat_model
 
 LAYERS = 4
-METHODS: dict[str, MethodSpec] = {
-    "full": FullSpec(),
-    "freeze": FreezeSpec(layers=1),
-    "lora": LoraSpec(rank=4, alpha=7.3),
-    "lora-dropout": LoraSpec(rank=4, dropout=0.3),
-}
 WAYS = {
     "all": CheckpointingSpec(),
     "reentrant": CheckpointingSpec(reentrant=True),
     "every": CheckpointingSpec(every=2),
     "layers": CheckpointingSpec(layers=(1, -1), reentrant=True),
-}
-ROWS = {
-    "flat": flat_batch(random_samples([9, 17, 5])),
-    "shared": branch_batch(random_pairs([(7, 5, 6), (4, 8, 3)]), share_prompts=True),
 }
 
 
@@ -75,7 +61,7 @@ class Calls:
         self.counts[number] += 1
 
 
-def gradients_of(
+def computed(
     family: str,
     method: MethodSpec,
     spec: CheckpointingSpec | None,
@@ -83,25 +69,10 @@ def gradients_of(
     autocast: torch.dtype | None = None,
 ) -> tuple[float, Mapping[str, Tensor], Sequence[int]]:
     """Loss, gradients of all that trains, and how often each layer's attention ran."""
-    base = model_of(family)
-    if spec is not None:
-        checkpoint_layers(base, spec)
-    torch.manual_seed(1)
-    model: Any = build_method(method).apply(base)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if "lora_B" in name:
-                parameter.normal_(0, 0.1)
-    install_target_forward(base, Rows(shares_prompts=True))
-    model.train()
+    model = in_training(model_of(family), method, spec)
     calls = Calls(model)
-    torch.manual_seed(2)  # what dropout draws
-    with torch.autocast("cpu", dtype=autocast, enabled=autocast is not None):
-        loss = -ModelPolicy(model).logprobs(batch).logprobs.sum()
-    loss.backward()  # type: ignore[no-untyped-call]
-    found = {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
-    assert all(gradient is not None for gradient in found.values())
-    return float(loss.detach()), found, calls.counts  # type: ignore[return-value]
+    loss, found = gradients_of(model, batch, autocast)
+    return loss, found, calls.counts
 
 
 def chosen(spec: CheckpointingSpec) -> list[int]:
@@ -114,8 +85,8 @@ def chosen(spec: CheckpointingSpec) -> list[int]:
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("method", METHODS)
 def test_loss_and_gradients_are_the_same_bits(method: str, way: str, rows: str) -> None:
-    loss, plain, once = gradients_of("llama", METHODS[method], None, ROWS[rows])
-    again_loss, again, counts = gradients_of("llama", METHODS[method], WAYS[way], ROWS[rows])
+    loss, plain, once = computed("llama", METHODS[method], None, ROWS[rows])
+    again_loss, again, counts = computed("llama", METHODS[method], WAYS[way], ROWS[rows])
     assert once == [1] * LAYERS
     assert counts == [2 if number in chosen(WAYS[way]) else 1 for number in range(LAYERS)]
     assert again_loss == loss and again.keys() == plain.keys()
@@ -128,8 +99,8 @@ def test_loss_and_gradients_are_the_same_bits(method: str, way: str, rows: str) 
 @pytest.mark.parametrize("family", ["gpt2", "qwen3", "gemma3-window", "llama-tied"])
 def test_families_with_dropout_windows_and_one_matrix(family: str, way: str) -> None:
     """GPT-2 drops in its layers in training: what is computed again must draw what was drawn."""
-    loss, plain, _ = gradients_of(family, FullSpec(), None, ROWS["flat"])
-    again_loss, again, counts = gradients_of(family, FullSpec(), WAYS[way], ROWS["flat"])
+    loss, plain, _ = computed(family, FullSpec(), None, ROWS["flat"])
+    again_loss, again, counts = computed(family, FullSpec(), WAYS[way], ROWS["flat"])
     assert sum(counts) == LAYERS + len(chosen(WAYS[way]))
     assert again_loss == loss
     for name, gradient in plain.items():
@@ -152,11 +123,11 @@ def test_dropout_is_drawn_in_the_layers() -> None:
 @pytest.mark.parametrize("method", ["full", "lora"])
 def test_autocast_holds_in_what_is_computed_again(method: str, reentrant: bool) -> None:
     spec = CheckpointingSpec(reentrant=reentrant)
-    loss, plain, _ = gradients_of("llama", METHODS[method], None, ROWS["flat"], torch.bfloat16)
-    again_loss, again, counts = gradients_of("llama", METHODS[method], spec, ROWS["flat"], torch.bfloat16)
+    loss, plain, _ = computed("llama", METHODS[method], None, ROWS["flat"], torch.bfloat16)
+    again_loss, again, counts = computed("llama", METHODS[method], spec, ROWS["flat"], torch.bfloat16)
     assert counts == [2] * LAYERS
     assert again_loss == loss
-    assert loss != gradients_of("llama", METHODS[method], None, ROWS["flat"])[0]
+    assert loss != computed("llama", METHODS[method], None, ROWS["flat"])[0]
     for name, gradient in plain.items():
         assert torch.equal(again[name], gradient), name
 

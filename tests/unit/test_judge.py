@@ -1,8 +1,7 @@
-"""What a judge says of tokens: the numbers of plain dense logits, whatever shares a pass; and its intervals."""
+"""What a judge says of tokens: the numbers of plain dense logits, whatever shares a pass."""
 
 from __future__ import annotations
 
-import math
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +10,6 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from luthier.answering import parts_of
-from luthier.evaluating.intervals import ratio, ratio_difference, share_difference, wilson
 from luthier.evaluating.judge import Judge, open_judge
 from luthier.evaluating.perplexity import sliding
 from luthier.types import Sample
@@ -87,32 +85,3 @@ def test_windows_count_every_target_once_with_enough_before_it(length: int, wind
         assert len(part) <= window
         assert (at >= np.minimum(part.input_ids[at], window - stride)).all()  # tokens before it in its window
     assert counted == list(range(1, length))
-
-
-def test_wilson_is_the_published_interval() -> None:
-    """Values of Newcombe (1998), table I: 81 of 263, 15 of 148, 0 of 20, 1 of 29."""
-    for (right, num), expected in {
-        (81, 263): (0.2553, 0.3662),
-        (15, 148): (0.0624, 0.1605),
-        (0, 20): (0.0, 0.1611),
-        (1, 29): (0.0061, 0.1718),
-    }.items():
-        assert wilson(right, num) == pytest.approx(expected, abs=5e-5)
-    assert wilson(0, 0) is None
-
-
-def test_bootstraps_against_their_closed_forms() -> None:
-    """Means of many rows: the normal interval. Ratios that are the same in every row: a point."""
-    values = np.random.default_rng(3).normal(2.0, 1.5, 4000).tolist()
-    half = 1.96 * float(np.std(values)) / math.sqrt(len(values))
-    found = ratio(values, [1.0] * len(values))
-    assert found == pytest.approx((np.mean(values) - half, np.mean(values) + half), abs=0.1 * half)
-    assert ratio([2.0, 4.0, 8.0], [1.0, 2.0, 4.0]) == pytest.approx((2.0, 2.0))
-    assert ratio([1.0], [1.0]) is None
-    # Paired: what both rows share cancels, however far the rows are apart.
-    shifted = [value + 0.5 for value in values]
-    assert ratio_difference((shifted, values), ([1.0] * 4000,) * 2) == pytest.approx((0.5, 0.5))
-    first, second = [True] * 60 + [False] * 40, [True] * 50 + [False] * 50
-    low, high = share_difference(first, second) or (0, 0)
-    spread = 1.96 * math.sqrt(0.1 * 0.9 / 100)
-    assert (low, high) == pytest.approx((0.1 - spread, 0.1 + spread), abs=0.02)

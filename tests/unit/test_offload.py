@@ -3,19 +3,17 @@ memory here, because on a CPU nothing is moved."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from luthier.data.collate import branch_batch, flat_batch
-from luthier.methods import build_method
+from luthier.data.collate import flat_batch
 from luthier.model import offload
-from luthier.model.checkpointing import checkpoint_layers
 from luthier.model.load import load_model, locate
-from luthier.model.logprobs import ModelPolicy, install_target_forward
+from luthier.model.logprobs import ModelPolicy
 from luthier.model.offload import (
     HostActivations,
     Moved,
@@ -23,23 +21,12 @@ from luthier.model.offload import (
     offloads_activations,
     without_offload,
 )
-from luthier.model.rows import Rows
 from luthier.model.value_head import install_score_forward
-from luthier.recipe.schema import CheckpointingSpec, FreezeSpec, FullSpec, LoraSpec, MethodSpec, ModelSpec
-from luthier.types import Batch
-from tests.tiny import chat_model, random_pairs, random_samples, tiny_model
+from luthier.recipe.schema import CheckpointingSpec, FullSpec, LoraSpec, MethodSpec, ModelSpec
+from tests.activations import METHODS, ROWS, gradients_of, in_training
+from tests.tiny import chat_model, random_samples, tiny_model
 
-METHODS: dict[str, MethodSpec] = {
-    "full": FullSpec(),
-    "freeze": FreezeSpec(layers=1),
-    "lora": LoraSpec(rank=4, alpha=7.3),
-    "lora-dropout": LoraSpec(rank=4, dropout=0.3),
-}
 WAYS = {"plain": None, "checkpointed": CheckpointingSpec(), "reentrant": CheckpointingSpec(reentrant=True)}
-ROWS = {
-    "flat": flat_batch(random_samples([9, 17, 5])),
-    "shared": branch_batch(random_pairs([(7, 5, 6), (4, 8, 3)]), share_prompts=True),
-}
 
 
 class Copies:
@@ -66,29 +53,7 @@ def copies(monkeypatch: pytest.MonkeyPatch) -> Copies:
 
 
 def built(family: str, method: MethodSpec, spec: CheckpointingSpec | None) -> Any:
-    base = tiny_model(family)
-    if spec is not None:
-        checkpoint_layers(base, spec)
-    torch.manual_seed(1)
-    model: Any = build_method(method).apply(base)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if "lora_B" in name:
-                parameter.normal_(0, 0.1)
-    install_target_forward(base, Rows(shares_prompts=True))
-    return model.train()
-
-
-def gradients_of(
-    model: Any, batch: Batch, autocast: torch.dtype | None = None
-) -> tuple[float, Mapping[str, Tensor]]:
-    torch.manual_seed(2)
-    with torch.autocast("cpu", dtype=autocast, enabled=autocast is not None):
-        loss = -ModelPolicy(model).logprobs(batch).logprobs.sum()
-    loss.backward()  # type: ignore[no-untyped-call]
-    found = {name: p.grad.clone() for name, p in model.named_parameters() if p.requires_grad}
-    model.zero_grad()
-    return float(loss.detach()), found
+    return in_training(tiny_model(family), method, spec)
 
 
 def inner(model: Any) -> nn.Module:

@@ -6,8 +6,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from luthier.api.faults import server_error
-from luthier.data.answer_form import AnswerForm, Spoken
-from luthier.engine.text import TextStream
+from luthier.data.answer_form import AnswerForm, Spoken, SpokenStream
+from luthier.engine.text import TextStream, up_to
 from luthier.types import Event, Generation, TokenChoice
 
 
@@ -21,10 +21,18 @@ class Answer:
     stop: tuple[str, ...] = ()
     tools: tuple[str, ...] = ()
     live: bool = False
-    spoken: Spoken = field(default_factory=lambda: Spoken(""))
     end: Generation | None = None
-    _stream: TextStream | None = None
-    _text: str = ""
+    _stream: TextStream = field(init=False)
+    _parts: SpokenStream = field(init=False)
+
+    def __post_init__(self) -> None:
+        self._stream = TextStream(self.decode, self.stop)
+        self._parts = SpokenStream(self.form, self.tools)
+
+    @property
+    def spoken(self) -> Spoken:
+        """The parts that were taken so far."""
+        return self._parts.spoken
 
     def take(self, event: Event) -> Spoken:
         """What the next token adds to the parts; calls are complete and come with the end.
@@ -36,14 +44,12 @@ class Answer:
             if event.end.finish == "error":
                 raise server_error("the model's scores are no numbers (NaN or infinity) for this request")
         if self.live:
-            self._text += self._piece(event.choice)
+            piece = self._piece(event.choice)
         elif self.end is not None:
-            self._text = self._whole(self.end)
+            piece = up_to(self.decode(self.end.ids), self.stop)
         else:
             return Spoken("")
-        now = self.form.read(self._text, tools=self.tools, ended=self.end is not None)
-        before, self.spoken = self.spoken, now
-        return Spoken(now.content[len(before.content) :], now.reasoning[len(before.reasoning) :], now.calls)
+        return self._parts.push(piece, ended=self.end is not None)
 
     @property
     def finish_reason(self) -> str:
@@ -52,10 +58,5 @@ class Answer:
         return "tool_calls" if self.spoken.calls and self.end.finish == "stop" else self.end.finish
 
     def _piece(self, choice: TokenChoice | None) -> str:
-        self._stream = self._stream or TextStream(self.decode, self.stop)
         piece = "" if choice is None else self._stream.push(choice.token)
         return piece + (self._stream.finish() if self.end is not None else "")
-
-    def _whole(self, end: Generation) -> str:
-        text = self.decode(end.ids)
-        return text[: min((text.index(stop) for stop in self.stop if stop in text), default=len(text))]

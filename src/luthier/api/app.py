@@ -71,7 +71,7 @@ class Endpoints:
         requests = await self._read(served.chat, body)
         shape = ChatShape(served, body.model, bool(body.logprobs), body.with_usage)
         tools = tuple(tool.function.name for tool in body.tools or () if body.tool_choice != "none")
-        return await self._answer(served, body, requests, shape, http, served.form, tools)
+        return await self._answer(served, body, requests, shape, http, served.answerer.form, tools)
 
     async def completions(self, body: CompletionRequest, http: HttpRequest) -> Response:
         served = self._language_model()

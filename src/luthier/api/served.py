@@ -13,7 +13,6 @@ from transformers.convert_slow_tokenizer import bytes_to_unicode
 from luthier.answering import Answerer
 from luthier.api.faults import ApiError, invalid
 from luthier.api.fields import ChatRequest, ChatTurn, CompletionRequest, Drawing
-from luthier.data.answer_form import AnswerForm
 from luthier.data.chats import history
 from luthier.data.read import RawRow
 from luthier.data.registry import DEFAULT_COLUMNS, DEFAULT_TAGS, DatasetAttr
@@ -67,23 +66,9 @@ class Served:
         return names | {name: name for name in further}
 
     @cached_property
-    def form(self) -> AnswerForm:
-        """How the template marks reasoning and tool calls."""
-        return AnswerForm.of(self.answerer.template)
-
-    @cached_property
     def decode(self) -> Callable[[Sequence[int]], str]:
-        """Tokens to text: special tokens are left out where the recipe says so, but not the template's own marks."""
-        template, marks = self.answerer.template, self.form.marks
-        added = template.tokenizer.backend_tokenizer.get_added_tokens_decoder()
-        hidden = {
-            index
-            for index, token in added.items()
-            if token.special and not any(token.content in mark for mark in marks)
-        }
-        if not self.answerer.spec.skip_special_tokens:
-            hidden = set()
-        return lambda ids: template.decode([index for index in ids if index not in hidden])
+        """Tokens of answers to text."""
+        return self.answerer.decoder()
 
     def unknown(self, name: str) -> ApiError:
         """The error for a name that nothing is served by."""
@@ -96,8 +81,10 @@ class Served:
         adapter = self._adapter(body.model)
         tools: list[Mapping[str, Any]] = []
         if body.tools and body.tool_choice != "none":
-            if self.form.call is None:
-                raise invalid(f"tools are not supported by this model: {self.form.no_calls}", "tools")
+            if self.answerer.form.call is None:
+                raise invalid(
+                    f"tools are not supported by this model: {self.answerer.form.no_calls}", "tools"
+                )
             tools = [tool.given() for tool in body.tools]
         try:
             prompt = self.answerer.template.prompt(conversation_of(body.messages, tools))

@@ -106,10 +106,7 @@ def load(
     if (answerer.settings().num_beams) > 1:
         say("note: beams are not searched while serving; every answer is drawn or greedy")
     served = Served(called, answerer)
-    _ = (
-        served.names,
-        served.decode,
-    )  # a name that is taken, and a template that cannot be asked, are found now
+    _ = served.names, served.decode  # a taken name, and a template that cannot be asked, are found now
     return served
 
 

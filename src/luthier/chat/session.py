@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from luthier.answering import Answerer
-from luthier.engine.reasoning import ReasoningStream
+from luthier.data.answer_form import Spoken, SpokenStream
 from luthier.engine.text import TextStream
+from luthier.files import write_whole
 from luthier.types import (
     Conversation,
     DataError,
@@ -162,12 +162,9 @@ class Session:
 
     def _answer(self, request: Request) -> Iterator[Piece]:
         answerer, self.last = self.answerer, None
-        skip = self.settings.get("skip_special_tokens", answerer.spec.skip_special_tokens)
-        opened = answerer.opens_reasoning(request)
-        stream = TextStream(
-            lambda ids: answerer.template.decode(ids, skip_special_tokens=skip), request.settings.stop
-        )
-        parts, text = ReasoningStream(opened=opened), ""
+        decode = answerer.decoder(skip_special_tokens=self.settings.get("skip_special_tokens"))
+        form = answerer.form_after(request)
+        stream, parts, text = TextStream(decode, request.settings.stop), SpokenStream(form), ""
         try:
             for event in answerer.engine.stream(request):
                 if event.choice is not None:
@@ -177,11 +174,10 @@ class Session:
                 self.last = event.end
             piece = stream.finish()
             text += piece
-            yield from _pieces(parts.push(piece))
-            yield from _pieces(parts.finish())
+            yield from _pieces(parts.push(piece, ended=True))
         finally:
             if text or self.last is not None:
-                self.messages.append(answerer.message(text, opened=opened))
+                self.messages.append(answerer.message(text, form))
             else:
                 self.messages.pop()
 
@@ -200,21 +196,18 @@ class Session:
         row = json.dumps({"messages": [_row(message) for message in self.messages]}, ensure_ascii=False)
         try:
             file.parent.mkdir(parents=True, exist_ok=True)
-            partial = file.with_name(f".{file.name}.{os.getpid()}")
-            partial.write_text(row + "\n", encoding="utf-8")
-            partial.replace(file)
+            write_whole(file, row + "\n")
         except OSError as error:
             raise DataError(f"{file} cannot be written: {error.strerror}") from error
         self._saved.add(file.resolve())
         return file
 
 
-def _pieces(parts: tuple[str, str]) -> Iterator[Piece]:
-    reasoning, answer = parts
-    if reasoning:
-        yield Piece(reasoning, reasoning=True)
-    if answer:
-        yield Piece(answer)
+def _pieces(added: Spoken) -> Iterator[Piece]:
+    if added.reasoning:
+        yield Piece(added.reasoning, reasoning=True)
+    if added.content:
+        yield Piece(added.content)
 
 
 def _row(message: Message) -> dict[str, str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from itertools import groupby
+from textwrap import indent
 
 from rich.markup import escape
 
@@ -12,6 +13,7 @@ from luthier.check.memory import PARTS, Memory
 from luthier.check.probe import Probe
 from luthier.check.schedule import Schedule
 from luthier.check.tokens import ShownSample, Token
+from luthier.columns import aligned
 from luthier.data.report import format_reports
 from luthier.methods.groups import ParameterCount
 from luthier.recipe.source import dump_value
@@ -36,15 +38,7 @@ def time_text(seconds: float) -> str:
 
 def table(rows: Sequence[Sequence[str]], *, left: int = 1) -> str:
     """Columns of plain text; the first `left` ones begin at the left, the others end at the right."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = []
-    for row in rows:
-        cells = [
-            cell.ljust(width) if place < left else cell.rjust(width)
-            for place, (cell, width) in enumerate(zip(row, widths, strict=True))
-        ]
-        lines.append("  " + "  ".join(cells).rstrip())
-    return "\n".join(lines)
+    return indent(aligned(rows, left=left), "  ")
 
 
 def report(found: Findings) -> str:

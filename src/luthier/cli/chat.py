@@ -7,56 +7,32 @@ from typing import Annotated
 import typer
 
 from luthier.cli.app import USAGE_ERROR, app
-from luthier.types import RecipeError
-
-
-def named_folders(words: list[str]) -> dict[str, str]:
-    """NAME=FOLDER, each name once. Raises RecipeError."""
-    named: dict[str, str] = {}
-    for word in words:
-        name, equals, folder = word.partition("=")
-        if not equals or not folder or name in named:
-            raise RecipeError(f"--adapter {word}: write NAME=FOLDER, each name once")
-        named[name] = folder
-    return named
+from luthier.cli.options import (
+    AdapterOption,
+    AnsweringArgument,
+    BaseOption,
+    DeviceOption,
+    TemplateOption,
+    named_folders,
+)
 
 
 @app.command()
 def chat(
-    target: Annotated[
-        str,
-        typer.Argument(
-            help="A run, checkpoint, adapter, export or model (folder or hub name), a recipe, or embedded."
-        ),
-    ],
+    target: AnsweringArgument,
     settings: Annotated[
         list[str] | None,
         typer.Argument(
             help="NAME=VALUE, for example temperature=0.7 max_new_tokens=256.", show_default=False
         ),
     ] = None,
-    adapter: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--adapter",
-            help="NAME=FOLDER of one more adapter on the same base; may be repeated.",
-            show_default=False,
-        ),
-    ] = None,
+    adapter: AdapterOption = None,
     system: Annotated[
         str | None, typer.Option("--system", help="A system message.", show_default=False)
     ] = None,
-    base: Annotated[
-        str | None,
-        typer.Option("--base", help="The model below the adapter, where it moved.", show_default=False),
-    ] = None,
-    template: Annotated[
-        str | None,
-        typer.Option("--template", help="Of a model that has none of its own.", show_default=False),
-    ] = None,
-    device: Annotated[
-        str | None, typer.Option("--device", help="As cpu or cuda:1.", show_default=False)
-    ] = None,
+    base: BaseOption = None,
+    template: TemplateOption = None,
+    device: DeviceOption = None,
 ) -> None:
     """Talk to a model, with the template that it was trained with. /help in it lists the commands.
 

@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from luthier.cli.app import app
+from luthier.cli.options import BaseOption
 
 
 class Language(StrEnum):
@@ -66,10 +67,6 @@ AgainstOption = Annotated[
     typer.Option(
         "--against", help="base (what training started from), or another model.", show_default=False
     ),
-]
-BaseOption = Annotated[
-    str | None,
-    typer.Option("--base", help="The model below the adapter, where it moved.", show_default=False),
 ]
 LimitOption = Annotated[
     int | None,

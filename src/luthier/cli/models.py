@@ -9,6 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from luthier.cli.app import CLAIM_FAILS, app
+from luthier.cli.options import BaseOption
 
 
 @app.command()
@@ -31,10 +32,7 @@ def score(
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace a file that is in the way.")
     ] = False,
-    base: Annotated[
-        str | None,
-        typer.Option("--base", help="The model below the adapter, where it moved.", show_default=False),
-    ] = None,
+    base: BaseOption = None,
     max_length: Annotated[
         int | None,
         typer.Option(
@@ -79,10 +77,7 @@ def export(
         list[str] | None,
         typer.Option("--adapters", help="One more adapter on top; may be repeated.", show_default=False),
     ] = None,
-    base: Annotated[
-        str | None,
-        typer.Option("--base", help="The model below the adapter, where it moved.", show_default=False),
-    ] = None,
+    base: BaseOption = None,
     push_to_hub: Annotated[
         str | None,
         typer.Option("--push-to-hub", help="Upload what passed to OWNER/NAME.", show_default=False),

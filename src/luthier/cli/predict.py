@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from luthier.cli.app import app
+from luthier.cli.options import BaseOption
 
 
 @app.command()
@@ -41,10 +42,7 @@ def predict(
         int | None,
         typer.Option("--max-samples", min=1, help="The first rows of each data set.", show_default=False),
     ] = None,
-    base: Annotated[
-        str | None,
-        typer.Option("--base", help="The model below the adapter, where it moved.", show_default=False),
-    ] = None,
+    base: BaseOption = None,
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace other predictions that are in the way.")
     ] = False,

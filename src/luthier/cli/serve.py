@@ -7,13 +7,15 @@ from typing import Annotated
 import typer
 
 from luthier.cli.app import app
+from luthier.cli.options import (
+    AdapterOption,
+    AnsweringArgument,
+    BaseOption,
+    DeviceOption,
+    TemplateOption,
+    named_folders,
+)
 
-_Target = Annotated[
-    str,
-    typer.Argument(
-        help="A run, checkpoint, adapter, export or model (folder or hub name), a recipe, or embedded."
-    ),
-]
 _Settings = Annotated[
     list[str] | None,
     typer.Argument(
@@ -32,14 +34,6 @@ _ApiKey = Annotated[
         show_default=False,
     ),
 ]
-_Adapters = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--adapter",
-        help="NAME=FOLDER of one more adapter on the same base; may be repeated.",
-        show_default=False,
-    ),
-]
 _Name = Annotated[
     str | None,
     typer.Option("--name", help="Of the model in requests (the last part of TARGET).", show_default=False),
@@ -51,31 +45,22 @@ _Rows = Annotated[
     int | None,
     typer.Option("--rows", min=1, help="The most answers under way (generation.rows).", show_default=False),
 ]
-_Base = Annotated[
-    str | None,
-    typer.Option("--base", help="The model below the adapter, where it moved.", show_default=False),
-]
-_Template = Annotated[
-    str | None,
-    typer.Option("--template", help="Of a model that has none of its own.", show_default=False),
-]
-_Device = Annotated[str | None, typer.Option("--device", help="As cpu or cuda:1.", show_default=False)]
 
 
 @app.command()
 def serve(
-    target: _Target,
+    target: AnsweringArgument,
     settings: _Settings = None,
     host: _Host = "127.0.0.1",
     port: _Port = 8000,
     api_key: _ApiKey = None,
-    adapter: _Adapters = None,
+    adapter: AdapterOption = None,
     name: _Name = None,
     max_queue: _Queue = 128,
     rows: _Rows = None,
-    base: _Base = None,
-    template: _Template = None,
-    device: _Device = None,
+    base: BaseOption = None,
+    template: TemplateOption = None,
+    device: DeviceOption = None,
 ) -> None:
     """Serve a model over HTTP with OpenAI's API: chat, completions, and scores of a reward model."""
     from luthier.environment import require
@@ -83,14 +68,7 @@ def serve(
     for module in ("fastapi", "uvicorn"):
         require(module, "luthier serve")
     from luthier.api.server import serve as run_server
-    from luthier.types import RecipeError
 
-    named: dict[str, str] = {}
-    for word in adapter or []:
-        given, equals, folder = word.partition("=")
-        if not equals or not folder or given in named:
-            raise RecipeError(f"--adapter {word}: write NAME=FOLDER, each name once")
-        named[given] = folder
     run_server(
         target,
         settings or [],
@@ -98,7 +76,7 @@ def serve(
         port=port,
         key=api_key,
         name=name,
-        adapters=named or None,
+        adapters=named_folders(adapter or []) or None,
         base=base,
         template=template,
         rows=rows,

@@ -1,7 +1,9 @@
 """What of an answer is reasoning, what is text and what are tool calls, as the template itself writes them.
 
     AnswerForm.of(template)            learnt by rendering an answer whose parts are known
+    form.after(prompt)                 the same for the answer to a prompt, which may begin the reasoning itself
     form.read(text, tools=, ended=)    an answer, or the beginning of one -> its parts
+    SpokenStream(form)                 an answer in pieces -> what each adds to the parts
 
 Nothing is known of families here: the marks around reasoning and calls, and the keys of a call's JSON, are those
 that the template puts around the parts of a made-up answer. A template that writes calls in another form than JSON has
@@ -12,12 +14,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from luthier.data.template import ChatTemplate
 from luthier.types import Conversation, DataError, Message, ToolCall
 
+THINK = ("<think>", "</think>")
+"""What models write around reasoning by themselves."""
 _WHY, _SAID, _NAME = "Because-so-it-is", "Thus-it-is-said", "made_up_tool"
 _ARGUMENTS = {"made_up_key": "made up value"}
 _ID = "a1b2c3d4e"
@@ -95,6 +99,15 @@ class AnswerForm:
         )
         return AnswerForm(opens, closes, call, why)
 
+    def after(self, prompt: str) -> AnswerForm:
+        """The form of the answer to a prompt, of which the end is enough.
+
+        `THINK` where the template marks no reasoning; no opening mark where the prompt ends with it.
+        """
+        form = self if self.reason_closes else replace(self, reason_opens=THINK[0], reason_closes=THINK[1])
+        opened = form.reason_opens and prompt.rstrip().endswith(form.reason_opens)
+        return replace(form, reason_opens="") if opened else form
+
     @property
     def marks(self) -> tuple[str, ...]:
         """The marks, which belong to an answer's text even where they are special tokens."""
@@ -127,7 +140,8 @@ class AnswerForm:
         before, closed, after = body.partition(closes)
         if not closed and not ended:
             before = _certain(before, closes)
-        return before.strip(), after.lstrip() if closed else ""
+        # Only the newlines around marks are the template's: an answer may begin with an indented line.
+        return before.strip("\n"), after.lstrip("\n")
 
     def _called(
         self, form: CallForm, text: str, tools: Sequence[str], ended: bool
@@ -145,6 +159,25 @@ class AnswerForm:
             return text, ()
         calls, rest = found
         return "\n".join(part for part in (content, rest) if part), calls
+
+
+class SpokenStream:
+    """The parts of an answer that comes in pieces; `spoken` is all of them so far."""
+
+    def __init__(self, form: AnswerForm, tools: Sequence[str] = ()) -> None:
+        self._form, self._tools = form, tools
+        self._text = ""
+        self.spoken = Spoken("")
+
+    def push(self, piece: str, *, ended: bool = False) -> Spoken:
+        """What a piece adds: put together, the parts of the whole. Calls are complete and come with the end."""
+        self._text += piece
+        before, self.spoken = self.spoken, self._form.read(self._text, tools=self._tools, ended=ended)
+        return Spoken(
+            self.spoken.content[len(before.content) :],
+            self.spoken.reasoning[len(before.reasoning) :],
+            self.spoken.calls,
+        )
 
 
 # --------------------------------------------------------------------------------------------------

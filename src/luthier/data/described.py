@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +20,19 @@ def described(file: Path, data: DataSpec) -> DatasetAttr:
 
     Raises DataError as `describe` does.
     """
+    return next((attr for attr in data_sets(data) if is_in(attr, file)), None) or describe(file)
+
+
+def data_sets(data: DataSpec) -> Iterator[DatasetAttr]:
+    """The data sets of a recipe that can still be found."""
     for ref in (*data.train, *data.eval):
         with contextlib.suppress(DataError):
-            (attr,) = resolve_datasets([ref], data)
-            if attr.load_from == "file" and Path(attr.path).resolve() == file.resolve():
-                return attr
-    return describe(file)
+            yield from resolve_datasets([ref], data)
+
+
+def is_in(attr: DatasetAttr, file: Path) -> bool:
+    """Whether `file` is where a data set is read from."""
+    return attr.load_from == "file" and file.is_file() and Path(attr.path).resolve() == file.resolve()
 
 
 def describe(file: Path) -> DatasetAttr:

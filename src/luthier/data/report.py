@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from luthier.columns import aligned
 from luthier.types import DataError, Encoded, Sample
 
 PERCENTILES = (50, 90, 99, 100)
@@ -158,15 +159,7 @@ def format_reports(reports: Sequence[DataReport]) -> str:
         lengths = [str(r.lengths.get(f"p{p}", 0)) for p in PERCENTILES]
         counts = (r.rows, sum(r.dropped.values()), r.cut_rows, r.unsupervised, r.samples, r.tokens, r.targets)
         lines.append([r.dataset, *(f"{count:,}" for count in counts), *lengths])
-    widths = [max(len(line[i]) for line in lines) for i in range(len(head))]
-    table = [
-        "  ".join(
-            cell.ljust(width) if i == 0 else cell.rjust(width)
-            for i, (cell, width) in enumerate(zip(line, widths, strict=True))
-        )
-        for line in lines
-    ]
-    return "\n".join([*table, *(text for report in reports if (text := report.losses()))])
+    return "\n".join([aligned(lines, left=1), *(text for report in reports if (text := report.losses()))])
 
 
 def _longest_row(sample: Sample) -> int:

@@ -4,8 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
+from luthier.generation import Generation
+
 _INCOMPLETE = "\N{REPLACEMENT CHARACTER}"
 """What a decoder writes for the first bytes of a character whose others have not come."""
+
+
+def up_to(text: str, stop: Sequence[str]) -> str:
+    """The text before the first stop string in it."""
+    return text[: min((text.index(one) for one in stop if one in text), default=len(text))]
+
+
+def answer_text(answer: Generation, decode: Callable[[Sequence[int]], str]) -> str:
+    """The text of an answer, up to its stop string."""
+    by = answer.stopped_by
+    return up_to(decode(answer.ids), [by] if isinstance(by, str) else [])
 
 
 class TextStream:
@@ -28,8 +41,7 @@ class TextStream:
         return self._show(text, len(text))
 
     def _show(self, text: str, end: int) -> str:
-        stops = [text.index(stop) for stop in self._stop if stop in text]
-        end = min([end, *stops])
+        end = min(end, len(up_to(text, self._stop)))
         piece = text[self._shown : end]
         self._shown = max(self._shown, end)
         return piece

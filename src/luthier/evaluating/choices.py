@@ -19,8 +19,8 @@ import numpy as np
 
 from luthier.data.template import ChatTemplate
 from luthier.evaluating.benchmark import LETTERS, Benchmark, Question, Subject
-from luthier.evaluating.intervals import share_difference, wilson
 from luthier.evaluating.judge import Judge
+from luthier.measures.intervals import ends, share_difference, wilson
 from luthier.types import Conversation, DataError, Message, ModelError
 
 Layout = Literal["chat", "text"]
@@ -122,7 +122,7 @@ def accuracy(right: Sequence[bool]) -> dict[str, Any]:
         "questions": len(right),
         "right": sum(right),
         "accuracy": share,
-        "interval": wilson(sum(right), len(right)),
+        "interval": ends(wilson(sum(right), len(right))),
     }
 
 
@@ -131,7 +131,7 @@ def difference(tuned: Answered, other: Answered) -> dict[str, Any]:
 
     def one(first: Sequence[bool], second: Sequence[bool]) -> dict[str, Any]:
         value = (sum(first) - sum(second)) / len(first) if first else None
-        return {"value": value, "interval": share_difference(first, second), "questions": len(first)}
+        return {"value": value, "interval": ends(share_difference(first, second)), "questions": len(first)}
 
     theirs = other.categories()
     return {

@@ -7,8 +7,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from luthier.evaluating.intervals import Interval, ratio, ratio_difference
 from luthier.evaluating.judge import Judge
+from luthier.measures.intervals import Interval, ends, ratio, ratio_difference
 from luthier.types import DataError, Sample
 
 
@@ -56,7 +56,7 @@ class Likelihood:
         return ratio([row.nll for row in rows], [row.weight for row in rows])
 
     def to_dict(self) -> dict[str, Any]:
-        interval = self.interval
+        interval = ends(self.interval)
         found: dict[str, Any] = {
             "name": self.data.name,
             "kind": self.data.kind,
@@ -121,7 +121,7 @@ def difference(tuned: Likelihood, other: Likelihood) -> dict[str, Any] | None:
         unit, sizes = "bits per byte", (num_bytes, num_bytes)
         totals = ([row.nll / math.log(2) for row in mine], [row.nll / math.log(2) for row in theirs])
     value = math.fsum(totals[0]) / math.fsum(sizes[0]) - math.fsum(totals[1]) / math.fsum(sizes[1])
-    interval = ratio_difference(totals, sizes)
+    interval = ends(ratio_difference(totals, sizes))
     return {"unit": unit, "value": value, "interval": interval, "rows": len(shared)}
 
 

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from rich.cells import cell_len
+from luthier.columns import aligned
 
 Tree = Mapping[str, Any]
 Line = tuple[str, ...]
@@ -48,7 +48,7 @@ def _likelihoods(report: Tree) -> str:
             lines.append(("", f"difference, {apart['unit']}", "", "", shown, "", ""))
         left_out = one["target"].get("left_out", {})
         lines += [("", f"left out: {count:,} rows, {why}", *[""] * 5) for why, count in left_out.items()]
-    return _table(lines)
+    return aligned(lines)
 
 
 def _benchmark(one: Tree, report: Tree) -> str:
@@ -76,7 +76,7 @@ def _benchmark(one: Tree, report: Tree) -> str:
         lines.append(line(f"  {category}", "categories", category, apart=part))
     lines.append(line("average", "average", apart=None if apart is None else apart["average"]))
     note = target["shots_left_out"]
-    return _table(lines) + (f"\nleft out: {note:,} examples that did not fit the context" if note else "")
+    return aligned(lines) + (f"\nleft out: {note:,} examples that did not fit the context" if note else "")
 
 
 def _of(apart: Tree) -> dict[str, Any]:
@@ -95,7 +95,7 @@ def _pairs(report: Tree) -> str:
             lines.append(("", "difference", "", _share(**_of(apart), signed=True), ""))
         if one["target"]["not_scored"]:
             lines.append(("", f"left out: {one['target']['not_scored']:,} rows", "", "", ""))
-    return _table(lines)
+    return aligned(lines)
 
 
 def _harness(report: Tree) -> str:
@@ -105,7 +105,7 @@ def _harness(report: Tree) -> str:
         for k, metric in enumerate(metrics):
             values = [report["lm_eval"][side][task][metric] for side in sides]
             lines.append(("" if k else task, metric, *(_with_error(value) for value in values)))
-    return _table(lines)
+    return aligned(lines)
 
 
 def _with_error(found: Tree) -> str:
@@ -125,13 +125,3 @@ def _share(value: float | None, interval: Sequence[float] | None, *, signed: boo
     form = "+.1f" if signed else ".1f"
     shown = f"{100 * value:{form}} %"
     return shown + (f" [{100 * interval[0]:{form}}, {100 * interval[1]:{form}}]" if interval else "")
-
-
-def _table(lines: Sequence[Line]) -> str:
-    widths = [max(cell_len(line[k]) for line in lines) for k in range(len(lines[0]))]
-    return "\n".join("  ".join(_padded(line, widths)).rstrip() for line in lines)
-
-
-def _padded(line: Line, widths: Sequence[int]) -> Iterator[str]:
-    for cell, width in zip(line, widths, strict=True):
-        yield cell + " " * (width - cell_len(cell))

@@ -10,8 +10,8 @@ from typing import Any
 
 from luthier.answering import parts_of
 from luthier.data.registry import resolve_datasets
-from luthier.evaluating.intervals import ratio_difference, wilson
 from luthier.evaluating.sets import prepared
+from luthier.measures.intervals import ends, share_difference, wilson
 from luthier.recipe.schema import Recipe
 from luthier.score import Scores, score_file
 from luthier.trained.source import Trained
@@ -42,7 +42,7 @@ class Preferred:
             "rows": num,
             "not_scored": self.not_scored,
             "accuracy": right / num,
-            "interval": wilson(right, num),
+            "interval": ends(wilson(right, num)),
             "mean_margin": math.fsum(self.margins) / num,
         }
 
@@ -125,6 +125,5 @@ def _preferred(one: PairSet, model: str | Path, base: str | None) -> Preferred:
 def _difference(mine: Preferred, theirs: Preferred) -> dict[str, Any]:
     shared = [key for key in mine.right if key in theirs.right]
     first, second = ([one.right[key] for key in shared] for one in (mine, theirs))
-    ones = [1.0] * len(shared)
     value = (math.fsum(first) - math.fsum(second)) / len(shared) if shared else None
-    return {"value": value, "interval": ratio_difference((first, second), (ones, ones)), "rows": len(shared)}
+    return {"value": value, "interval": ends(share_difference(first, second)), "rows": len(shared)}

@@ -9,22 +9,22 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from itertools import islice
 
 import numpy as np
 
+from luthier.assemble import preparation
 from luthier.data.collate import rows_of
 from luthier.data.encode import EncodeOptions, sft_sample
 from luthier.data.formats import to_row
-from luthier.data.prepare import Preparation, PreparedData, prepare
+from luthier.data.prepare import PreparedData, prepare
 from luthier.data.read import read_rows
 from luthier.data.registry import DatasetAttr
 from luthier.data.table import SampleTable
 from luthier.data.template import ChatTemplate
 from luthier.evaluating.perplexity import TokenSet, sliding
 from luthier.recipe.schema import DataSpec, PtSpec, Recipe
-from luthier.stages import build_stage
 from luthier.types import Row, RowError, RowKind, Sample, Stage
 
 _UNCUT = 2**31 - 1
@@ -54,22 +54,8 @@ def own_sets(run: Recipe, template: ChatTemplate) -> list[TokenSet]:
 
 def prepared(run: Recipe, template: ChatTemplate) -> tuple[Stage, PreparedData]:
     """The stage of a run, and its evaluation sets as the run tokenized them."""
-    spec, compatible = run.data, run.data.rules == "llamafactory"
-    if not spec.dev_split:
-        spec = spec.model_copy(update={"train": ()})
-    pad_id: int | None = template.tokenizer.pad_token_id
-    options = EncodeOptions.of(run.data, run.stage.type, llamafactory=compatible, pad_id=pad_id)
-    stage = build_stage(run.stage, options)
-    how = Preparation(
-        encode=stage.encode,
-        template=template,
-        kind=stage.kind,
-        identity={"stage": run.stage.type, **asdict(options)},
-        seed=run.train.seed,
-        llamafactory=compatible,
-        hub_cache=run.model.cache_dir,
-        hub_token=run.model.token,
-    )
+    spec = run.data if run.data.dev_split else run.data.model_copy(update={"train": ()})
+    stage, how = preparation(run, template)
     return stage, prepare(spec, how)
 
 

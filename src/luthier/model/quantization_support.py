@@ -8,7 +8,6 @@ import hashlib
 import importlib.util
 import json
 import logging
-import os
 import platform
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -19,6 +18,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from luthier.files import write_whole
 from luthier.model.quantized_layers import looked_up
 
 INSTALL = {name: f"pip install 'luthier[{name}]'" for name in ("bitsandbytes", "torchao", "hqq")}
@@ -176,11 +176,9 @@ def _read(file: Path) -> dict[str, Any]:
 
 
 def _write(file: Path, kept: dict[str, Any]) -> None:
-    partial = file.with_name(f".{file.name}.{os.getpid()}")
     with contextlib.suppress(OSError):  # a folder that cannot be written costs time, and nothing else
         file.parent.mkdir(parents=True, exist_ok=True)
-        partial.write_text(json.dumps(kept), encoding="utf-8")
-        partial.replace(file)
+        write_whole(file, json.dumps(kept))
 
 
 def _try(library: str, build: Callable[[torch.device], nn.Module], device: torch.device) -> str:

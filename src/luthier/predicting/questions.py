@@ -125,11 +125,11 @@ def label_text(question: Question, template: ChatTemplate, *, skip_special_token
     spans = [span for span in encoded.answers if span.message == len(question.conversation.messages) - 1]
     if not spans:
         raise RowError("the template does not render the answer")
-    return answer_text(encoded.input_ids[spans[-1].start : spans[-1].stop], template, skip_special_tokens)
+    return label_of(encoded.input_ids[spans[-1].start : spans[-1].stop], template, skip_special_tokens)
 
 
-def answer_text(ids: Sequence[int], template: ChatTemplate, skip_special_tokens: bool) -> str:
-    """The text of an answer's tokens up to its first stop token."""
+def label_of(ids: Sequence[int], template: ChatTemplate, skip_special_tokens: bool) -> str:
+    """The text of the tokens of an answer in the data, up to its first stop token."""
     stops = set(template.stop_ids)
     end = next((place for place, token in enumerate(ids) if token in stops), len(ids))
     return template.decode(ids[:end], skip_special_tokens=skip_special_tokens)

@@ -7,13 +7,14 @@ other data or settings are refused there instead of mixed.
 from __future__ import annotations
 
 import json
-import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from types import TracebackType
 from typing import IO, Any, Self
 
+from luthier.files import write_whole
+from luthier.trained.source import json_object
 from luthier.types import CheckpointError, DataError
 
 LINES_NAME = "generated_predictions.jsonl"
@@ -74,7 +75,7 @@ class PredictionRecord:
         self.folder.mkdir(parents=True, exist_ok=True)
         if not (self.folder / IDENTITY_NAME).exists():
             text = json.dumps(self._identity, indent=2, ensure_ascii=False) + "\n"
-            write_whole(self.folder / IDENTITY_NAME, [text])
+            write_whole(self.folder / IDENTITY_NAME, text)
         if self._torn is not None:
             with self.file.open("r+b") as stream:
                 stream.truncate(self._torn)
@@ -97,11 +98,14 @@ class PredictionRecord:
     def put_in_order(self) -> list[Prediction]:
         """All of them in the order of their rows, in the file too."""
         ordered = [self.done[index] for index in sorted(self.done)]
-        write_whole(self.file, (one.line() for one in ordered))
+        write_whole(self.file, "".join(one.line() for one in ordered))
         return ordered
 
     def _require_same(self, file: Path) -> None:
-        before = json_file(file)
+        try:
+            before = json_object(file)
+        except CheckpointError as error:
+            raise CheckpointError(f"{error}; give --overwrite to begin anew") from error
         now = json.loads(json.dumps(self._identity))
         different = [key for key in sorted(before.keys() | now.keys()) if before.get(key) != now.get(key)]
         if different:
@@ -156,30 +160,6 @@ def read_predictions(file: Path, end: int | None = None) -> list[Prediction]:
             raise DataError(f"{file}, line {number + 1}: row {prediction.index} is there twice")
         found[prediction.index] = prediction
     return list(found.values())
-
-
-def json_file(file: Path) -> dict[str, Any]:
-    """Raises CheckpointError for what is no JSON object."""
-    try:
-        tree = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise CheckpointError(f"{file} is damaged: {error}; give --overwrite to begin anew") from error
-    if not isinstance(tree, dict):
-        raise CheckpointError(f"{file} is damaged: it is no JSON object; give --overwrite to begin anew")
-    return tree
-
-
-def write_whole(file: Path, parts: Iterable[str]) -> None:
-    """A file that is there whole or as it was before."""
-    partial = file.with_name(f".{file.name}.{os.getpid()}")
-    try:
-        with partial.open("w", encoding="utf-8") as stream:
-            stream.writelines(parts)
-            stream.flush()
-            os.fsync(stream.fileno())
-        partial.replace(file)
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def find_predictions(where: Path) -> Path:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from luthier.measures.bootstrap import DRAWS, LEVEL, SEED, Interval, intervals, paired
+from luthier.measures.intervals import DRAWS, LEVEL, SEED, Interval, intervals, paired
 from luthier.measures.text import ComputeMetrics, TextScores
 from luthier.predicting.record import Prediction, find_predictions, read_predictions
 from luthier.types import DataError

@@ -47,3 +47,8 @@ class GenerationSpec(Spec):
     """The most answers under way at once."""
     memory_gib: float | None = Field(default=None, gt=0)
     """What their keys and values may take; absent: half of what is free."""
+
+    @property
+    def memory(self) -> int | None:
+        """`memory_gib` in bytes."""
+        return None if self.memory_gib is None else int(self.memory_gib * 2**30)

@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from luthier.columns import aligned
+
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
@@ -54,14 +56,9 @@ def table(outcomes: Sequence[Outcome]) -> str:
                 "holds" if one.holds else "FAILS",
             )
         )
-    widths = [max(len(line[column]) for line in lines) for column in range(len(head))]
-    text = [
-        "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
-        for line in lines
-    ]
     return "\n".join(
         [
-            *text,
+            aligned(lines),
             *(
                 f"{one.check}: {one.detail}"
                 for one in outcomes

@@ -19,6 +19,7 @@ import psutil
 from pydantic import BaseModel
 from pydantic_core import to_jsonable_python
 
+from luthier.files import write_whole
 from luthier.recipe.load import DEFAULT, LoadedRecipe, dump_recipe, leaves
 from luthier.recipe.source import dotted
 from luthier.recipe.sweep import Sweep
@@ -67,7 +68,9 @@ def open_folder(sweep: Sweep) -> list[Trial]:
     finished = read_folder(sweep)
     sweep.output.mkdir(parents=True, exist_ok=True)
     if not (sweep.output / SWEEP_NAME).exists():
-        _write(sweep.output / SWEEP_NAME, json.dumps(identity(sweep), indent=2, ensure_ascii=False) + "\n")
+        write_whole(
+            sweep.output / SWEEP_NAME, json.dumps(identity(sweep), indent=2, ensure_ascii=False) + "\n"
+        )
     return finished
 
 
@@ -154,21 +157,11 @@ def append_trial(folder: Path, trial: Trial) -> None:
     line = json.dumps(asdict(trial), ensure_ascii=False) + "\n"
     kept = file.read_bytes() if file.exists() else b""
     if kept and not kept.endswith(b"\n"):
-        _write(file, kept[: kept.rfind(b"\n") + 1].decode("utf-8"))
+        write_whole(file, kept[: kept.rfind(b"\n") + 1])
     with file.open("a", encoding="utf-8") as stream:
         stream.write(line)
         stream.flush()
         os.fsync(stream.fileno())
-
-
-def _write(file: Path, text: str) -> None:
-    """Replace a file whole: a reader sees the old text or the new one."""
-    temporary = file.with_name(f".{file.name}.{os.getpid()}")
-    with temporary.open("w", encoding="utf-8") as stream:
-        stream.write(text)
-        stream.flush()
-        os.fsync(stream.fileno())
-    os.replace(temporary, file)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -178,7 +171,7 @@ def _write(file: Path, text: str) -> None:
 def note_running(folder: Path, processes: Sequence[int]) -> None:
     """Write down which processes work in this folder."""
     known = [[number, psutil.Process(number).create_time()] for number in processes]
-    _write(folder / RUNNING_NAME, json.dumps(known) + "\n")
+    write_whole(folder / RUNNING_NAME, json.dumps(known) + "\n")
 
 
 def note_idle(folder: Path) -> None:
@@ -224,4 +217,4 @@ def write_best(sweep: Sweep, best: Trial, num_trials: int, loaded: LoadedRecipe)
         f"# The best of {num_trials} trials of {sweep.path}: {trial_name(best.trial)}, "
         f"{best.metric} {best.value:.6g}\n"
     )
-    _write(sweep.output / BEST_NAME, head + dump_recipe(loaded))
+    write_whole(sweep.output / BEST_NAME, head + dump_recipe(loaded))

@@ -73,7 +73,7 @@ def from_recipe(recipe: Recipe, label: str) -> Trained:
         return from_folder(folder)
     method = recipe.method
     adapters = method.adapters if isinstance(method, AdapterSpec) else ()
-    runs = [_run_of(Path(name)) for name in adapters]
+    runs = [run_of(Path(name)) for name in adapters]
     spec = recipe.model.model_copy(update={"gradient_checkpointing": False, "activation_offload": False})
     if runs and (last := runs[-1]) is not None:
         _require_template(recipe, last, adapters[-1])
@@ -111,7 +111,7 @@ def from_folder(folder: Path, *, base: ModelSpec | None = None) -> Trained:
     """
     if not folder.is_dir():
         raise ModelError(f"{folder}: no such file or folder")
-    run = _run_of(folder)
+    run = run_of(folder)
     manifest = _manifest_of(folder)
     if run is not None and not manifest:
         raise CheckpointError(
@@ -207,7 +207,7 @@ def _as_trained(spec: ModelSpec, adapters: Sequence[str], label: str) -> ModelSp
 
 def _record_of(folder: Path) -> BaseRecord | None:
     """What an adapter was trained on: its own record, or of adapters without one the recipe of their run."""
-    record, run = read_base(folder), _run_of(folder)
+    record, run = read_base(folder), run_of(folder)
     if record is not None or run is None:
         return record
     return BaseRecord(None, run.model.quantization, run.model.dtype)
@@ -242,7 +242,11 @@ def _around(folder: Path) -> Path:
     return folder.parent if folder.name.startswith("checkpoint-") else folder
 
 
-def _run_of(folder: Path) -> Recipe | None:
+def run_of(folder: Path) -> Recipe | None:
+    """The recipe of the run that a folder is, or is a checkpoint of; None of any other folder.
+
+    Raises RecipeError for one that cannot be read.
+    """
     file = _around(folder) / "recipe.yaml"
     return load_recipe(file).recipe if file.is_file() else None
 

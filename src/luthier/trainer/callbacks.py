@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import sys
 import time
 from collections.abc import Callable, Mapping
@@ -22,6 +21,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from luthier.files import write_whole
 from luthier.trainer.log import LOG_NAME
 from luthier.trainer.pace import Pace, clock_text, peak_memory
 from luthier.types import CheckpointError
@@ -122,12 +122,7 @@ class LogCallback(TrainerCallback):
             return
         self.path.parent.mkdir(parents=True, exist_ok=True)
         kept = kept_lines(self.path, state.global_step) if state.global_step and self.path.exists() else []
-        temporary = self.path.with_name(f".{LOG_NAME}.{os.getpid()}")
-        with temporary.open("w", encoding="utf-8") as stream:
-            stream.writelines(line + "\n" for line in kept)
-            stream.flush()
-            os.fsync(stream.fileno())
-        os.replace(temporary, self.path)
+        write_whole(self.path, "".join(line + "\n" for line in kept))
 
 
 def _plain(value: Any) -> Any:

@@ -7,7 +7,6 @@ smoothed with the formula of `plots.smooth`; evaluations are drawn as they are.
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from io import BytesIO
@@ -20,6 +19,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
+from luthier.files import write_whole
 from luthier.trainer.log import LOG_NAME, Axis, number, positions, read_log, settled
 from luthier.trainer.plots import COLORS, MANY_POINTS, plain_text, plot_run, smooth, style
 from luthier.types import CheckpointError
@@ -89,9 +89,7 @@ def plot_runs(
     image = BytesIO()
     kind = target.suffix.lower()
     figure.savefig(image, format=kind[1:], dpi="figure", metadata={FORMATS[kind]: MARK})
-    temporary = target.with_name(f".{target.name}.{os.getpid()}")
-    temporary.write_bytes(image.getvalue())
-    os.replace(temporary, target)
+    write_whole(target, image.getvalue())
     return [target]
 
 

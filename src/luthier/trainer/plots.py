@@ -6,7 +6,6 @@ Only `Figure` objects are used, never `pyplot`: drawing changes no global state 
 from __future__ import annotations
 
 import math
-import os
 import re
 from collections.abc import Mapping, Sequence
 from io import BytesIO
@@ -17,6 +16,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
+from luthier.files import write_whole
 from luthier.trainer.log import LOG_NAME, metrics, read_log, settled
 
 COLORS = ("#1f6feb", "#d9480f", "#2b8a3e", "#9c36b5", "#b08900", "#0b7285", "#c2255c", "#495057")
@@ -129,9 +129,7 @@ def plot_run(output: Path, *, unfinished: bool = False) -> list[Path]:
     for name, figure in draw_run(settled(read_log(output / LOG_NAME, unfinished=unfinished))).items():
         image = BytesIO()
         figure.savefig(image, format="png", dpi="figure")
-        temporary = output / f".{name}.{os.getpid()}"
-        temporary.write_bytes(image.getvalue())
-        os.replace(temporary, output / name)
+        write_whole(output / name, image.getvalue())
         written.append(output / name)
     return written
 

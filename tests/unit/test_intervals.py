@@ -8,7 +8,16 @@ from typing import Any
 import numpy as np
 import pytest
 
-from luthier.measures.bootstrap import Statistic, intervals, paired
+from luthier.measures.intervals import (
+    Statistic,
+    ends,
+    intervals,
+    paired,
+    ratio,
+    ratio_difference,
+    share_difference,
+    wilson,
+)
 
 Array = np.ndarray[Any, Any]
 
@@ -55,3 +64,33 @@ def test_one_row_is_its_own_interval_and_none_is_refused() -> None:
     assert (only.value, only.low, only.high) == (7, 7, 7)
     with pytest.raises(ValueError, match="no rows"):
         intervals(mean_of(np.array([])), 0)
+
+
+def test_wilson_is_the_published_interval() -> None:
+    """Values of Newcombe (1998), table I: 81 of 263, 15 of 148, 0 of 20, 1 of 29."""
+    for (right, num), expected in {
+        (81, 263): (0.2553, 0.3662),
+        (15, 148): (0.0624, 0.1605),
+        (0, 20): (0.0, 0.1611),
+        (1, 29): (0.0061, 0.1718),
+    }.items():
+        assert ends(wilson(right, num)) == pytest.approx(expected, abs=5e-5)
+    assert wilson(0, 0) is None
+
+
+def test_bootstraps_against_their_closed_forms() -> None:
+    """Means of many rows: the normal interval. Ratios that are the same in every row: a point."""
+    values = np.random.default_rng(3).normal(2.0, 1.5, 4000).tolist()
+    half = 1.96 * float(np.std(values)) / sqrt(len(values))
+    found = ends(ratio(values, [1.0] * len(values)))
+    assert found == pytest.approx((np.mean(values) - half, np.mean(values) + half), abs=0.1 * half)
+    assert ends(ratio([2.0, 4.0, 8.0], [1.0, 2.0, 4.0])) == pytest.approx((2.0, 2.0))
+    assert ratio([1.0], [1.0]) is None
+    assert ratio([1.0, 2.0], [0.0, 0.0]) is None
+    # Paired: what both rows share cancels, however far the rows are apart.
+    shifted = [value + 0.5 for value in values]
+    assert ends(ratio_difference((shifted, values), ([1.0] * 4000,) * 2)) == pytest.approx((0.5, 0.5))
+    first, second = [True] * 60 + [False] * 40, [True] * 50 + [False] * 50
+    low, high = ends(share_difference(first, second)) or (0, 0)
+    spread = 1.96 * sqrt(0.1 * 0.9 / 100)
+    assert (low, high) == pytest.approx((0.1 - spread, 0.1 + spread), abs=0.02)

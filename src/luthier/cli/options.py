@@ -1,0 +1,44 @@
+"""Options that several commands have."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from luthier.types import RecipeError
+
+AnsweringArgument = Annotated[
+    str,
+    typer.Argument(
+        help="A run, checkpoint, adapter, export or model (folder or hub name), a recipe, or embedded."
+    ),
+]
+AdapterOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--adapter",
+        help="NAME=FOLDER of one more adapter on the same base; may be repeated.",
+        show_default=False,
+    ),
+]
+BaseOption = Annotated[
+    str | None,
+    typer.Option("--base", help="The model below the adapter, where it moved.", show_default=False),
+]
+TemplateOption = Annotated[
+    str | None,
+    typer.Option("--template", help="Of a model that has none of its own.", show_default=False),
+]
+DeviceOption = Annotated[str | None, typer.Option("--device", help="As cpu or cuda:1.", show_default=False)]
+
+
+def named_folders(words: list[str]) -> dict[str, str]:
+    """NAME=FOLDER, each name once. Raises RecipeError."""
+    named: dict[str, str] = {}
+    for word in words:
+        name, equals, folder = word.partition("=")
+        if not equals or not folder or name in named:
+            raise RecipeError(f"--adapter {word}: write NAME=FOLDER, each name once")
+        named[name] = folder
+    return named
