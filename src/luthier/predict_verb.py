@@ -18,7 +18,7 @@ from luthier import __version__
 from luthier.answering import Answerer, open_model
 from luthier.data.described import described
 from luthier.data.registry import DatasetAttr, resolve_datasets
-from luthier.engine.hf import HfEngine
+from luthier.engine.protocol import Engine
 from luthier.generation import GenerationError, Request
 from luthier.measures.libraries import require_libraries
 from luthier.model.load import fingerprint, locate
@@ -288,7 +288,7 @@ def _blank(
 
 
 def _answer(
-    engine: HfEngine,
+    engine: Engine,
     answerer: Answerer,
     questions: Sequence[tuple[Request, Prediction]],
     record: PredictionRecord,

@@ -17,7 +17,7 @@ from luthier.data.answer_form import AnswerForm
 from luthier.data.chats import history
 from luthier.data.read import RawRow
 from luthier.data.registry import DEFAULT_COLUMNS, DEFAULT_TAGS, DatasetAttr
-from luthier.engine.hf import BASE
+from luthier.engine.protocol import BASE
 from luthier.methods.adapter_files import ADAPTER
 from luthier.types import Conversation, GenerationError, LuthierError, ModelError, Request
 
