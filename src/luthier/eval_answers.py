@@ -86,7 +86,7 @@ def answers_at_eval(
     )
     settings = settings_of(
         {},
-        spec.model_dump(exclude={"rows", "memory_gib"}),
+        spec.model_dump(exclude={"engine", "rows", "memory_gib"}),
         model_settings(source.path),
         stop_ids=template.stop_ids,
     )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -57,6 +57,12 @@ def chat(
     device: Annotated[
         str | None, typer.Option("--device", help="As cpu or cuda:1.", show_default=False)
     ] = None,
+    engine: Annotated[
+        Literal["hf", "vllm"] | None,
+        typer.Option(
+            "--engine", help="hf, or vllm where it is installed (generation.engine).", show_default=False
+        ),
+    ] = None,
 ) -> None:
     """Talk to a model, with the template that it was trained with. /help in it lists the commands.
 
@@ -73,6 +79,7 @@ def chat(
         template=template,
         system=system,
         device=device,
+        engine=engine,
     )
     if not every:
         raise typer.Exit(USAGE_ERROR)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -59,6 +59,12 @@ _Template = Annotated[
     str | None,
     typer.Option("--template", help="Of a model that has none of its own.", show_default=False),
 ]
+_Engine = Annotated[
+    Literal["hf", "vllm"] | None,
+    typer.Option(
+        "--engine", help="hf, or vllm where it is installed (generation.engine).", show_default=False
+    ),
+]
 _Device = Annotated[str | None, typer.Option("--device", help="As cpu or cuda:1.", show_default=False)]
 
 
@@ -76,6 +82,7 @@ def serve(
     base: _Base = None,
     template: _Template = None,
     device: _Device = None,
+    engine: _Engine = None,
 ) -> None:
     """Serve a model over HTTP with OpenAI's API: chat, completions, and scores of a reward model."""
     from luthier.environment import require
@@ -104,5 +111,6 @@ def serve(
         rows=rows,
         queue=max_queue,
         device=device,
+        engine=engine,
         say=typer.echo,
     )

@@ -78,7 +78,9 @@ class VllmEngine(Engine):
             generation_config="vllm",  # nothing of the model's own: precedence is decided before
             logprobs_mode="raw_logprobs",
             max_logprobs=-1,
-            kv_cache_memory_bytes=_cpu_memory(model, dtype, rows, context) if on_cpu and not memory else memory,
+            kv_cache_memory_bytes=_cpu_memory(model, dtype, rows, context)
+            if on_cpu and not memory
+            else memory,
             enforce_eager=on_cpu,  # compiling takes minutes there
             enable_lora=bool(adapters),
             max_loras=max(1, len(adapters)),
@@ -185,7 +187,9 @@ class VllmEngine(Engine):
                 break
         else:
             if output.finish_reason is not None:
-                events.append(answer.take(None, self._decode))  # it gave up: nothing that was asked for ended it
+                events.append(
+                    answer.take(None, self._decode)
+                )  # it gave up: nothing that was asked for ended it
         if events and events[-1].end is not None:
             del self._running[str(answer.ticket)]
             if output.finish_reason is None:  # a stop string
@@ -259,10 +263,25 @@ def _choice(token: int, scores: Mapping[int, Any] | None, wanted: int | None) ->
 _SAYS_NOTHING: tuple[Any, ...] = (None, False, [], {}, "none")
 _READ = frozenset(
     (
-        "r lora_alpha target_modules use_rslora peft_type task_type base_model_name_or_path revision inference_mode "
-        "lora_dropout peft_version exclude_modules layers_to_transform layers_pattern auto_mapping "
-        "init_lora_weights megatron_core qalora_group_size"
-    ).split()
+        "r",
+        "lora_alpha",
+        "target_modules",
+        "use_rslora",
+        "peft_type",
+        "task_type",
+        "base_model_name_or_path",
+        "revision",
+        "inference_mode",
+        "lora_dropout",
+        "peft_version",
+        "exclude_modules",
+        "layers_to_transform",
+        "layers_pattern",
+        "auto_mapping",
+        "init_lora_weights",
+        "megatron_core",
+        "qalora_group_size",
+    )
 )
 """What an adapter's configuration may say: read by vLLM, or without meaning once it is trained."""
 
