@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from dataclasses import replace
 from importlib import util
 from pathlib import Path
@@ -69,10 +68,10 @@ def decode(ids: Any) -> str:
 
 
 @pytest.fixture(scope="module")
-def engine(smollm2: Path, lora: tuple[Any, Path]) -> Iterator[Any]:
+def engine(smollm2: Path, lora: tuple[Any, Path]) -> Any:
     from luthier.engine.vllm import VllmEngine
 
-    yield VllmEngine(
+    return VllmEngine(
         str(smollm2), dtype="float32", rows=3, context=256, decode=decode, adapters={"one": lora[1]}
     )
 
@@ -101,8 +100,8 @@ def test_greedy_answers_are_those_of_transformers(
     assert not engine.busy
 
 
-def test_base_and_adapter_answer_side_by_side(engine: Any) -> None:
-    """The rows of one step have adapters of their own; else the test above would not see them mixed up."""
+def test_base_and_adapter_do_not_mix(engine: Any) -> None:
+    """Asked for in turns: vLLM's own layers on a CPU would give the base's rows the adapter."""
     requests = [Request(tuple(PROMPTS[0]), GREEDY, name) for name in ("one", BASE, "one", BASE)]
     answers = dict(engine.answers(requests))
     assert answers[0].ids == answers[2].ids == engine.generate(PROMPTS[:1], GREEDY, "one")[0].ids

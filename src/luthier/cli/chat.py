@@ -9,6 +9,13 @@ import typer
 from luthier.cli.app import USAGE_ERROR, app
 from luthier.types import RecipeError
 
+_Engine = Annotated[
+    Literal["hf", "vllm"] | None,
+    typer.Option(
+        "--engine", help="hf, or vllm where it is installed (generation.engine).", show_default=False
+    ),
+]
+
 
 def named_folders(words: list[str]) -> dict[str, str]:
     """NAME=FOLDER, each name once. Raises RecipeError."""
@@ -57,12 +64,7 @@ def chat(
     device: Annotated[
         str | None, typer.Option("--device", help="As cpu or cuda:1.", show_default=False)
     ] = None,
-    engine: Annotated[
-        Literal["hf", "vllm"] | None,
-        typer.Option(
-            "--engine", help="hf, or vllm where it is installed (generation.engine).", show_default=False
-        ),
-    ] = None,
+    engine: _Engine = None,
 ) -> None:
     """Talk to a model, with the template that it was trained with. /help in it lists the commands.
 

@@ -43,7 +43,8 @@ class VllmEngine(Engine):
     dtype: `float32` and the like. rows: the most that are answered at once. memory: bytes that keys and values may
     take; where absent, vLLM's own share of a GPU, and on a CPU what all rows can need, at most half of what is free.
     decode: tokens to text, for stop strings. adapters: folders of LoRA adapters by name, for requests to choose from;
-    the first is the default. context: tokens of prompt and answer; where absent, all that the model can.
+    the first is the default; on a CPU, answers that are under way together have the same. context: tokens of prompt
+    and answer; where absent, all that the model can.
 
     Raises ModelError where vLLM is not installed, or cannot load the model or an adapter.
     """
@@ -68,7 +69,7 @@ class VllmEngine(Engine):
 
         adapters = adapters or {}
         ranks = [require_plain_lora(name, Path(path)) for name, path in adapters.items()]
-        on_cpu = not torch.cuda.is_available()
+        self._on_cpu = on_cpu = not torch.cuda.is_available()
         arguments = EngineArgs(
             model=model,
             dtype=dtype,  # type: ignore[arg-type, unused-ignore]
@@ -157,7 +158,7 @@ class VllmEngine(Engine):
         return [answer.ticket for answer in self._waiting]
 
     def step(self) -> list[Event]:
-        while self._waiting and len(self._running) < self._rows:
+        while self._waiting and len(self._running) < self._rows and self._may_join(self._waiting[0]):
             self._begin(self._waiting.popleft())
         events: list[Event] = []
         for output in self._engine.step():
@@ -166,15 +167,24 @@ class VllmEngine(Engine):
                 events += self._taken(answer, output.outputs[0])
         return events
 
+    def _may_join(self, answer: GrowingAnswer) -> bool:
+        # vLLM's LoRA layers on a CPU give rows without an adapter that of their neighbours.
+        under_way = next(iter(self._running.values()), None)
+        return not self._on_cpu or under_way is None or self._lora_of(under_way) == self._lora_of(answer)
+
+    def _lora_of(self, answer: GrowingAnswer) -> Any:
+        """vLLM's request for the adapter of an answer; None for the base."""
+        name = answer.request.adapter
+        return self._lora.get(next(iter(self.adapters), BASE) if name is None else name)
+
     def _begin(self, answer: GrowingAnswer) -> None:
         request = answer.request
-        name = request.adapter if request.adapter is not None else next(iter(self.adapters), None)
         self._running[str(answer.ticket)] = answer
         self._engine.add_request(
             str(answer.ticket),
             {"prompt_token_ids": list(request.prompt)},
             sampling(request.settings, answer.limit),
-            lora_request=self._lora.get(name) if name is not None else None,
+            lora_request=self._lora_of(answer),
         )
 
     def _taken(self, answer: GrowingAnswer, output: Any) -> list[Event]:
