@@ -243,3 +243,15 @@ def test_a_model_that_is_opened_answers_with_either_engine(smollm2: Path) -> Non
 def test_a_folder_without_a_model_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match="nothing"):
         open_model(tmp_path / "nothing", engine="vllm")
+
+
+def test_a_folder_of_an_adapter_is_enough(lora: tuple[Any, Path]) -> None:
+    """Merged over transformers, added over vLLM; there requests may ask for the base below it, too."""
+    conversation = Conversation((Message("user", "Name three colours."),))
+    merged, opened = open_model(lora[1]), open_model(lora[1], engine="vllm", rows=2)
+    request = opened.request(conversation, max_new_tokens=24)
+    assert request == merged.request(conversation, max_new_tokens=24)
+    answers = [who.engine.generate([request.prompt], request.settings)[0].ids for who in (merged, opened)]
+    assert answers[0] == answers[1]
+    assert opened.engine.choices == ("default", BASE)
+    assert opened.engine.generate([request.prompt], request.settings, BASE)[0].ids != answers[0]

@@ -62,9 +62,11 @@ class VllmEngine(Engine):
     ) -> None:
         require_vllm()
         os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")  # else it reports to its makers
-        os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+        os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+        os.environ.setdefault("VLLM_LOGGING_STREAM", "ext://sys.stderr")  # answers alone are on stdout
         os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")  # a second process outlives a kill
         from vllm import EngineArgs, LLMEngine  # after its settings: it reads them once
+        from vllm.exceptions import VLLMError
         from vllm.lora.request import LoRARequest
 
         adapters = adapters or {}
@@ -87,6 +89,7 @@ class VllmEngine(Engine):
             max_loras=max(1, len(adapters)),
             max_lora_rank=_room(ranks),
             disable_log_stats=True,
+            use_tqdm_on_load=False,
         )
         try:
             self._engine = LLMEngine.from_engine_args(arguments)
@@ -96,7 +99,7 @@ class VllmEngine(Engine):
             }
             for lora in self._lora.values():
                 self._engine.add_lora(lora)
-        except (ValueError, RuntimeError, OSError, KeyError, ImportError) as error:
+        except (ValueError, RuntimeError, OSError, KeyError, ImportError, VLLMError) as error:
             raise ModelError(f"{model}: vLLM could not load it: {error}") from error
         config = self._engine.model_config
         super().__init__(tuple(adapters), config.max_model_len, decode)
@@ -229,6 +232,7 @@ def sampling(settings: GenerationSettings, room: int) -> Any:
     Ends that the model's own files name are not asked for: `stop_ids` has all that hold.
     """
     from vllm import SamplingParams
+    from vllm.exceptions import VLLMClientError
     from vllm.sampling_params import RequestOutputKind
 
     if settings.num_beams > 1:
@@ -255,7 +259,7 @@ def sampling(settings: GenerationSettings, room: int) -> Any:
             detokenize=False,
             output_kind=RequestOutputKind.DELTA,
         )
-    except ValueError as error:
+    except (ValueError, VLLMClientError) as error:
         raise GenerationError(f"vLLM cannot hold these settings: {error}") from error
 
 
