@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from peft import PeftModel
@@ -20,9 +20,10 @@ from transformers import PreTrainedModel
 
 from luthier.data.answer_form import THINK, AnswerForm
 from luthier.data.template import ChatTemplate
-from luthier.engine.hf import BASE, HfEngine
+from luthier.engine.hf import HfEngine
 from luthier.engine.packed import can_pack, pack_linears
 from luthier.engine.precedence import model_settings, settings_of
+from luthier.engine.protocol import BASE, Engine
 from luthier.engine.text import answer_text
 from luthier.environment import detect_hardware
 from luthier.methods.adapter_files import ADAPTER, attach_adapter, attach_further
@@ -57,7 +58,7 @@ class Answerer:
     """
 
     label: str
-    engine: HfEngine
+    engine: Engine
     template: ChatTemplate
     trained: Trained
     spec: GenerationSpec = field(default_factory=GenerationSpec)
@@ -139,6 +140,7 @@ def open_model(
     generation: GenerationSpec | None = None,
     rows: int | None = None,
     device: str | None = None,
+    engine: Literal["hf", "vllm"] | None = None,
     say: Note = lambda text: None,
 ) -> Answerer:
     """Load what `target` names: the folder of a run, checkpoint, adapter or model, a recipe (file or value), a name on
@@ -147,8 +149,8 @@ def open_model(
     adapters: more of them by name, each on the same base, for requests to choose from; with any, the trained one is
     called `default` and the base `base`. base: the model below the adapter, where it moved. template: of a model that
     nobody trained here, where its own is not wanted. generation: in place of the recipe's; what a recipe that only
-    answers says comes before what the run of its adapter says. rows: in place of that setting alone. Raises ModelError,
-    CheckpointError and RecipeError for parts that do not fit together.
+    answers says comes before what the run of its adapter says. rows, engine: in place of these settings alone. Raises
+    ModelError, CheckpointError and RecipeError for parts that do not fit together.
     """
     asked = target if isinstance(target, Recipe) else recipe_in(target)
     trained = parts_of(target if asked is None else asked, base)
@@ -161,6 +163,12 @@ def open_model(
     hardware = detect_hardware()
     where = torch.device(device or hardware.device)
     trained = typed(trained, where, bf16=hardware.bf16)
+    label = trained.label if asked is None or isinstance(target, Recipe) else str(target)
+    spec = generation or _generation(asked, trained.recipe)
+    given = {"rows": rows, "engine": engine}
+    spec = spec.model_copy(update={name: value for name, value in given.items() if value is not None})
+    if spec.engine == "vllm":
+        return _over_vllm(label, trained, source, chat, spec, adapters or {}, where)
     model: Any = load.Loader(trained, source, where).live()
     names: tuple[str, ...] = ()
     if adapters:
@@ -170,9 +178,6 @@ def open_model(
     if can_pack(model) and trained.kind == "language":
         pack_linears(model)
     model.requires_grad_(False)
-    label = trained.label if asked is None or isinstance(target, Recipe) else str(target)
-    spec = generation or _generation(asked, trained.recipe)
-    spec = spec if rows is None else spec.model_copy(update={"rows": rows})
     return replace(answerer(trained, source, model, chat, names=names, generation=spec), label=label)
 
 
@@ -196,6 +201,24 @@ def answerer(
     )
     said = model_settings(_settings_folder(trained, source))
     return Answerer(trained.label, engine, template, trained, spec, said)
+
+
+def _over_vllm(
+    label: str,
+    trained: Trained,
+    source: ModelSource,
+    template: ChatTemplate,
+    spec: GenerationSpec,
+    adapters: Mapping[str, str | Path],
+    device: torch.device,
+) -> Answerer:
+    from luthier.engine.vllm_model import open_vllm  # an extra, in an environment of its own
+
+    if adapters:
+        _require_choices(trained, source, adapters)
+    engine = open_vllm(trained, source, spec, decode=template.decode, adapters=adapters, device=device)
+    said = model_settings(_settings_folder(trained, source))
+    return Answerer(label, engine, template, trained, spec, said)
 
 
 def parts_of(target: str | Path | Recipe, base: str | None = None) -> Trained:
@@ -267,16 +290,8 @@ def _merges_exactly(model: PeftModel) -> bool:
     return hasattr(model.base_model, "merge_and_unload") and not model.active_peft_config.is_prompt_learning
 
 
-def _with_choices(
-    model: PreTrainedModel | PeftModel,
-    trained: Trained,
-    source: ModelSource,
-    adapters: Mapping[str, str | Path],
-) -> tuple[PeftModel, tuple[str, ...]]:
-    """The model with further adapters, and the names to choose from.
-
-    Raises ModelError for an adapter of another base, one that needs more than itself, and a name that is taken.
-    """
+def _require_choices(trained: Trained, source: ModelSource, adapters: Mapping[str, str | Path]) -> None:
+    """Raise ModelError for an adapter of another base, one that needs more than itself, and a name that is taken."""
     if len(trained.adapters) > 1 or recorded_change(trained.adapters) is not None:
         raise ModelError(
             f"{trained.label} changes its base itself (adapters below the last one, or new tokens), so no other "
@@ -312,6 +327,16 @@ def _with_choices(
                 f"the adapter {name}={path} needs other parts than its base (adapters below it, new tokens or a value "
                 "head), so it cannot share one; load it by itself"
             )
+
+
+def _with_choices(
+    model: PreTrainedModel | PeftModel,
+    trained: Trained,
+    source: ModelSource,
+    adapters: Mapping[str, str | Path],
+) -> tuple[PeftModel, tuple[str, ...]]:
+    """The model with further adapters, and the names to choose from. Raises as `_require_choices` does."""
+    _require_choices(trained, source, adapters)
     given = {name: str(path) for name, path in adapters.items()}
     names = [*([ADAPTER] if isinstance(model, PeftModel) else []), *given]
     if not isinstance(model, PeftModel):

@@ -46,6 +46,7 @@ OPTIONAL = (
     Library("mlflow", "mlflow", "train.report_to: [mlflow]", "pip install mlflow"),
     Library("optuna", "optuna", "search: {type: optuna} of `luthier sweep`", "pip install 'luthier[sweep]'"),
     Library("lm_eval", "lm-eval", "luthier evaluate --lm-eval", "pip install 'luthier[lm-eval]'"),
+    Library("vllm", "vllm", "generation.engine=vllm", "an environment of its own: docs/engines.md"),
     Library("fastapi", "fastapi", "luthier serve", "pip install 'luthier[api]'"),
     Library("uvicorn", "uvicorn", "luthier serve", "pip install 'luthier[api]'"),
     *(

@@ -18,7 +18,7 @@ from luthier import __version__
 from luthier.answering import Answerer, open_model, recipe_in
 from luthier.data.described import described
 from luthier.data.registry import DatasetAttr, resolve_datasets
-from luthier.engine.hf import HfEngine
+from luthier.engine.protocol import Engine
 from luthier.files import write_whole
 from luthier.generation import GenerationError, Request
 from luthier.measures.libraries import require_libraries
@@ -223,6 +223,7 @@ def _identity(answerer: Answerer) -> dict[str, Any]:
         "generation": {
             **asdict(answerer.settings()),
             "skip_special_tokens": answerer.spec.skip_special_tokens,
+            **({"engine": answerer.spec.engine} if answerer.spec.engine != "hf" else {}),
         },
     }
 
@@ -280,7 +281,7 @@ def _blank(
 
 
 def _answer(
-    engine: HfEngine,
+    engine: Engine,
     answerer: Answerer,
     questions: Sequence[tuple[Request, Prediction]],
     record: PredictionRecord,

@@ -117,12 +117,17 @@ def test_how_the_model_is_loaded_to_answer() -> None:
     assert loaded.recipe.model.dtype == load(**TRAINS).recipe.model.dtype
 
 
+@pytest.mark.parametrize(("backend", "engine"), [("huggingface", "hf"), ("vllm", "vllm")])
+def test_what_answers_is_chosen(backend: str, engine: str) -> None:
+    assert load(**TRAINS, infer_backend=backend).recipe.generation.engine == engine
+
+
 @pytest.mark.parametrize(
     ("values", "message"),
     [
         (
-            {"infer_backend": "vllm"},
-            "infer_backend: vllm is another program here: write huggingface, or give it the model that "
+            {"infer_backend": "sglang"},
+            "infer_backend: sglang is another program here: write huggingface or vllm, or give it the model that "
             "`luthier export` writes",
         ),
         (

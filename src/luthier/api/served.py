@@ -16,7 +16,7 @@ from luthier.api.fields import ChatRequest, ChatTurn, CompletionRequest, Drawing
 from luthier.data.chats import history
 from luthier.data.read import RawRow
 from luthier.data.registry import DEFAULT_COLUMNS, DEFAULT_TAGS, DatasetAttr
-from luthier.engine.hf import BASE
+from luthier.engine.protocol import BASE
 from luthier.methods.adapter_files import ADAPTER
 from luthier.types import Conversation, GenerationError, LuthierError, ModelError, Request
 

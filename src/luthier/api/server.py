@@ -10,7 +10,7 @@ import socket
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import uvicorn
 
@@ -42,6 +42,7 @@ def serve(
     rows: int | None = None,
     queue: int = 128,
     device: str | None = None,
+    engine: Literal["hf", "vllm"] | None = None,
     say: Callable[[str], object] = print,
 ) -> None:
     """Serve what `target` names (see `open_model`) until SIGINT or SIGTERM.
@@ -67,6 +68,7 @@ def serve(
             template=template,
             rows=rows,
             device=device,
+            engine=engine,
             say=say,
         )
         hosts = LOOPBACK_NAMES | {host.lower(), f"[{host.lower()}]"}
@@ -89,18 +91,32 @@ def load(
     template: str | None = None,
     rows: int | None = None,
     device: str | None = None,
+    engine: Literal["hf", "vllm"] | None = None,
     say: Callable[[str], object] = print,
 ) -> Served | ScoredModel:
     """The model behind the server. said: settings before those of the recipe. Raises what `open_model` raises."""
     called = name or Path(str(target)).expanduser().resolve().name
     if parts_of(target, base).kind == "reward":
-        given = {"--adapter": adapters, "--template": template, "--rows": rows, "a setting": said}
+        given = {
+            "--adapter": adapters,
+            "--template": template,
+            "--rows": rows,
+            "--engine": engine,
+            "a setting": said,
+        }
         wrong = [option for option, value in given.items() if value]
         if wrong:
             raise RecipeError(f"{wrong[0]}: {target} is a reward model, which scores and answers nothing")
         return ScoredModel(called, Scorer(target, base, None))
     answerer = open_model(
-        target, adapters=adapters, base=base, template=template, rows=rows, device=device, say=say
+        target,
+        adapters=adapters,
+        base=base,
+        template=template,
+        rows=rows,
+        device=device,
+        engine=engine,
+        say=say,
     )
     answerer = replace(answerer, spec=answerer.spec.model_copy(update=dict(said)))
     if (answerer.settings().num_beams) > 1:

@@ -15,7 +15,7 @@ from itertools import count
 from typing import TypeVar
 
 from luthier.api.faults import ApiError, invalid, overloaded, server_error, shutting_down
-from luthier.engine.hf import HfEngine
+from luthier.engine.protocol import Engine
 from luthier.types import Event, Request
 
 log = logging.getLogger("luthier.api")
@@ -80,7 +80,7 @@ class _Turn:
     tickets: dict[int, int] = field(default_factory=dict)
     events: list[Event] = field(default_factory=list)
 
-    def run(self, engine: HfEngine) -> None:
+    def run(self, engine: Engine) -> None:
         for ticket in self.given_up:
             engine.cancel(ticket)
         for key, request in self.new.items():
@@ -92,7 +92,7 @@ class _Turn:
 class Worker:
     """The engine's keeper. `most`: answers that wait or are under way at once; more are refused."""
 
-    def __init__(self, engine: HfEngine | None, most: int) -> None:
+    def __init__(self, engine: Engine | None, most: int) -> None:
         self._engine, self.most = engine, most
         self._keys = count()
         self._askers: dict[int, Asker] = {}
@@ -180,7 +180,7 @@ class Worker:
             await self._task
         self._thread.shutdown()
 
-    async def _run(self, engine: HfEngine) -> None:
+    async def _run(self, engine: Engine) -> None:
         while not self._closed or self._askers or self._given_up:
             await self._wake.wait()
             turn = _Turn(self._new, self._given_up)
@@ -213,7 +213,7 @@ class Worker:
             del self._tickets[event.ticket], self._askers[key]
         asker._tell(key, event)
 
-    def _failed(self, engine: HfEngine, turn: _Turn, error: BaseException) -> None:
+    def _failed(self, engine: Engine, turn: _Turn, error: BaseException) -> None:
         """A step went wrong: those in it fail, those that wait go on, and the engine begins anew."""
         log.error("a step failed: %s", type(error).__name__, exc_info=error)
         waiting = set(engine.abandon())

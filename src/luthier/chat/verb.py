@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Literal
 
 from luthier.answering import open_model
 from luthier.chat.commands import COMMANDS, run_command, settings_line
@@ -23,6 +24,7 @@ def chat(
     template: str | None = None,
     system: str | None = None,
     device: str | None = None,
+    engine: Literal["hf", "vllm"] | None = None,
 ) -> bool:
     """Talk to what `target` names (see `open_model`) until its user leaves; whether every turn was answered.
 
@@ -33,7 +35,13 @@ def chat(
     said = read_settings(settings)
     terminal = Terminal(list(COMMANDS))
     answerer = open_model(
-        target, adapters=adapters, base=base, template=template, device=device, say=terminal.note
+        target,
+        adapters=adapters,
+        base=base,
+        template=template,
+        device=device,
+        engine=engine,
+        say=terminal.note,
     )
     session = Session(answerer, system=system, settings=said)
     if terminal.interactive:

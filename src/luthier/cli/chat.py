@@ -12,6 +12,7 @@ from luthier.cli.options import (
     AnsweringArgument,
     BaseOption,
     DeviceOption,
+    EngineOption,
     TemplateOption,
     named_folders,
 )
@@ -33,6 +34,7 @@ def chat(
     base: BaseOption = None,
     template: TemplateOption = None,
     device: DeviceOption = None,
+    engine: EngineOption = None,
 ) -> None:
     """Talk to a model, with the template that it was trained with. /help in it lists the commands.
 
@@ -49,6 +51,7 @@ def chat(
         template=template,
         system=system,
         device=device,
+        engine=engine,
     )
     if not every:
         raise typer.Exit(USAGE_ERROR)

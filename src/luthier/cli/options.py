@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -31,6 +31,12 @@ TemplateOption = Annotated[
     typer.Option("--template", help="Of a model that has none of its own.", show_default=False),
 ]
 DeviceOption = Annotated[str | None, typer.Option("--device", help="As cpu or cuda:1.", show_default=False)]
+EngineOption = Annotated[
+    Literal["hf", "vllm"] | None,
+    typer.Option(
+        "--engine", help="hf, or vllm where it is installed (generation.engine).", show_default=False
+    ),
+]
 
 
 def named_folders(words: list[str]) -> dict[str, str]:

@@ -12,6 +12,7 @@ from luthier.cli.options import (
     AnsweringArgument,
     BaseOption,
     DeviceOption,
+    EngineOption,
     TemplateOption,
     named_folders,
 )
@@ -61,6 +62,7 @@ def serve(
     base: BaseOption = None,
     template: TemplateOption = None,
     device: DeviceOption = None,
+    engine: EngineOption = None,
 ) -> None:
     """Serve a model over HTTP with OpenAI's API: chat, completions, and scores of a reward model."""
     from luthier.environment import require
@@ -82,5 +84,6 @@ def serve(
         rows=rows,
         queue=max_queue,
         device=device,
+        engine=engine,
         say=typer.echo,
     )

@@ -13,7 +13,7 @@ from transformers import (
 )
 
 from luthier.engine.choosing import mended
-from luthier.engine.lane import Decode
+from luthier.engine.protocol import Decode
 from luthier.generation import Generation, GenerationError, GenerationSettings, Request, TokenChoice
 
 

@@ -16,18 +16,16 @@ from torch import nn
 from luthier.engine.beams import search_beams
 from luthier.engine.choosing import Chooser
 from luthier.engine.key_values import bytes_per_token
-from luthier.engine.lane import Decode, Lane, Row
+from luthier.engine.lane import Lane, Row
+from luthier.engine.protocol import BASE, Decode, Engine
 from luthier.engine.selftest import answers_together
-from luthier.generation import Event, Generation, GenerationError, GenerationSettings, Request
-
-BASE = "base"
-"""The name of the model without its adapters."""
+from luthier.generation import Event, Generation, GenerationError, Request
 
 _SHARE = 0.5
 """Of the free memory, the part that keys and values may take where no bound is given."""
 
 
-class HfEngine:
+class HfEngine(Engine):
     """Answers on a loaded model, with or without adapters, many rows at a time.
 
     rows: the most that are answered at once. memory: bytes that their keys and values may take; half of what is free
@@ -45,11 +43,11 @@ class HfEngine:
         adapters: Sequence[str] = (),
     ) -> None:
         self.model = model
-        self.adapters = tuple(adapters)
         self._inner: nn.Module = model.get_base_model() if isinstance(model, PeftModel) else model
-        self._rows, self._decode = rows, decode
         config: Any = self._inner.config
-        self.context_length: int | None = getattr(config.get_text_config(), "max_position_embeddings", None)
+        length: int | None = getattr(config.get_text_config(), "max_position_embeddings", None)
+        super().__init__(adapters, length, decode)
+        self._rows = rows
         self._memory = memory
         self._together: bool | None = None
         self._tickets = count()
@@ -66,83 +64,7 @@ class HfEngine:
         """The names that a request may have as its adapter; none where adapters are merged, or there are none."""
         return (*self.adapters, BASE) if isinstance(self.model, PeftModel) else self.adapters
 
-    # ---- one request, one stream, many
-
-    def generate(
-        self, prompts: Sequence[Sequence[int]], settings: GenerationSettings, adapter: str | None = None
-    ) -> list[Generation]:
-        """The answer to each prompt, in order. Raises GenerationError for a prompt that leaves no room."""
-        requests = [Request(tuple(prompt), settings, adapter) for prompt in prompts]
-        answers = dict(self.answers(requests))
-        return [answers[number] for number in range(len(requests))]
-
-    def answers(self, requests: Sequence[Request]) -> Iterator[tuple[int, Generation]]:
-        """The number of each request and its answer, as they are finished.
-
-        Prompts of like length are read together, so that little is padded. Raises GenerationError before the first
-        answer where a request cannot be held.
-        """
-        for request in requests:
-            self.limit(request)
-        order = sorted(range(len(requests)), key=lambda number: len(requests[number].prompt))
-        alone = [number for number in order if requests[number].settings.num_beams > 1]
-        tickets = {self.submit(requests[number]): number for number in order if number not in set(alone)}
-        try:
-            while tickets:
-                for event in self.step():
-                    if event.end is not None and event.ticket in tickets:
-                        yield tickets.pop(event.ticket), event.end
-        finally:
-            for ticket in tickets:
-                self.cancel(ticket)
-        for number in alone:
-            yield number, self._beams(requests[number])
-
-    def stream(self, request: Request) -> Iterator[Event]:
-        """The tokens of one answer as they come; the last event has its end."""
-        if request.settings.num_beams > 1:
-            end = self._beams(request)
-            for choice in end.choices[:-1]:
-                yield Event(-1, choice)
-            yield Event(-1, end.choices[-1] if end.choices else None, end)
-            return
-        ticket, ended = self.submit(request), False
-        try:
-            while not ended:
-                for event in self.step():
-                    if event.ticket == ticket:
-                        ended = event.end is not None
-                        yield event
-        finally:
-            if not ended:
-                self.cancel(ticket)
-
     # ---- for who keeps the loop
-
-    def limit(self, request: Request) -> int:
-        """The most tokens that the answer can have. Raises GenerationError where there is no room for one."""
-        settings, length = request.settings, len(request.prompt)
-        if not length:
-            raise GenerationError("the prompt is empty")
-        if settings.stop and self._decode is None:
-            raise GenerationError("stop: this engine knows no text, only tokens")
-        if request.adapter not in (None, *self.choices):
-            among = f"choose from {', '.join(self.choices)}" if self.choices else "this model is one whole"
-            raise GenerationError(f"adapter: there is no {request.adapter!r}; {among}")
-        room = settings.max_new_tokens
-        if settings.max_length is not None:
-            room = min(room, settings.max_length - length)
-        if room <= 0:
-            raise GenerationError(
-                f"the prompt has {length} tokens, and max_length={settings.max_length} leaves no room"
-            )
-        if self.context_length is not None:
-            room = min(room, self.context_length - length)
-        if room <= 0:
-            raise GenerationError(
-                f"the prompt has {length} tokens, and the model's context of {self.context_length} leaves no room"
-            )
-        return room
 
     def submit(self, request: Request) -> int:
         """Put a request behind those that wait; its ticket is in the events of `step`.

@@ -8,8 +8,8 @@ Shapes: R rows, L tokens from the start of the longest row, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass
 from inspect import signature
 from typing import Any
 
@@ -20,46 +20,20 @@ from transformers import Cache, DynamicCache
 
 from luthier.engine.choosing import Chooser, choose_rows
 from luthier.engine.key_values import RowsLayer, rows_cache
-from luthier.generation import Event, Finish, Generation, Request, TokenChoice
-
-Decode = Callable[[Sequence[int]], str]
+from luthier.engine.protocol import Decode
+from luthier.engine.row import GrowingAnswer
+from luthier.generation import Event, Generation
 
 
 @dataclass(slots=True)
-class Row:
-    """A request under way. `limit`: the most tokens that its answer may have."""
+class Row(GrowingAnswer):
+    """A request under way, and what chooses its tokens."""
 
-    ticket: int
-    request: Request
-    limit: int
     chooser: Chooser
-    choices: list[TokenChoice] = field(default_factory=list)
 
-    def take(self, choice: TokenChoice | None, decode: Decode | None) -> Event:
-        """What the next token means for the row; None is one that could not be chosen."""
-        settings = self.request.settings
-        if choice is None:
-            return self._end(None, "error")
-        if choice.token in settings.stop_ids:
-            return self._end(None, "stop", choice.token)
-        self.choices.append(choice)
-        if settings.stop:
-            assert decode is not None
-            # A stop string may begin in an earlier token, and may be the whole answer.
-            text = decode([other.token for other in self.choices])
-            found = [(text.index(stop), stop) for stop in settings.stop if stop in text]
-            if found:
-                return self._end(choice, "stop", min(found)[1])
-        if len(self.choices) == self.limit:
-            return self._end(choice, "length")
-        return Event(self.ticket, choice)
-
-    def ended(self, finish: Finish) -> Generation:
-        return Generation(tuple(self.choices), finish, bad_scores=self.chooser.bad_scores)
-
-    def _end(self, choice: TokenChoice | None, finish: Finish, by: int | str | None = None) -> Event:
-        end = Generation(tuple(self.choices), finish, by, self.chooser.bad_scores)
-        return Event(self.ticket, choice, end)
+    @property
+    def bad_scores(self) -> int:
+        return self.chooser.bad_scores
 
 
 class Lane:

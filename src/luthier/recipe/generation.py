@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 from pydantic import Field
 
 from luthier.recipe.base import Spec
@@ -43,6 +45,8 @@ class GenerationSpec(Spec):
     """Strings at which an answer ends, beside the template's own ends."""
     skip_special_tokens: bool = True
     """Leave special tokens out of the text of an answer."""
+    engine: Literal["hf", "vllm"] = "hf"
+    """What answers: transformers, or vLLM in an environment that has it. At evaluations of a training: transformers."""
     rows: int = Field(default=8, gt=0)
     """The most answers under way at once."""
     memory_gib: float | None = Field(default=None, gt=0)

@@ -36,10 +36,13 @@ def talks(flat: Flat) -> bool:
 
 def _engine(flat: Flat) -> None:
     backend = flat.choice("infer_backend", _BACKENDS)
-    if backend in _BACKENDS[1:]:
+    if backend == "vllm":
+        flat.put("generation.engine", "vllm", "infer_backend")
+    elif backend in _BACKENDS[1:]:
         flat.problem(
             "infer_backend",
-            f"{backend} is another program here: write huggingface, or give it the model that `luthier export` writes",
+            f"{backend} is another program here: write huggingface or vllm, or give it the model that `luthier export` "
+            "writes",
         )
     if not (predicts(flat) or talks(flat)):
         return

@@ -165,7 +165,7 @@ GENERATION_KEYS: dict[str, Key] = (
     | read("at evaluations", generation_num_beams=("generation.num_beams", None))
     | read("at evaluations", eval_num_beams=("generation.num_beams", None))
     | read("with export_dir; of a file that only answers, model.dtype", infer_dtype=("export.dtype", "auto"))
-    | read("huggingface alone, which is what answers here", infer_backend=("generation", "huggingface"))
+    | read("huggingface is hf; vllm", infer_backend=("generation.engine", "huggingface"))
     | keys(
         Rule.REFUSED,
         "write its values into the file itself (temperature, top_p, max_new_tokens and the others)",
@@ -173,7 +173,7 @@ GENERATION_KEYS: dict[str, Key] = (
     )
     | keys(
         Rule.NOTED,
-        "sets up another engine; transformers answers here",
+        "sets up that tool's own engine; here generation.rows and generation.memory_gib do",
         vllm_maxlen=4096,
         vllm_gpu_util=0.7,
         vllm_enforce_eager=False,

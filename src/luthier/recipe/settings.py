@@ -10,7 +10,7 @@ from luthier.recipe.problems import validate_as
 from luthier.recipe.source import Document, Place, parse_yaml_value
 from luthier.types import RecipeError
 
-_ENGINE = ("rows", "memory_gib")
+_ENGINE = ("engine", "rows", "memory_gib")
 """Of the engine, which is built once, and not of an answer."""
 
 SETTINGS = tuple(name for name in GenerationSpec.model_fields if name not in _ENGINE)
@@ -28,6 +28,8 @@ def read_settings(words: Sequence[str]) -> dict[str, Any]:
         key = key.strip().removeprefix("--").removeprefix("generation.")
         if not equals or not key:
             raise RecipeError(f"{word}: write NAME=VALUE, for example temperature=0.7")
+        if key == "engine":
+            raise RecipeError(f"{word}: the engine is chosen before the model is loaded: --engine {text}")
         if key in _ENGINE:
             raise RecipeError(f"{word}: {key} is about many answers at once; it has no effect on one")
         value = parse_yaml_value(text, word)
