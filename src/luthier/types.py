@@ -74,6 +74,8 @@ class Sample:
     """What the row says of its answers: 1 for a desirable one, else 0 (kto); the margin of a pair (rm)."""
     reference: np.ndarray[Any, np.dtype[np.float32]] | None = None
     """(N,) log-probabilities of the targets by the reference model, in their order, where they were computed before."""
+    signals: Mapping[str, np.ndarray[Any, np.dtype[np.float32]]] = field(default_factory=dict)
+    """What a rollout knows of each target, by name, (N,) in their order: see `experience`."""
 
     def __len__(self) -> int:
         return len(self.input_ids)
@@ -116,6 +118,7 @@ class Batch:
     rows (R,) int64 are the segments that are scored. Of n samples with B branches, row k n + i is branch k of sample
     i: of pairs, all better answers first. labels (n,) float32 are the samples' labels.
     reference (N,) float32: log-probabilities of the targets by the reference model, where they were computed before.
+    signals: (N,) float32 each, what a rollout knows of the targets, by name (ppo, grpo).
     mismatched: the prompts of these samples with answers to other ones (kto).
     """
 
@@ -131,6 +134,7 @@ class Batch:
     rows: Tensor | None = None
     labels: Tensor | None = None
     reference: Tensor | None = None
+    signals: dict[str, Tensor] = field(default_factory=dict)
     mismatched: Batch | None = None
 
     @property
@@ -147,6 +151,9 @@ class Batch:
             name: getattr(self, name).to(device, non_blocking=True)
             for name in (*_TENSORS, *_OPTIONAL_TENSORS)
             if getattr(self, name) is not None
+        }
+        moved["signals"] = {
+            name: values.to(device, non_blocking=True) for name, values in self.signals.items()
         }
         if self.mismatched is not None:
             moved["mismatched"] = self.mismatched.to(device)
@@ -180,7 +187,8 @@ class TokenLogprobs:
     logprobs (N,) float32; entropy (N,) float32 or None; mean_logprobs (N,) float32 or None: the average
     log-probability over the vocabulary, which is what label smoothing needs; predictions (N,) int64 or None: the
     most likely token; top_entropy (N,) float32 or None: the entropy of the softmax over the 20 largest logits alone,
-    without a graph; divergence (N,) float32 or None: KL(reference || policy) over the whole vocabulary.
+    without a graph; divergence (N,) float32 or None: KL(reference || policy) over the whole vocabulary; values (N,)
+    float32 or None: what the critic says of the state before each target.
     """
 
     logprobs: Tensor
@@ -189,6 +197,7 @@ class TokenLogprobs:
     predictions: Tensor | None = None
     top_entropy: Tensor | None = None
     divergence: Tensor | None = None
+    values: Tensor | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -279,9 +288,13 @@ class Policy(Protocol):
         mean_logprobs: bool = False,
         top_entropy: bool = False,
         divergence: bool = False,
-    ) -> TokenLogprobs: ...
+        values: bool = False,
+        temperature: float = 1.0,
+    ) -> TokenLogprobs:
+        """Statistics of the targets; logits are divided by `temperature` first, as they are in sampling."""
+        ...
 
-    def reference_logprobs(self, batch: Batch) -> Tensor:
+    def reference_logprobs(self, batch: Batch, *, temperature: float = 1.0) -> Tensor:
         """(N,) float32 log-probabilities of the targets by the reference model; without a graph."""
         ...
 

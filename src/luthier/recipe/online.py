@@ -1,0 +1,218 @@
+"""The stages that learn from answers of their own: PPO and GRPO, their rewards, and how they are held to a reference."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field, model_validator
+
+from luthier.recipe.base import Spec
+from luthier.recipe.quantization import QuantizationSpec
+from luthier.recipe.reference import Reference, is_precomputed
+
+
+class _Weighted(Spec):
+    weight: float = 1.0
+    """Of this reward in the sum; negative for a penalty."""
+    name: str | None = None
+    """In logs; absent, made from its type."""
+
+
+class ModelRewardSpec(_Weighted):
+    """The score of a reward model: a run of stage rm, or any sequence classifier with one label."""
+
+    type: Literal["model"] = "model"
+    path: str
+    """A folder or hub name; of an adapter, one with a value head."""
+    base: str | None = None
+    """Of an adapter: the model below it, where it is not what its run says. The policy's own base is shared."""
+    quantization: QuantizationSpec | None = None
+
+
+class HttpRewardSpec(_Weighted):
+    """A service that is asked with {"model", "messages"} and answers {"scores"}, one for each conversation."""
+
+    type: Literal["http"] = "http"
+    url: str
+    model: str = "model"
+    """What the service is told under `model`."""
+    timeout: float = Field(default=60.0, gt=0)
+    """Seconds for each try."""
+    retries: int = Field(default=3, ge=0)
+    headers: dict[str, str] = {}
+
+
+class FunctionRewardSpec(_Weighted):
+    """A Python function of yours: reward(prompt, completion, row) -> float."""
+
+    type: Literal["function"] = "function"
+    path: str
+    """`package.module:name` or `file.py:name`."""
+
+
+class ExactMatchSpec(_Weighted):
+    """1 where the answer is the row's answer, spaces at the ends aside."""
+
+    type: Literal["exact_match"] = "exact_match"
+    column: str | None = None
+    """Where the row has its answer; absent, what the data set's format says is the answer."""
+    ignore_case: bool = False
+
+
+class NumericSpec(_Weighted):
+    """1 where the last number of the answer is the last number of the row's answer."""
+
+    type: Literal["numeric"] = "numeric"
+    column: str | None = None
+    tolerance: float = Field(default=0.0, ge=0)
+
+
+class RegexSpec(_Weighted):
+    """1 where the whole answer, or a part of it, matches a regular expression."""
+
+    type: Literal["regex"] = "regex"
+    pattern: str
+    whole: bool = True
+    """Match the whole answer; false: find it anywhere."""
+
+
+class LengthSpec(_Weighted):
+    """How near the answer's length is to what is wanted: 0 inside [least, most], down to -1 at `slack` tokens outside."""
+
+    type: Literal["length"] = "length"
+    least: int = Field(default=0, ge=0)
+    most: int | None = Field(default=None, gt=0)
+    slack: int = Field(default=64, gt=0)
+
+
+class ReasoningGymSpec(_Weighted):
+    """The verifier of a reasoning-gym task, for rows that it made (their `metadata` names the task)."""
+
+    type: Literal["reasoning_gym"] = "reasoning_gym"
+    task: str | None = None
+
+
+class MathVerifySpec(_Weighted):
+    """1 where math-verify takes the answer for equal to the row's."""
+
+    type: Literal["math_verify"] = "math_verify"
+    column: str | None = None
+
+
+RewardSpec = Annotated[
+    ModelRewardSpec
+    | HttpRewardSpec
+    | FunctionRewardSpec
+    | ExactMatchSpec
+    | NumericSpec
+    | RegexSpec
+    | LengthSpec
+    | ReasoningGymSpec
+    | MathVerifySpec,
+    Field(discriminator="type"),
+]
+
+
+class KlSpec(Spec):
+    """How the policy is held to the reference."""
+
+    coefficient: float = Field(default=0.05, ge=0)
+    """0: not at all, and no reference is kept."""
+    estimator: Literal["k1", "k2", "k3"] = "k3"
+    """Of the divergence from samples (Schulman, 2020): -log r, (log r)^2 / 2, r - 1 - log r, with r = reference / policy."""
+    target: float | None = Field(default=None, gt=0)
+    """Adapt the coefficient to this divergence per answer (Ziegler et al., 2019, arXiv:1909.08593)."""
+    horizon: int = Field(default=10_000, gt=0)
+    """Of adapting: answers in which the coefficient may change by a factor e^0.2."""
+
+
+class OnlineSpec(Spec):
+    """What ppo and grpo have in common."""
+
+    rewards: tuple[RewardSpec, ...] = Field(min_length=1)
+    prompts_per_rollout: int = Field(default=8, gt=0)
+    """Prompts that are answered before the policy is updated, all processes together."""
+    epochs: int = Field(default=1, gt=0)
+    """How often each rollout is gone through."""
+    minibatches: int = Field(default=1, gt=0)
+    """Optimizer steps of each time."""
+    clip: float = Field(default=0.2, gt=0)
+    """How far a probability ratio may leave 1 before it earns nothing more."""
+    clip_high: float | None = Field(default=None, gt=0)
+    """Upwards, where that is another distance (DAPO, arXiv:2503.14476)."""
+    entropy: float = Field(default=0.0, ge=0)
+    """Weight of the entropy, which is made larger."""
+    importance_cap: float | None = Field(default=None, gt=0)
+    """Weigh each token by the ratio of the policy before the update to what the engine sampled from, at most this."""
+    mask_truncated: bool = False
+    """Learn nothing from answers that were cut by the limit of tokens."""
+    target_kl: float | None = Field(default=None, gt=0)
+    """Leave out the rest of a rollout's steps once the policy is this far from where they began."""
+    reference: Reference = "start"
+    samples_every: int | None = Field(default=10, gt=0)
+    """Rollouts between entries of samples.jsonl; null for none."""
+    max_samples: int = Field(default=8, gt=0)
+    """Answers of each entry."""
+
+    @model_validator(mode="after")
+    def _live_reference(self) -> OnlineSpec:
+        if is_precomputed(self.reference):
+            raise ValueError(
+                "stage.reference: the answers do not exist in advance, so nothing can be precomputed; leave it out"
+            )
+        return self
+
+
+class PpoSpec(OnlineSpec):
+    """Proximal policy optimisation (Schulman et al., 2017, arXiv:1707.06347; for language, arXiv:2203.02155)."""
+
+    type: Literal["ppo"] = "ppo"
+    epochs: int = Field(default=4, gt=0)
+    kl: KlSpec = KlSpec(estimator="k1", target=6.0, coefficient=0.2)
+    """In the reward of each token."""
+    discount: float = Field(default=1.0, gt=0, le=1)
+    """gamma."""
+    trace: float = Field(default=0.95, ge=0, le=1)
+    """lambda of generalised advantage estimation (arXiv:1506.02438)."""
+    value_weight: float = Field(default=0.1, ge=0)
+    """Of the value loss."""
+    value_clip: float | None = Field(default=0.2, gt=0)
+    """How far a value may leave what it was before it earns nothing more; null: not clipped."""
+    critic: Literal["shared", "own"] = "shared"
+    """A value head on the policy's trunk, or a trunk of its own (an adapter on the same base, where there are adapters)."""
+    value_start: str | None = None
+    """A reward model (a run of stage rm) whose value head the critic starts from."""
+    whiten_advantages: bool = True
+    whiten_rewards: bool = False
+    """Divide the rewards of tokens by their standard deviation."""
+    score_norm: bool = False
+    """Divide scores by their running standard deviation, less the running mean."""
+    score_clip: float | None = Field(default=None, gt=0)
+    """Cut scores at so many of the units that they have then."""
+    missing_end_penalty: float | None = Field(default=None, ge=0)
+    """Taken off the score of an answer without its end."""
+
+
+class GrpoSpec(OnlineSpec):
+    """Group-relative policy optimisation (Shao et al., 2024, arXiv:2402.03300) and its relatives."""
+
+    type: Literal["grpo"] = "grpo"
+    group_size: int = Field(default=8, ge=2)
+    """Answers to each prompt."""
+    advantage: Literal["group", "centered", "rloo", "reinforce_pp"] = "group"
+    """Reward less the group's mean, divided by its standard deviation; not divided (dr_grpo); less the mean of the
+    others (rloo, arXiv:2402.14740); less the group's mean, divided by the deviation of the whole rollout
+    (reinforce++ with baseline, arXiv:2501.03262)."""
+    aggregation: Literal["sequence", "token", "constant"] = "token"
+    """How tokens are added: the mean of each answer's mean (grpo), the mean of all tokens (dapo), or all tokens
+    divided by answers times the longest that they may be (dr_grpo, arXiv:2503.20783)."""
+    ratio: Literal["token", "sequence"] = "token"
+    """Whose probability ratio is clipped: each token's, or the answer's, by its length (gspo, arXiv:2507.18071)."""
+    loss: Literal["clip", "cispo"] = "clip"
+    """The clipped surrogate, or REINFORCE with a clipped weight (arXiv:2506.13585)."""
+    kl: KlSpec = KlSpec(coefficient=0.0)
+    """In the loss of each token."""
+    dynamic_sampling: int = Field(default=0, ge=0)
+    """Rounds in which groups of equal rewards are replaced by other prompts' (DAPO)."""
+    share_prompts: bool = True
+    """Compute the prompt of a group once, where the model allows it."""

@@ -1,0 +1,1 @@
+"""What a completion is worth: reward functions, services and models, from the recipe."""
