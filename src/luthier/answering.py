@@ -48,6 +48,9 @@ from luthier.types import (
 
 Note = Callable[[str], object]
 
+_MARK = 32
+"""Tokens at a prompt's end that hold a mark, were each byte of it a token."""
+
 
 @dataclass(frozen=True)
 class Answerer:
@@ -100,7 +103,7 @@ class Answerer:
 
     def form_after(self, request: Request) -> AnswerForm:
         """How the answer to a request is read: see `AnswerForm.after`."""
-        return self.form.after(self.template.decode(request.prompt[-8:]))
+        return self.form.after(self.template.decode(request.prompt[-_MARK:]))
 
     def message(self, text: str, form: AnswerForm) -> Message:
         """The text of an answer as the message that training data would have in its place; form: see `form_after`.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -167,8 +168,8 @@ def test_unknown_tasks_are_refused(model: Path, tmp_path: Path) -> None:
         evaluate(model, lm_eval=NAMES, tasks_folder=tmp_path / "nothing", quiet=True)
 
 
-@pytest.mark.skipif(INSTALLED, reason="lm-eval is installed here")
-def test_without_lm_eval_the_line_that_installs_it(model: Path) -> None:
+def test_without_lm_eval_the_line_that_installs_it(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "lm_eval", None)  # which is what Python keeps of a module that is not there
     with pytest.raises(
         RecipeError, match=r"--lm-eval needs the package lm-eval.*pip install 'luthier\[lm-eval\]'"
     ):

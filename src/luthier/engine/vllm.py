@@ -72,26 +72,26 @@ class VllmEngine(Engine):
         adapters = adapters or {}
         ranks = [require_plain_lora(name, Path(path)) for name, path in adapters.items()]
         self._on_cpu = on_cpu = not torch.cuda.is_available()
-        arguments = EngineArgs(
-            model=model,
-            dtype=dtype,  # type: ignore[arg-type, unused-ignore]
-            max_num_seqs=rows,
-            max_model_len=context,
-            skip_tokenizer_init=True,
-            generation_config="vllm",  # nothing of the model's own: precedence is decided before
-            logprobs_mode="raw_logprobs",
-            max_logprobs=-1,
-            kv_cache_memory_bytes=_cpu_memory(model, dtype, rows, context)
-            if on_cpu and not memory
-            else memory,
-            enforce_eager=on_cpu,  # compiling takes minutes there
-            enable_lora=bool(adapters),
-            max_loras=max(1, len(adapters)),
-            max_lora_rank=_room(ranks),
-            disable_log_stats=True,
-            use_tqdm_on_load=False,
-        )
         try:
+            arguments = EngineArgs(
+                model=model,
+                dtype=dtype,  # type: ignore[arg-type, unused-ignore]
+                max_num_seqs=rows,
+                max_model_len=context,
+                skip_tokenizer_init=True,
+                generation_config="vllm",  # nothing of the model's own: precedence is decided before
+                logprobs_mode="raw_logprobs",
+                max_logprobs=-1,
+                kv_cache_memory_bytes=_cpu_memory(model, dtype, rows, context)
+                if on_cpu and not memory
+                else memory,
+                enforce_eager=on_cpu,  # compiling takes minutes there
+                enable_lora=bool(adapters),
+                max_loras=max(1, len(adapters)),
+                max_lora_rank=_room(ranks),
+                disable_log_stats=True,
+                use_tqdm_on_load=False,
+            )
             self._engine = LLMEngine.from_engine_args(arguments)
             self._lora = {
                 name: LoRARequest(name, number, str(path))

@@ -41,7 +41,7 @@ def open_vllm(
         source.path,
         dtype=trained.model.dtype,
         rows=spec.rows,
-        memory=None if spec.memory_gib is None else int(spec.memory_gib * 2**30),
+        memory=spec.memory,
         decode=decode,
         adapters={**own, **adapters},
     )
