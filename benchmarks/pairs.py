@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import tempfile
 from itertools import pairwise
 from pathlib import Path
@@ -43,6 +44,22 @@ def load(model: Path, data: Path, dataset: str, count: int, max_length: int) -> 
             )
         samples = [table[i] for i in range(count)]
         return [_pair(sample) for sample in samples], samples[-1].index + 1
+
+
+def questions(data: Path, dataset: str, count: int, most_words: int) -> list[str]:
+    """The first `count` instructions, with their inputs, of at most so many words of a data set in alpaca's format.
+
+    Raises SystemExit where there are not as many.
+    """
+    described = json.loads((data / "dataset_info.json").read_text(encoding="utf-8"))[dataset]
+    rows = json.loads((data / described["file_name"]).read_text(encoding="utf-8"))
+    texts = ["\n".join(text for text in (row["instruction"], row.get("input")) if text) for row in rows]
+    short = [text for text in texts if len(text.split()) <= most_words]
+    if len(short) < count:
+        raise SystemExit(
+            f"{dataset} has {len(short)} questions of at most {most_words} words, {count} are needed"
+        )
+    return short[:count]
 
 
 def _pair(sample: Sample) -> Pair:

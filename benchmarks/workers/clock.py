@@ -50,6 +50,7 @@ class Record:
         self.counted_tokens: list[int] = []
         self.answer_logprobs: list[tuple[float, float]] = []
         self.seconds_of: dict[str, float] = {}
+        self.calls_of: dict[str, list[float]] = {}
         self.initial_weights = ""
         self.began = 0.0
         self.cpu_began = 0.0
@@ -103,7 +104,7 @@ def trained_weights(model: Any) -> str:
 
 
 def time_calls(owner: type, method: str, name: str) -> None:
-    """Add the seconds of every call of `owner.method` up under `name`."""
+    """Add the seconds of every call of `owner.method` up under `name`, and keep each in `RECORD.calls_of`."""
     original = getattr(owner, method)
 
     @functools.wraps(original)
@@ -114,6 +115,7 @@ def time_calls(owner: type, method: str, name: str) -> None:
         finally:
             spent = time.perf_counter() - began
             RECORD.seconds_of[name] = RECORD.seconds_of.get(name, 0.0) + spent
+            RECORD.calls_of.setdefault(name, []).append(spent)
 
     setattr(owner, method, timed)
 
