@@ -124,7 +124,11 @@ def mended(logits_RV: Tensor) -> Tensor:
 def _choice(settings: GenerationSettings, token: int, logits_V: Tensor) -> TokenChoice:
     if settings.logprobs is None:
         return TokenChoice(token)
-    logprobs_V = logits_V.float().log_softmax(-1)
+    scores_V = logits_V.float()
+    if settings.logprobs_of == "sampling" and settings.temperature > 0:
+        # The largest is taken off first: the largest of all numbers, divided by a small temperature, is infinite.
+        scores_V = (scores_V - scores_V.amax()) / settings.temperature
+    logprobs_V = scores_V.log_softmax(-1)
     top = logprobs_V.topk(min(settings.logprobs, len(logprobs_V)))
     pairs = tuple(zip(top.indices.tolist(), top.values.tolist(), strict=True))
     return TokenChoice(token, float(logprobs_V[token]), pairs)
