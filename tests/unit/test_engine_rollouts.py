@@ -7,11 +7,13 @@ from typing import Any
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
+from transformers import MambaConfig, MambaForCausalLM, set_seed
 
-from luthier.engine.hf import HfEngine
+from luthier.engine.hf import BASE, HfEngine
 from luthier.engine.vllm import sampling
 from luthier.types import Generation, GenerationError, GenerationSettings, Request
-from tests.tiny import tiny_model
+from tests.tiny import FAMILIES, VOCAB, tiny_model
 
 PROMPTS = [[5, 9, 30, 41, 12], [7, 8], [11, 40, 22, 3, 60, 61, 9, 14, 15]]
 STOPS = tuple(range(1, 40))
@@ -131,3 +133,155 @@ def test_vllm_refuses_the_logprobs_that_it_has_not() -> None:
 def test_whose_logprobs_is_one_of_two() -> None:
     with pytest.raises(GenerationError, match="logprobs_of='raw' should be model or sampling"):
         GenerationSettings(logprobs_of="raw")  # type: ignore[arg-type]
+
+
+# ---- a prompt of several requests is read once
+
+
+class Counted:
+    """Counts the tokens that a model computes."""
+
+    def __init__(self, model: torch.nn.Module) -> None:
+        self.passes: list[tuple[int, int]] = []
+        model.register_forward_pre_hook(self, with_kwargs=True)
+
+    def __call__(self, model: Any, args: Any, kwargs: Any) -> None:
+        self.passes.append(tuple(kwargs["input_ids"].shape))
+
+    @property
+    def prompts(self) -> list[tuple[int, int]]:
+        """Rows and tokens of the passes that read prompts."""
+        return [shape for shape in self.passes if shape[1] > 1]
+
+
+def alone(model: Any, request: Request) -> Generation:
+    """The answer of an engine that holds one row."""
+    return dict(HfEngine(model, rows=1).answers([request]))[0]
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.9])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_group_says_what_each_says_alone_and_its_prompt_is_read_once(
+    family: str, temperature: float
+) -> None:
+    """Two groups of four and one prompt by itself: three prompts are read, in one pass."""
+    model = tiny_model(family, "sdpa").eval()
+    settings = GenerationSettings(
+        max_new_tokens=10, temperature=temperature, logprobs=0, logprobs_of="sampling", stop_ids=STOPS[:8]
+    )
+    prompts = [PROMPTS[0]] * 4 + [PROMPTS[2]] * 4 + [PROMPTS[1]]
+    requests = [Request(tuple(ids), replace(settings, seed=seed)) for seed, ids in enumerate(prompts)]
+    expected = [alone(model, request) for request in requests]
+    engine = HfEngine(model, rows=9)
+    next(engine.stream(requests[0]))  # what is asked of every model first
+    counted = Counted(model)
+    answers = dict(engine.answers(requests))
+    assert counted.prompts == [(3, 9)]
+    for number, answer in answers.items():
+        assert [one.token for one in chosen(answer)] == [one.token for one in chosen(expected[number])]
+        mine, theirs = ([one.logprob for one in chosen(one)] for one in (answer, expected[number]))
+        assert mine == pytest.approx(theirs, abs=1e-5)
+    if temperature:
+        assert len({tuple(answer.ids) for answer in answers.values()}) > 3
+
+
+def test_who_comes_later_takes_the_prompt_of_who_is_there() -> None:
+    """Sixteen answers to two prompts through four places: a prompt is read again only once nobody has it."""
+    model = tiny_model("llama", "sdpa").eval()
+    settings = GenerationSettings(max_new_tokens=14, temperature=1.3, stop_ids=STOPS[:12], logprobs=0)
+    requests = [
+        Request(tuple(ids), replace(settings, seed=seed))
+        for ids in (PROMPTS[0], PROMPTS[2])
+        for seed in range(8)
+    ]
+    expected = [alone(model, request) for request in requests]
+    engine = HfEngine(model, rows=4)
+    next(engine.stream(requests[0]))
+    counted = Counted(model)
+    answers = dict(engine.answers(requests))
+    assert [answers[number].ids for number in range(16)] == [answer.ids for answer in expected]
+    assert sum(rows for rows, _ in counted.prompts) < 5
+    lengths = {len(answer.ids) for answer in expected}
+    assert len(lengths) > 4, "else nobody would come later than others"
+
+
+def test_a_cancelled_row_takes_nothing_from_those_that_copied_its_prompt() -> None:
+    model = tiny_model("llama", "sdpa").eval()
+    request = Request(tuple(PROMPTS[2]), GenerationSettings(max_new_tokens=8))
+    expected = alone(model, request)
+    engine = HfEngine(model, rows=3)
+    first, second = engine.submit(request), engine.submit(request)
+    engine.step()
+    third = engine.submit(request)
+    engine.step()
+    engine.cancel(first)
+    ends = {}
+    while engine.busy:
+        ends |= {event.ticket: event.end for event in engine.step() if event.end is not None}
+    assert ends == {second: expected, third: expected}
+
+
+def test_a_prompt_is_not_shared_between_adapters() -> None:
+    torch.manual_seed(0)
+    config = LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False)
+    model = get_peft_model(tiny_model("llama", "sdpa"), config, adapter_name="one")
+    model.add_adapter("two", config)
+    model.eval()
+    engine = HfEngine(model, rows=6, adapters=("one", "two"))
+    settings = GenerationSettings(max_new_tokens=8)
+    requests = [Request(tuple(PROMPTS[0]), settings, adapter) for adapter in ("one", "two", BASE) * 2]
+    counted = Counted(model.get_base_model())
+    answers = dict(engine.answers(requests))
+    assert [shape for shape in counted.prompts if shape[1] == 5 and shape[0] == 1][-3:] == [(1, 5)] * 3
+    assert [answers[number] for number in range(3)] == [answers[number] for number in range(3, 6)]
+    assert len({str(answers[number].ids) for number in range(3)}) == 3
+
+
+def test_a_model_that_answers_one_by_one_answers_a_group() -> None:
+    set_seed(0)
+    model = MambaForCausalLM(
+        MambaConfig(vocab_size=VOCAB, hidden_size=32, num_hidden_layers=2, state_size=4)
+    ).eval()
+    settings = GenerationSettings(max_new_tokens=6, temperature=1.0, logprobs=0)
+    requests = [Request(tuple(PROMPTS[0]), replace(settings, seed=seed)) for seed in range(3)]
+    answers = dict(HfEngine(model, rows=3).answers(requests))
+    for number, request in enumerate(requests):
+        assert answers[number] == alone(model, request)
+        expected = dense_logprobs(model, PROMPTS[0], answers[number], 1.0)
+        assert [one.logprob for one in chosen(answers[number])] == pytest.approx(expected, abs=1e-5)
+
+
+# ---- rows with like and unlike settings are drawn together
+
+
+def test_each_row_is_drawn_by_its_own_settings() -> None:
+    """Every kind of settings at once, twice each, against each request by itself."""
+    model = tiny_model("llama", "sdpa").eval()
+    kinds: list[dict[str, Any]] = [
+        {},
+        {"temperature": 1.0},
+        {"temperature": 0.7, "top_k": 5, "logprobs": 2},
+        {"temperature": 1.3, "top_p": 0.6, "logprobs": 0, "logprobs_of": "sampling"},
+        {"temperature": 1.3, "top_p": 0.6, "repetition_penalty": 1.7, "logprobs": 2},
+        {"presence_penalty": 1.0, "frequency_penalty": 0.5, "logprobs": 0},
+    ]
+    requests = [
+        Request(tuple(PROMPTS[number % 2]), GenerationSettings(max_new_tokens=9, seed=number, **kind))
+        for number, kind in enumerate(kinds * 2)
+    ]
+    answers = dict(HfEngine(model, rows=12).answers(requests))
+    for number, request in enumerate(requests):
+        expected = alone(model, request)
+        assert answers[number].ids == expected.ids, request.settings
+        for mine, theirs in zip(answers[number].choices, expected.choices, strict=True):
+            assert mine.logprob == pytest.approx(theirs.logprob, abs=1e-5)
+            assert [token for token, _ in mine.top] == [token for token, _ in theirs.top]
+
+
+def test_seeds_of_either_sign_draw_differently() -> None:
+    engine = HfEngine(tiny_model("llama"), rows=4)
+    settings = GenerationSettings(max_new_tokens=12, temperature=1.5)
+    seeds = (7, -7, 8)
+    assert (
+        len({str(engine.generate([PROMPTS[0]], replace(settings, seed=seed))[0].ids) for seed in seeds}) == 3
+    )
