@@ -19,7 +19,7 @@ import torch
 from torch import nn
 
 from luthier.arrange import Material
-from luthier.data.prompts import PromptTable, RawRows, read_raw_rows
+from luthier.data.prompt_rows import PromptTable, RawRows, read_raw_rows
 from luthier.data.registry import resolve_datasets
 from luthier.data.table import SampleTable
 from luthier.engine.hf import HfEngine
@@ -219,8 +219,8 @@ def online_supply(
     prompts = fits(material.data.train, "data.train")
     if not settings.train.eval_only and not len(prompts):
         raise DataError(
-            "data.train: no prompt leaves room for an answer; raise generation.max_length, or use a model with a longer "
-            "context"
+            "data.train: no prompt leaves room for an answer; raise generation.max_length, or use a model with a "
+            "longer context"
         )
     held_out = {name: fits(table, name) for name, table in material.data.eval.items()}
     held_out = {name: table for name, table in held_out.items() if len(table)}

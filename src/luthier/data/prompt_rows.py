@@ -1,7 +1,7 @@
 """Prepared samples and the rows behind them -> prompts that are answered and rewarded.
 
-    read_raw_rows(attrs, wanted, ...)   the rows of some data sets as their files have them
-    PromptTable(samples, rows, ...)     a prompt for each sample
+read_raw_rows(attrs, wanted, ...)   the rows of some data sets as their files have them
+PromptTable(samples, rows, ...)     a prompt for each sample
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """What a rollout leaves to learn from: samples with their signals, cut into optimizer steps and those into passes.
 
-A sample is a prompt with its completions as branches. Where prompts are shared, completions of a prompt stay together as
-far as a pass has room for them; elsewhere each is a row of its own. The cut changes memory and no loss.
+A sample is a prompt with its completions as branches. Where prompts are shared, completions of a prompt stay together
+as far as a pass has room for them; elsewhere each is a row of its own. The cut changes memory and no loss.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ def learnt_samples(
         samples.append(
             Sample(
                 np.concatenate((np.asarray(prompt.ids, np.int32), *answers)).astype(np.int32),
-                np.repeat(np.float32([0, 1]), [lengths[0], sum(lengths[1:])]),
+                _weights(lengths[0], sum(lengths[1:])),
                 prompt.source,
                 prompt.index,
                 tuple(np.cumsum(lengths)[:-1].tolist()),
@@ -56,6 +56,11 @@ def learnt_samples(
             )
         )
     return samples
+
+
+def _weights(prompt: int, answers: int) -> Floats:
+    """Every token of a completion is a target, and none of a prompt."""
+    return np.repeat(np.array([0, 1], np.float32), [prompt, answers])
 
 
 def part_of(sample: Sample, piece: Piece) -> Sample:
@@ -69,12 +74,13 @@ def part_of(sample: Sample, piece: Piece) -> Sample:
         sample.source,
         sample.index,
         tuple(branches.tolist()),
-        # Every token of a completion is a target, and none of a prompt.
         signals={name: values[start - prompt : stop - prompt] for name, values in sample.signals.items()},
     )
 
 
-def minibatch(samples: Sequence[Sample], update: int, minibatches: int, seed: int, rollout: int) -> list[Piece]:
+def minibatch(
+    samples: Sequence[Sample], update: int, minibatches: int, seed: int, rollout: int
+) -> list[Piece]:
     """The completions of one update: those of a prompt in one minibatch, unless there are fewer prompts than these.
 
     Each time a rollout is gone through has an order of its own. Updates of a small rollout may have nothing.
@@ -153,7 +159,7 @@ def from_arrays(arrays: Arrays, sources: Sequence[str]) -> list[Sample]:
     return [
         Sample(
             ids[k],
-            np.repeat(np.float32([0, 1]), [len(ids[k]) - answered[k], answered[k]]),
+            _weights(len(ids[k]) - answered[k], answered[k]),
             sources[int(arrays["source"][k])],
             int(arrays["index"][k]),
             tuple(branches[k].tolist()),

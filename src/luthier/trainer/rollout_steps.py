@@ -38,9 +38,7 @@ def shuffled(
     count: int, seed: int, purpose: Literal["order", "replacement", "minibatches"], *numbers: int
 ) -> list[int]:
     """The numbers below `count` in an order that is a function of the arguments alone."""
-    order: list[int] = (
-        np.random.default_rng(_sequence(seed, purpose, *numbers)).permutation(count).tolist()
-    )
+    order: list[int] = np.random.default_rng(_sequence(seed, purpose, *numbers)).permutation(count).tolist()
     return order
 
 

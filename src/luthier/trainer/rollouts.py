@@ -36,9 +36,10 @@ from luthier.trainer.experience_passes import (
 )
 from luthier.trainer.memory import running_out
 from luthier.trainer.rollout_steps import RolloutStep, answer_seed, other_prompts
-from luthier.trainer.saving import EXPERIENCE_NAME
 from luthier.trainer.sample_record import SampleRecord
+from luthier.trainer.saving import EXPERIENCE_NAME
 from luthier.types import Batch, LuthierError, Policy, Sample, Term
+
 
 class SamplingInterrupted(LuthierError):
     """A signal came while answers were sampled: the step has not begun, and nothing of it is kept."""
@@ -261,9 +262,7 @@ class Rollouts:
         completions = self.sample(asked, interruptible=True)
         scores = self.score(completions)
         bounds = [slice(start, start + size) for start in range(0, len(completions), size)]
-        groups = [
-            _Group(tuple(completions[one]), scores.rewards[one], scores.totals[one]) for one in bounds
-        ]
+        groups = [_Group(tuple(completions[one]), scores.rewards[one], scores.totals[one]) for one in bounds]
         return groups, scores.names
 
     def _known(self, groups: Sequence[_Group], asking: Asking) -> Rollout:
@@ -297,13 +296,14 @@ class Rollouts:
         asking: Asking,
     ) -> None:
         """Fill in what one pass says, wherever the stage's batch puts its tokens."""
-        tokens, parts = [], []
+        tokens, parts, taken = list[np.ndarray[Any, Any]](), list[Sample](), 0
         for piece in group:
             sample = samples[piece.sample]
             ends = (*sample.branches, len(sample))
             first = int(starts[piece.sample]) - sample.branches[0]
             mine = np.arange(first + ends[piece.first], first + ends[piece.last])
-            places = np.arange(len(mine), dtype=np.float32) + sum(len(others) for others in tokens)
+            places = np.arange(taken, taken + len(mine), dtype=np.float32)
+            taken += len(mine)
             tokens.append(mine)
             parts.append(replace(part_of(sample, piece), signals={"place": places}))
         batch = self.stage.collate(parts).to(asking.device)

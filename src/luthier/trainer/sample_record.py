@@ -21,9 +21,7 @@ class SampleRecord:
     weighted sum, why the answer ended and its tokens.
     """
 
-    def __init__(
-        self, run_dir: Path, every: int, most: int, decode: Callable[[Sequence[int]], str]
-    ) -> None:
+    def __init__(self, run_dir: Path, every: int, most: int, decode: Callable[[Sequence[int]], str]) -> None:
         self.path = run_dir / SAMPLES_NAME
         self._every, self._most, self._decode = every, most, decode
 

@@ -93,7 +93,10 @@ class CheckpointSaver:
         loop: Mapping[str, Any],
         rollouts: Ongoing | None = None,
     ) -> None:
-        """A checkpoint of this moment, with what is under way in `rollouts`. Raises CheckpointError where it, or the one before, cannot be written."""
+        """A checkpoint of this moment, with what is under way in `rollouts`.
+
+        Raises CheckpointError where it, or the one before, cannot be written.
+        """
         self.writer.wait()  # the buffers are its until then
         training = None
         if not self._only_model:

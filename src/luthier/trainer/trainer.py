@@ -12,6 +12,7 @@ import contextlib
 import json
 from collections.abc import Mapping, Sequence
 from functools import partial
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -118,11 +119,11 @@ class PeftTrainer(Evaluation):
 
     # ---- data --------------------------------------------------------------------------------------
 
-    def get_train_dataloader(self) -> DataLoader[list[Batch]]:
+    def get_train_dataloader(self) -> DataLoader[Any]:
         """One item per optimizer step, already this process's share; accelerate must not shard it again."""
-        assert self._steps is not None
+        steps: Any = self._steps
         return DataLoader(
-            self._steps, batch_size=1, collate_fn=_only, num_workers=self.args.dataloader_num_workers
+            steps, batch_size=1, collate_fn=itemgetter(0), num_workers=self.args.dataloader_num_workers
         )
 
     def num_examples(self, dataloader: DataLoader[Any]) -> int:
@@ -386,11 +387,6 @@ class _Begin(TrainerCallback):
         self._trainer.begin_ledger()
         if state.global_step >= state.max_steps:  # resumed at its end: transformers would do one step more
             control.should_training_stop = True
-
-
-def _only(items: list[Any]) -> Any:
-    (item,) = items
-    return item
 
 
 def _divided(loss_sum: LossSum, weights: Mapping[str, Tensor]) -> Tensor:
