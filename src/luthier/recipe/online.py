@@ -51,8 +51,11 @@ class HttpRewardSpec(_Weighted):
     timeout: float = Field(default=60.0, gt=0)
     """Seconds for each try."""
     retries: int = Field(default=3, ge=0)
+    """More tries after a connection that fails or is too slow, and after the states 429 and 5xx."""
     headers: dict[str, str] = {}
-    """Of each request, beside Content-Type."""
+    """Of each request, beside Content-Type. `${NAME}` in a value stands for a variable of the environment."""
+    form: Literal["messages", "text"] = "messages"
+    """What a conversation is sent as: a list of {role, content}, or the text of its tokens, as LLaMA-Factory does."""
 
 
 class FunctionRewardSpec(_Weighted):
