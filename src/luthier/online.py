@@ -25,18 +25,19 @@ from luthier.data.table import SampleTable
 from luthier.engine.hf import HfEngine
 from luthier.engine.precedence import model_settings, rollout_settings
 from luthier.engine.text import answer_text
-from luthier.experience import Completion, Prompt, Reward, RewardError
+from luthier.experience import Completion, Floats, Prompt
 from luthier.generation import Generation, GenerationError, GenerationSettings, Request
 from luthier.model.load import ModelSource
 from luthier.model.logprobs import chosen_rows
 from luthier.recipe.online import OnlineSpec
 from luthier.recipe.resolve import TOKENS_PER_BATCH
 from luthier.recipe.schema import Recipe
+from luthier.rewards.build import Rewards, build_rewards
 from luthier.trainer.bad_numbers import BadNumbersError
 from luthier.trainer.evaluation import Answers, EvalSet
 from luthier.trainer.memory import FitMemory
 from luthier.trainer.rollout_steps import RolloutSteps, answer_seed
-from luthier.trainer.rollouts import Ask, Layout, Rollouts, SamplingInterrupted, Scores
+from luthier.trainer.rollouts import Ask, Layout, Rollouts, SamplingInterrupted
 from luthier.trainer.sample_record import SampleRecord
 from luthier.trainer.steps import StepDataset
 from luthier.types import DataError
@@ -96,29 +97,7 @@ class LiveSampler:
 
 
 # --------------------------------------------------------------------------------------------------
-# Rewards
-
-
-class WeighedRewards:
-    """Asks every reward, and adds them by their weights."""
-
-    def __init__(self, rewards: Sequence[Reward], weights: Sequence[float]) -> None:
-        self._rewards, self._weights = tuple(rewards), np.array(weights, np.float64)
-
-    def __call__(self, completions: Sequence[Completion]) -> Scores:
-        """Raises RewardError for a reward that fails or gives something else than a finite number for each."""
-        columns = []
-        for reward in self._rewards:
-            column = reward(completions)
-            if len(column) != len(completions):
-                raise RewardError(f"{reward.name} gave {len(column)} rewards for {len(completions)} answers")
-            for completion, value in zip(completions, column, strict=True):
-                if not np.isfinite(value):
-                    raise RewardError(f"{reward.name}: {completion.prompt.place}: the reward is {value}")
-            columns.append(column)
-        rewards = np.array(columns, np.float64).T
-        names = tuple(reward.name for reward in self._rewards)
-        return Scores(names, rewards.astype(np.float32), (rewards @ self._weights).astype(np.float32))
+# Evaluation
 
 
 class EvalRewards:
@@ -131,7 +110,7 @@ class EvalRewards:
         self,
         prompts: Mapping[str, Sequence[Prompt]],
         sample: LiveSampler,
-        score: WeighedRewards,
+        score: Rewards,
         seed: int,
     ) -> None:
         self._prompts, self._sample, self._score, self._seed = dict(prompts), sample, score, seed
@@ -143,32 +122,28 @@ class EvalRewards:
         with torch.random.fork_rng():
             pairs = [(prompt, seed) for (_, prompt), seed in zip(asked, seeds, strict=True)]
             completions = self._sample(pairs, interruptible=False)
-            scores = self._score(completions)
+            rewards = self._score(completions)
         report: dict[str, float] = {}
         if len(self._prompts) > 1:
             for name in self._prompts:
                 rows = [number for number, (of, _) in enumerate(asked) if of == name]
                 if rows:
-                    report |= _means(f"{prefix}_{name}", scores, completions, rows)
-        return report | _means(prefix, scores, completions, range(len(asked)))
+                    report |= self._means(
+                        f"{prefix}_{name}", [completions[row] for row in rows], rewards[rows]
+                    )
+        return report | self._means(prefix, completions, rewards)
 
-
-def _means(
-    prefix: str, scores: Scores, completions: Sequence[Completion], rows: Sequence[int]
-) -> dict[str, float]:
-    chosen = [completions[row] for row in rows]
-    totals = scores.totals[list(rows)]
-    numbers = {
-        "reward": float(totals.mean()),
-        "reward_std": float(totals.std()),
-        **{
-            f"reward/{name}": float(scores.rewards[list(rows), k].mean())
-            for k, name in enumerate(scores.names)
-        },
-        "response_length": float(np.mean([len(completion) for completion in chosen])),
-        "truncated": float(np.mean([completion.truncated for completion in chosen])),
-    }
-    return {f"{prefix}_{name}": value for name, value in numbers.items()}
+    def _means(self, prefix: str, completions: Sequence[Completion], rewards: Floats) -> dict[str, float]:
+        totals = self._score.totals(rewards).astype(np.float64)
+        by_name = zip(self._score.names, rewards.astype(np.float64).mean(axis=0), strict=True)
+        numbers = {
+            "reward": float(totals.mean()),
+            "reward_std": float(totals.std()),
+            **{f"reward/{name}": float(mean) for name, mean in by_name},
+            "completion/length": float(np.mean([len(completion) for completion in completions])),
+            "completion/truncated": float(np.mean([completion.truncated for completion in completions])),
+        }
+        return {f"{prefix}_{name}": value for name, value in numbers.items()}
 
 
 # --------------------------------------------------------------------------------------------------
@@ -204,17 +179,26 @@ def online_supply(
     source: ModelSource,
     model: nn.Module,
     material: Material,
-    rewards: tuple[Sequence[Reward], Sequence[float]],
-    say: Callable[[str], object],
+    beside: Path | None,
+    say: Callable[[str], None],
 ) -> Supply:
-    """Of a stage that learns from answers of its own; `rewards` with their weights.
+    """Of a stage that learns from answers of its own; `beside` is the recipe's folder.
 
-    Raises DataError where no prompt of the training data leaves room for an answer.
+    Raises DataError where no prompt of the training data leaves room for an answer, RewardError for a prompt whose
+    answers cannot be rewarded, and what `build_rewards` raises.
     """
     spec: Any = settings.stage
     stage: Any = material.stage
     sampler = _sampler(settings, source, model, material)
-    score, rows, seed = WeighedRewards(*rewards), _raw_rows(settings, material), settings.train.seed
+    rows, seed = _raw_rows(settings, material), settings.train.seed
+    score = build_rewards(
+        spec.rewards,
+        decode=material.template.decode,
+        beside=beside,
+        policy=model,
+        policy_base=settings.model.path,
+        say=say,
+    )
     fits = partial(_with_room, sampler=sampler, rows=rows, say=say)
     prompts = fits(material.data.train, "data.train")
     if not settings.train.eval_only and not len(prompts):
@@ -224,6 +208,8 @@ def online_supply(
         )
     held_out = {name: fits(table, name) for name, table in material.data.eval.items()}
     held_out = {name: table for name, table in held_out.items() if len(table)}
+    for table in (() if settings.train.eval_only else (prompts,)) + tuple(held_out.values()):
+        score.require(table)
     limit = settings.train.tokens_per_pass or TOKENS_PER_BATCH
     layout = Layout(limit, stage.share_prompts, chosen_rows(model).padded)
     record = None

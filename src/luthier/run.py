@@ -124,7 +124,7 @@ def _train(loaded: LoadedRecipe, hardware: Hardware, quiet: bool) -> TrainResult
     )
     attach = precomputation(settings, source, hardware, model, material, say)
     # A signal ends what is computed here at once: there is no step yet to wait for, nor anything to save.
-    supply = _supply(settings, source, model, material, attach, arguments, say)
+    supply = _supply(loaded, source, model, material, attach, arguments, say)
     with trackers as tracked, ProgressCallback(quiet=quiet) as progress, Interruption() as interruption:
         supply.watch(progress.answered, lambda: interruption.received is not None)
         trainer = PeftTrainer(
@@ -156,7 +156,7 @@ def _train(loaded: LoadedRecipe, hardware: Hardware, quiet: bool) -> TrainResult
 
 
 def _supply(
-    settings: Recipe,
+    loaded: LoadedRecipe,
     source: ModelSource,
     model: PreTrainedModel | PeftModel,
     material: Material,
@@ -165,8 +165,10 @@ def _supply(
     say: Say,
 ) -> Supply:
     """What the trainer learns from and evaluates on."""
+    settings = loaded.recipe
     if isinstance(settings.stage, OnlineSpec):
-        return online_supply(settings, source, model, material, say)
+        beside = loaded.path.parent if loaded.path is not None else None
+        return online_supply(settings, source, model, material, beside, say)
     padded, world_size = chosen_rows(model).padded, arguments.world_size
     rank = arguments.process_index
     return Supply(

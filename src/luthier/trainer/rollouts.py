@@ -45,15 +45,6 @@ class SamplingInterrupted(LuthierError):
     """A signal came while answers were sampled: the step has not begun, and nothing of it is kept."""
 
 
-@dataclass(frozen=True, slots=True)
-class Scores:
-    """Rewards of completions: (B, K) float32 in the order of `names`, and (B,) float32 their weighted sum."""
-
-    names: tuple[str, ...]
-    rewards: Floats
-    totals: Floats
-
-
 Ask = tuple[Prompt, int]
 """A prompt, and the seed of its answer."""
 
@@ -66,7 +57,18 @@ class Sampler(Protocol):
         ...
 
 
-Scorer = Callable[[Sequence[Completion]], Scores]
+class Scoring(Protocol):
+    """K rewards."""
+
+    names: tuple[str, ...]
+
+    def __call__(self, completions: Sequence[Completion]) -> Floats:
+        """(B, K) what each says of each completion. Raises RewardError, naming the row, where one fails."""
+        ...
+
+    def totals(self, rewards: Floats) -> Floats:
+        """(B,) the weighted sums of (B, K)."""
+        ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,7 +118,7 @@ class Rollouts:
     spec: OnlineSpec
     prompts: Sequence[Prompt]
     sample: Sampler
-    score: Scorer
+    score: Scoring
     layout: Layout
     seed: int
     record: SampleRecord | None = None
@@ -203,7 +205,7 @@ class Rollouts:
         self._samples, self._number = [], step.rollout
         begun = time.monotonic()
         with torch.random.fork_rng(), asking.arithmetic(), without_dropout(asking.model):
-            groups, names, replaced = self._groups(step)
+            groups, replaced = self._groups(step)
         seconds = time.monotonic() - begun
         rollout = self._known(groups, asking)
         signals = self.stage.signals(rollout, asking.total)
@@ -218,7 +220,7 @@ class Rollouts:
         self.metrics["rollout_tokens_per_second"] = _term(num_tokens, seconds)
         self.stage.after(rollout, self._means(report, asking))
         if self.record is not None:
-            self.record.add(asking.step, step.rollout, rollout, names)
+            self.record.add(asking.step, step.rollout, rollout, self.score.names)
 
     def _means(self, report: Mapping[str, tuple[float, float]], asking: Asking) -> dict[str, float]:
         sums = {
@@ -227,13 +229,13 @@ class Rollouts:
         }
         return {name: total / weight for name, (total, weight) in sums.items() if weight}
 
-    def _groups(self, step: RolloutStep) -> tuple[list[_Group], tuple[str, ...], int]:
-        """The answers to the step's prompts, the names of their rewards, and how many groups were replaced.
+    def _groups(self, step: RolloutStep) -> tuple[list[_Group], int]:
+        """The answers to the step's prompts, and how many groups were replaced.
 
         With `dynamic_sampling`, a group of equal rewards makes room for another prompt's (DAPO, arXiv:2503.14476,
         section 3.2); one that is left after the last round, or when no prompt is, stays.
         """
-        groups, names = self._answered(step.prompts, step.rollout, 0)
+        groups = self._answered(step.prompts, step.rollout, 0)
         used, replaced = set(step.prompts), 0
         for attempt in range(1, getattr(self.spec, "dynamic_sampling", 0) + 1):
             equal = [place for place, group in enumerate(groups) if group.is_equal]
@@ -244,14 +246,12 @@ class Rollouts:
                 break
             used |= set(drawn)
             replaced += len(drawn)
-            others, _ = self._answered(drawn, step.rollout, attempt)
+            others = self._answered(drawn, step.rollout, attempt)
             for place, group in zip(equal, others, strict=False):
                 groups[place] = group
-        return groups, names, replaced
+        return groups, replaced
 
-    def _answered(
-        self, numbers: Sequence[int], rollout: int, attempt: int
-    ) -> tuple[list[_Group], tuple[str, ...]]:
+    def _answered(self, numbers: Sequence[int], rollout: int, attempt: int) -> list[_Group]:
         size = self.stage.group_size
         asked = []
         for number in numbers:
@@ -260,10 +260,10 @@ class Rollouts:
                 (prompt, answer_seed(self.seed, "answers", rollout, attempt, number, k)) for k in range(size)
             ]
         completions = self.sample(asked, interruptible=True)
-        scores = self.score(completions)
+        rewards = self.score(completions)
+        totals = self.score.totals(rewards)
         bounds = [slice(start, start + size) for start in range(0, len(completions), size)]
-        groups = [_Group(tuple(completions[one]), scores.rewards[one], scores.totals[one]) for one in bounds]
-        return groups, scores.names
+        return [_Group(tuple(completions[one]), rewards[one], totals[one]) for one in bounds]
 
     def _known(self, groups: Sequence[_Group], asking: Asking) -> Rollout:
         """The rollout with the log-probabilities and values that the stage needs, before its first update."""
