@@ -350,4 +350,8 @@ class GrpoSpec(OnlineSpec):
     @model_validator(mode="before")
     @classmethod
     def _of_variant(cls, given: Any) -> Any:
-        return filled(given) if isinstance(given, dict) and given.get("variant") is not None else given
+        if not isinstance(given, dict):
+            return given
+        if isinstance(rewards := given.get("rewards"), list):  # JSON's lists are Python's once they come by here
+            given = {**given, "rewards": tuple(rewards)}
+        return filled(given) if given.get("variant") is not None else given
