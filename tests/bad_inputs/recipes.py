@@ -325,8 +325,8 @@ CASES: list[BadInput] = [
     ),
     flat(
         "lf: later stages, later types",
-        "stage: ppo\nfp8: true\ndeepspeed: ds_z3.json\n",
-        "lf.yaml:4: stage: ppo comes in a later version; this one has pt, sft, rm, dpo and kto\n"
+        "stage: orpo\nfp8: true\ndeepspeed: ds_z3.json\n",
+        "lf.yaml:4: stage: write stage: dpo and pref_loss: orpo\n"
         "lf.yaml:5: fp8: 8-bit floating point comes in a later version; remove it\n"
         "lf.yaml:6: deepspeed: sharding over GPUs comes in a later version; "
         "remove it to train with plain data parallelism",

@@ -175,13 +175,13 @@ def test_an_error_is_one_message_on_stderr(calls: Calls) -> None:
 
 
 def test_several_problems_stand_on_lines_of_their_own(calls: Calls) -> None:
-    Path("lf.yaml").write_text(FLAT + "lora_rnk: 1\nstage: ppo\n")
+    Path("lf.yaml").write_text(FLAT + "lora_rnk: 1\nstage: orpo\n")
     result = run("migrate", "lf.yaml")
     assert result.exit_code == 2
     assert result.stderr == (
         "error:\n"
         "lf.yaml:6: lora_rnk: LLaMA-Factory has no such key; did you mean lora_rank?\n"
-        "lf.yaml:7: stage: ppo comes in a later version; this one has pt, sft, rm, dpo and kto\n"
+        "lf.yaml:7: stage: write stage: dpo and pref_loss: orpo\n"
     )
 
 

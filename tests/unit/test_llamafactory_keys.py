@@ -392,9 +392,9 @@ def test_overrides_flat_then_native() -> None:
             "lf.yaml:4: train: a section of a native recipe cannot stand in a LLaMA-Factory file; "
             "`luthier migrate` writes one",
         ),
-        ("stage: ppo", "lf.yaml:4: stage: ppo comes in a later version; this one has pt, sft, rm, dpo and kto"),
+        ("stage: ppo", "lf.yaml: reward_model: is missing; name the reward model, as the folder of a run of stage: rm"),
         ("stage: sfd", "lf.yaml:4: stage: 'sfd' is none of its values; did you mean sft? Choose "
-         "from pt, sft, rm, dpo, kto"),
+         "from pt, sft, rm, dpo, kto, ppo"),
         (
             "use_llama_pro: true",
             "lf.yaml:4: use_llama_pro: goes with finetuning_type: freeze; LoRA on new blocks alone is method.layers "
@@ -484,7 +484,7 @@ def test_errors_of_overrides_name_the_override() -> None:
 
 
 def test_all_problems_at_once() -> None:
-    text = "lora_rnk: 8\nquantization_bit: 5\nstage: ppo\nuse_llama_pro: true\n"
+    text = "lora_rnk: 8\nquantization_bit: 5\nstage: orpo\nuse_llama_pro: true\n"
     assert [line.split(":")[1] for line in problems(text)] == ["4", "5", "6", "7"]
 
 

@@ -129,6 +129,8 @@ def test_options_of_kto() -> None:
         ("dpo", "kto_chosen_weight", 2.0),
         ("dpo", "reward_model_adapters", "r"),
         ("dpo", "ppo_epochs", 2),
+        ("kto", "ppo_whiten_rewards", True),
+        ("sft", "reward_model_type", "full"),
         ("kto", "pref_loss", "ipo"),
         ("kto", "simpo_gamma", 1.0),
         ("kto", "ld_alpha", 0.5),
@@ -269,7 +271,6 @@ def test_the_accuracy_of_a_reward_model_needs_no_key() -> None:
 @pytest.mark.parametrize(
     ("stage", "values", "message"),
     [
-        ("ppo", {}, "stage: ppo comes in a later version; this one has pt, sft, rm, dpo and kto"),
         ("orpo", {}, "stage: write stage: dpo and pref_loss: orpo"),
         (
             "dpo",

@@ -17,7 +17,7 @@ _METHODS = (
         lora_target=("method.targets", "all"),
         pure_bf16=("model.dtype", False),
     )
-    | read("pt, sft, rm, dpo and kto; ppo comes later", stage=("stage.type", "sft"))
+    | read("pt, sft, rm, dpo, kto and ppo", stage=("stage.type", "sft"))
     | read("lora, oft, freeze and full", finetuning_type=("method.type", "lora"))
     | read("of lora", use_rslora=("method.rslora", False), use_dora=("method.dora", False))
     | read("of lora", loraplus_lr_ratio=("method.lora_plus_ratio", None))
@@ -87,7 +87,7 @@ _PREFERENCES = (
         kto_rejected_weight=("stage.undesirable_weight", 1.0),
     )
     | read(
-        "of dpo (not orpo, simpo), kto and use_asft_loss",
+        "of dpo (not orpo, simpo), kto, ppo and use_asft_loss",
         ref_model=("stage.reference.path", None),
         ref_model_adapters=("stage.reference.adapters", None),
     )
@@ -95,18 +95,26 @@ _PREFERENCES = (
         "with ref_model; 4 or 8 with bnb, 1 to 6 or 8 with hqq",
         ref_model_quantization_bit=("stage.reference.quantization.bits", None),
     )
-    | keys(
-        Rule.NOTED,
-        NO_EFFECT,
-        ppo_buffer_size=1,
-        ppo_epochs=4,
-        ppo_score_norm=False,
-        ppo_target=6.0,
-        ppo_whiten_rewards=False,
-        reward_model=None,
-        reward_model_adapters=None,
-        reward_model_quantization_bit=None,
-        reward_model_type="lora",
+    | read(
+        "of ppo; times per_device_train_batch_size and gradient_accumulation_steps it is stage.prompts_per_rollout",
+        ppo_buffer_size=("stage.minibatches", 1),
+    )
+    | read(
+        "of ppo",
+        ppo_epochs=("stage.epochs", 4),
+        ppo_score_norm=("stage.score_norm", False),
+        ppo_target=("stage.kl.target", 6.0),
+        ppo_whiten_rewards=("stage.whiten_rewards", False),
+        reward_model=("stage.rewards", None),
+    )
+    | read("of ppo with reward_model_type: full; one", reward_model_adapters=("stage.rewards", None))
+    | read(
+        "of ppo with reward_model_type: full; 4 or 8 with bnb, 1 to 6 or 8 with hqq",
+        reward_model_quantization_bit=("stage.rewards", None),
+    )
+    | read(
+        "of ppo; lora and full are type: model, api is type: http",
+        reward_model_type=("stage.rewards", "lora"),
     )
 )
 

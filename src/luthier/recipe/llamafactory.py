@@ -18,6 +18,7 @@ from luthier.recipe.llamafactory_export import EXPORT_SUBJECTS, exports
 from luthier.recipe.llamafactory_generation import GENERATION_SUBJECTS, predicts, talks, trains
 from luthier.recipe.llamafactory_keys import EXPORT_KEYS
 from luthier.recipe.llamafactory_model import ANSWERING_SUBJECTS, EXPORTED_SUBJECTS, MODEL_SUBJECTS
+from luthier.recipe.llamafactory_ppo import in_optimizer_steps
 from luthier.recipe.llamafactory_stage import STAGE_SUBJECTS
 from luthier.recipe.llamafactory_train import TRAIN_SUBJECTS
 from luthier.recipe.problems import nearest, specs, tag
@@ -64,6 +65,7 @@ def translate(document: Document, *, to_export: bool = False) -> Document:
     for subject in (*model, *STAGE_SUBJECTS, *DATA_SUBJECTS, *EXPORT_SUBJECTS, *train, *GENERATION_SUBJECTS):
         subject(flat)
     flat.refuse()
+    in_optimizer_steps(flat)
     _forget_our_defaults(flat)
     return flat.native
 

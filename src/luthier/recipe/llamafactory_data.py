@@ -9,7 +9,7 @@ from luthier.recipe.flat import Flat
 from luthier.recipe.known_keys import KEYS
 
 _COLUMNS = {f"{name}_column": name for name in ("prompt", "query", "response", "history")}
-_PREFERENCES = ("rm", "dpo", "kto")
+_PREFERENCES = ("rm", "dpo", "kto", "ppo")
 _SUFFIXES = (".arrow", ".csv", ".json", ".jsonl", ".parquet", ".txt")
 
 
@@ -91,7 +91,8 @@ def _rows(flat: Flat) -> None:
     flat.put("data.parse_special_tokens", not flat.flag("split_special_tokens"), "split_special_tokens")
     if not pt:
         flat.put("data.template", flat.get("template"), "template")
-        flat.put("data.train_after_stop", True)
+        if flat.get("stage") != "ppo":  # whose rows are prompts
+            flat.put("data.train_after_stop", True)
     elif flat.get("template") == "llama3":
         flat.put("data.template", "llama3", "template")  # the one that ends documents with a token of its own
     elif flat.given("template"):

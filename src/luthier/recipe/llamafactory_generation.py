@@ -34,9 +34,16 @@ def talks(flat: Flat) -> bool:
     return not (data or trains(flat) or predicts(flat) or exports(flat))
 
 
+def _rolls_out(flat: Flat) -> bool:
+    """Whether the file trains on answers of its own."""
+    return flat.get("stage") == "ppo" and trains(flat)
+
+
 def _engine(flat: Flat) -> None:
     backend = flat.choice("infer_backend", _BACKENDS)
-    if backend == "vllm":
+    if _rolls_out(flat) and backend != "huggingface":
+        flat.note("infer_backend: no effect with stage: ppo: rollouts are drawn by transformers, as there")
+    elif backend == "vllm":
         flat.put("generation.engine", "vllm", "infer_backend")
     elif backend in _BACKENDS[1:]:
         flat.problem(
@@ -57,7 +64,7 @@ def _engine(flat: Flat) -> None:
 
 
 def _settings(flat: Flat) -> None:
-    at_end = flat.flag("do_predict") or predicts(flat) or talks(flat)
+    at_end = flat.flag("do_predict") or predicts(flat) or talks(flat) or _rolls_out(flat)
     with_evaluations = flat.flag("predict_with_generate") and trains(flat)
     keys = (*_DRAWN, *_LENGTHS, "skip_special_tokens")
     if at_end or (not with_evaluations and any(flat.changed(key) for key in keys)):

@@ -132,7 +132,7 @@ _QUANTIZATION_KEYS = ("quantization_method", "quantization_type", "double_quanti
 
 def _quantization(flat: Flat) -> None:
     if not flat.given("quantization_bit"):
-        if not flat.given("ref_model_quantization_bit"):
+        if not (flat.given("ref_model_quantization_bit") or flat.given("reward_model_quantization_bit")):
             for key in _QUANTIZATION_KEYS:
                 if flat.changed(key):
                     flat.note(f"{flat.written(key)}: no effect without quantization_bit")

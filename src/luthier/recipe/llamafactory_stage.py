@@ -7,8 +7,9 @@ from typing import Any
 from luthier.recipe.finetuning_keys import NO_EFFECT
 from luthier.recipe.flat import Flat
 from luthier.recipe.llamafactory_model import quantized
+from luthier.recipe.llamafactory_ppo import PPO_KEYS, REWARD_KEYS, read_ppo
 
-_STAGES = ("pt", "sft", "rm", "dpo", "kto")
+_STAGES = ("pt", "sft", "rm", "dpo", "kto", "ppo")
 _PAIR_LOSSES = ("sigmoid", "hinge", "ipo", "kto_pair", "orpo", "simpo")
 _REFERENCE_FREE = ("orpo", "simpo")
 _SIGMOID_THERE = ("hinge", "ipo", "kto_pair")
@@ -43,9 +44,6 @@ _REFERENCE_KEYS = ("ref_model", "ref_model_adapters", "ref_model_quantization_bi
 
 def _stage(flat: Flat) -> None:
     stage = flat.get("stage")
-    if stage == "ppo":
-        flat.problem("stage", "ppo comes in a later version; this one has pt, sft, rm, dpo and kto")
-        return
     if stage == "orpo":  # a stage of its own before version 0.8
         flat.problem("stage", "write stage: dpo and pref_loss: orpo")
         return
@@ -58,6 +56,8 @@ def _stage(flat: Flat) -> None:
         _pair_loss(flat)
     elif stage == "kto":
         _feedback(flat)
+    elif stage == "ppo":
+        read_ppo(flat)
     _reference(flat, stage)
     if stage in ("dpo", "kto"):
         _dropout(flat, stage)
@@ -114,9 +114,11 @@ def _label_smoothing(flat: Flat, stage: str) -> None:
 
 
 def _other_stages(flat: Flat, stage: str) -> None:
-    """Keys of preference learning that the file's stage has no use for."""
+    """Keys of preference and reinforcement learning that the file's stage has no use for."""
     used = _PREFERENCE_KEYS.get(stage, {})
     others = dict.fromkeys(key for keys in _PREFERENCE_KEYS.values() for key in keys if key not in used)
+    if stage != "ppo":
+        others |= dict.fromkeys((*PPO_KEYS, *REWARD_KEYS))
     for key in others:
         if flat.changed(key):
             flat.note(f"{flat.written(key)}: {NO_EFFECT}")
@@ -194,7 +196,7 @@ def _dropout(flat: Flat, stage: str) -> None:
 
 
 def _reference(flat: Flat, stage: str) -> None:
-    compared = stage == "kto" or (stage == "dpo" and flat.get("pref_loss") not in _REFERENCE_FREE)
+    compared = stage in ("kto", "ppo") or (stage == "dpo" and flat.get("pref_loss") not in _REFERENCE_FREE)
     if not compared and not (stage == "sft" and "use_asft_loss" in _asked_token_losses(flat)):
         for key in _REFERENCE_KEYS:
             if flat.changed(key):
@@ -212,6 +214,11 @@ def _reference(flat: Flat, stage: str) -> None:
     if adapters:
         reference["adapters"] = adapters
     flat.put("stage.reference", reference, "ref_model")
+    if stage == "ppo" and flat.get("finetuning_type") in ("lora", "oft"):
+        flat.note(
+            f"{flat.written('ref_model')}: the reference here; there, where adapters train, it is loaded and "
+            "not asked: the model below them is"
+        )
 
 
 def _no_reference(flat: Flat, stage: str) -> str:

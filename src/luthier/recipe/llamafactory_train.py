@@ -28,7 +28,9 @@ _COMPILE_MODES = ("default", "reduce-overhead", "max-autotune")
 def _arithmetic(flat: Flat) -> None:
     """What changes speed and memory, and NEFTune's noise."""
     alpha = flat.get("neftune_noise_alpha")
-    if alpha:
+    if alpha and flat.get("stage") == "ppo":
+        flat.note(f"{flat.written('neftune_noise_alpha')}: no effect with stage: ppo, as there")
+    elif alpha:
         flat.put("train.neftune_alpha", alpha, "neftune_noise_alpha")
         key = flat.written("neftune_noise_alpha")
         flat.note(f"{key}: noise is scaled by each sample's own length here, there by the padded row's")
@@ -80,9 +82,10 @@ def _evaluation(flat: Flat) -> None:
         flat.problem(key, "there is nothing to evaluate on; give eval_dataset or val_size")
     metric = flat.get("metric_for_best_model") or "loss"
     metric = metric if str(metric).startswith("eval_") else f"eval_{metric}"
-    flat.put("train.best_metric", metric, "metric_for_best_model")
+    if flat.given("metric_for_best_model"):
+        flat.put("train.best_metric", metric, "metric_for_best_model")
     stage = flat.get("stage")
-    if stage in ("rm", "dpo", "kto"):
+    if stage in ("rm", "dpo", "kto", "ppo"):
         if flat.flag("compute_accuracy"):
             flat.note(f"compute_accuracy: no effect with stage: {stage}")
     elif flat.flag("compute_accuracy"):

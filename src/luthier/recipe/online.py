@@ -1,21 +1,33 @@
-"""The stages that learn from answers of their own: PPO and GRPO, their rewards, and how they are held to a reference."""
+"""The stages that learn from answers of their own: PPO and GRPO, their rewards, and how they are held to a reference.
+
+What concerns one part alone is checked here; what concerns several parts of a recipe, in `online_rules`.
+"""
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+import re
+from collections import Counter
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from luthier.recipe.base import Spec
+from luthier.recipe.grpo_variants import Variant, filled
 from luthier.recipe.quantization import QuantizationSpec
 from luthier.recipe.reference import Reference, is_precomputed
 
 
 class _Weighted(Spec):
+    type: str
     weight: float = 1.0
     """Of this reward in the sum; negative for a penalty."""
-    name: str | None = None
-    """In logs; absent, made from its type."""
+    name: str | None = Field(default=None, pattern=r"^[\w.-]+$")
+    """In logs; absent, its type, or of a function its own name."""
+
+    @property
+    def label(self) -> str:
+        """What its column in logs is called; no two rewards of a run have the same."""
+        return self.name or self.type
 
 
 class ModelRewardSpec(_Weighted):
@@ -33,13 +45,17 @@ class HttpRewardSpec(_Weighted):
     """A service that is asked with {"model", "messages"} and answers {"scores"}, one for each conversation."""
 
     type: Literal["http"] = "http"
-    url: str
+    url: str = Field(pattern=r"^https?://\S+$")
     model: str = "model"
     """What the service is told under `model`."""
     timeout: float = Field(default=60.0, gt=0)
     """Seconds for each try."""
     retries: int = Field(default=3, ge=0)
+    """More tries after a connection that fails or is too slow, and after the states 429 and 5xx."""
     headers: dict[str, str] = {}
+    """Of each request, beside Content-Type. `${NAME}` in a value stands for a variable of the environment."""
+    form: Literal["messages", "text"] = "messages"
+    """What a conversation is sent as: a list of {role, content}, or the text of its tokens, as LLaMA-Factory does."""
 
 
 class FunctionRewardSpec(_Weighted):
@@ -48,6 +64,18 @@ class FunctionRewardSpec(_Weighted):
     type: Literal["function"] = "function"
     path: str
     """`package.module:name` or `file.py:name`."""
+
+    @field_validator("path")
+    @classmethod
+    def _names_a_function(cls, value: str) -> str:
+        module, colon, function = value.rpartition(":")
+        if not (module and colon and function.isidentifier()):
+            raise ValueError(f"write package.module:name or file.py:name, found the text {value!r}")
+        return value
+
+    @property
+    def label(self) -> str:
+        return self.name or self.path.rpartition(":")[2]
 
 
 class ExactMatchSpec(_Weighted):
@@ -75,14 +103,32 @@ class RegexSpec(_Weighted):
     whole: bool = True
     """Match the whole answer; false: find it anywhere."""
 
+    @field_validator("pattern")
+    @classmethod
+    def _compiles(cls, value: str) -> str:
+        try:
+            re.compile(value)
+        except re.error as error:
+            raise ValueError(f"{value!r} is no regular expression: {error}") from None
+        return value
+
 
 class LengthSpec(_Weighted):
-    """How near the answer's length is to what is wanted: 0 inside [least, most], down to -1 at `slack` tokens outside."""
+    """How near the answer's length in tokens is to what is wanted: 0 from `least` to `most`, down to -1 at `slack`
+    tokens outside."""
 
     type: Literal["length"] = "length"
     least: int = Field(default=0, ge=0)
     most: int | None = Field(default=None, gt=0)
     slack: int = Field(default=64, gt=0)
+
+    @model_validator(mode="after")
+    def _a_range(self) -> LengthSpec:
+        if self.most is None and not self.least:
+            raise ValueError("every length would earn the same: give least, most or both")
+        if self.most is not None and self.most < self.least:
+            raise ValueError(f"most ({self.most}) is below least ({self.least})")
+        return self
 
 
 class ReasoningGymSpec(_Weighted):
@@ -116,26 +162,62 @@ RewardSpec = Annotated[
 class KlSpec(Spec):
     """How the policy is held to the reference."""
 
-    coefficient: float = Field(default=0.05, ge=0)
+    coefficient: float = Field(default=0.0, ge=0)
     """0: not at all, and no reference is kept."""
     estimator: Literal["k1", "k2", "k3"] = "k3"
-    """Of the divergence from samples (Schulman, 2020): -log r, (log r)^2 / 2, r - 1 - log r, with r = reference / policy."""
+    """Of the divergence from samples (Schulman, 2020), with r = reference / policy: -log r, (log r)^2 / 2,
+    r - 1 - log r."""
     target: float | None = Field(default=None, gt=0)
     """Adapt the coefficient to this divergence per answer (Ziegler et al., 2019, arXiv:1909.08593)."""
     horizon: int = Field(default=10_000, gt=0)
     """Of adapting: answers in which the coefficient may change by a factor e^0.2."""
 
+    @model_validator(mode="before")
+    @classmethod
+    def _nothing_adapts_zero(cls, given: Any) -> Any:
+        """A coefficient of 0 takes the default target with it."""
+        if isinstance(given, dict) and given.get("coefficient") in (0, 0.0) and "target" not in given:
+            return given | {"target": None}
+        return given
+
+    @model_validator(mode="after")
+    def _options_of_a_penalty(self) -> KlSpec:
+        fields = type(self).model_fields
+        if not self.coefficient:
+            others = [name for name in ("target", "estimator", "horizon") if name in self.model_fields_set]
+            meant = [name for name in others if getattr(self, name) not in (None, fields[name].default)]
+            if meant:
+                raise ValueError(
+                    f"stage.kl.{meant[0]} has no effect with stage.kl.coefficient: 0; give a coefficient above 0"
+                )
+        elif self.target is None and self.horizon != fields["horizon"].default:
+            raise ValueError("stage.kl.horizon is that of an adapted coefficient: give stage.kl.target too")
+        return self
+
+
+class RewardKlSpec(KlSpec):
+    """The penalty of PPO, in the reward of each token; by default adapted, as Ziegler et al. do."""
+
+    coefficient: float = Field(default=0.2, ge=0)
+    """0: not at all, and no reference is kept."""
+    estimator: Literal["k1", "k2", "k3"] = "k1"
+    """Of the divergence from samples (Schulman, 2020), with r = reference / policy: -log r, (log r)^2 / 2,
+    r - 1 - log r."""
+    target: float | None = Field(default=6.0, gt=0)
+    """Adapt the coefficient to this divergence per answer; null keeps it fixed."""
+
 
 class OnlineSpec(Spec):
     """What ppo and grpo have in common."""
 
+    type: str
     rewards: tuple[RewardSpec, ...] = Field(min_length=1)
     prompts_per_rollout: int = Field(default=8, gt=0)
     """Prompts that are answered before the policy is updated, all processes together."""
     epochs: int = Field(default=1, gt=0)
     """How often each rollout is gone through."""
     minibatches: int = Field(default=1, gt=0)
-    """Optimizer steps of each time."""
+    """Optimizer steps of each time; each takes its share of the prompts, with all their answers."""
     clip: float = Field(default=0.2, gt=0)
     """How far a probability ratio may leave 1 before it earns nothing more."""
     clip_high: float | None = Field(default=None, gt=0)
@@ -149,16 +231,60 @@ class OnlineSpec(Spec):
     target_kl: float | None = Field(default=None, gt=0)
     """Leave out the rest of a rollout's steps once the policy is this far from where they began."""
     reference: Reference = "start"
+    kl: KlSpec = KlSpec()
     samples_every: int | None = Field(default=10, gt=0)
     """Rollouts between entries of samples.jsonl; null for none."""
     max_samples: int = Field(default=8, gt=0)
     """Answers of each entry."""
+
+    @property
+    def updates(self) -> int:
+        """Optimizer steps of each rollout."""
+        return self.epochs * self.minibatches
 
     @model_validator(mode="after")
     def _live_reference(self) -> OnlineSpec:
         if is_precomputed(self.reference):
             raise ValueError(
                 "stage.reference: the answers do not exist in advance, so nothing can be precomputed; leave it out"
+            )
+        if self.reference != "start" and not self.kl.coefficient:
+            raise ValueError(
+                "stage.reference has no effect with stage.kl.coefficient: 0, which keeps no reference; leave it out or "
+                "give a coefficient"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _rewards_apart(self) -> OnlineSpec:
+        labels = Counter(reward.label for reward in self.rewards)
+        twins = [label for label, number in labels.items() if number > 1]
+        if twins:
+            raise ValueError(
+                f"stage.rewards: {labels[twins[0]]} rewards are called {twins[0]!r} in logs; give each a name"
+            )
+        if not any(reward.weight for reward in self.rewards):
+            raise ValueError(
+                "stage.rewards: every weight is 0, so nothing would be learnt; give one another weight"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _steps_of_a_rollout(self) -> OnlineSpec:
+        if self.minibatches > self.prompts_per_rollout:
+            raise ValueError(
+                f"stage.minibatches: {self.minibatches} steps cannot share {self.prompts_per_rollout} prompts; give at "
+                "most stage.prompts_per_rollout"
+            )
+        if self.target_kl is not None and self.updates == 1:
+            raise ValueError(
+                "stage.target_kl leaves out later steps of a rollout, and with stage.epochs: 1 and "
+                "stage.minibatches: 1 there is one; leave it out"
+            )
+        if self.clip_high is not None and self.clip_high < self.clip:
+            raise ValueError(
+                f"stage.clip_high ({self.clip_high:g}) is below stage.clip ({self.clip:g}): it is there to let "
+                "probabilities rise further; give more, or leave it out"
             )
         return self
 
@@ -168,23 +294,24 @@ class PpoSpec(OnlineSpec):
 
     type: Literal["ppo"] = "ppo"
     epochs: int = Field(default=4, gt=0)
-    kl: KlSpec = KlSpec(estimator="k1", target=6.0, coefficient=0.2)
+    kl: RewardKlSpec = RewardKlSpec()
     """In the reward of each token."""
     discount: float = Field(default=1.0, gt=0, le=1)
     """gamma."""
     trace: float = Field(default=0.95, ge=0, le=1)
     """lambda of generalised advantage estimation (arXiv:1506.02438)."""
-    value_weight: float = Field(default=0.1, ge=0)
+    value_weight: float = Field(default=0.1, gt=0)
     """Of the value loss."""
     value_clip: float | None = Field(default=0.2, gt=0)
     """How far a value may leave what it was before it earns nothing more; null: not clipped."""
     critic: Literal["shared", "own"] = "shared"
-    """A value head on the policy's trunk, or a trunk of its own (an adapter on the same base, where there are adapters)."""
+    """A value head on the policy's trunk, or a trunk of its own (an adapter on the same base, where there are
+    adapters)."""
     value_start: str | None = None
     """A reward model (a run of stage rm) whose value head the critic starts from."""
     whiten_advantages: bool = True
     whiten_rewards: bool = False
-    """Divide the rewards of tokens by their standard deviation."""
+    """Bring the rewards of tokens to variance 1 around their mean."""
     score_norm: bool = False
     """Divide scores by their running standard deviation, less the running mean."""
     score_clip: float | None = Field(default=None, gt=0)
@@ -197,22 +324,34 @@ class GrpoSpec(OnlineSpec):
     """Group-relative policy optimisation (Shao et al., 2024, arXiv:2402.03300) and its relatives."""
 
     type: Literal["grpo"] = "grpo"
+    variant: Variant | None = None
+    """A paper's name for the fields that it sets (docs/grpo_variants.md); what the recipe says itself holds."""
     group_size: int = Field(default=8, ge=2)
     """Answers to each prompt."""
-    advantage: Literal["group", "centered", "rloo", "reinforce_pp"] = "group"
+    advantage: Literal["group", "centered", "rloo", "batch", "reinforce_pp"] = "group"
     """Reward less the group's mean, divided by its standard deviation; not divided (dr_grpo); less the mean of the
-    others (rloo, arXiv:2402.14740); less the group's mean, divided by the deviation of the whole rollout
-    (reinforce++ with baseline, arXiv:2501.03262)."""
+    others (rloo, arXiv:2402.14740); less the group's mean, divided by the deviation of all rewards of the rollout
+    (batch, arXiv:2508.08221), or by that of what is left of them (reinforce++ with baseline, arXiv:2501.03262)."""
     aggregation: Literal["sequence", "token", "constant"] = "token"
     """How tokens are added: the mean of each answer's mean (grpo), the mean of all tokens (dapo), or all tokens
     divided by answers times the longest that they may be (dr_grpo, arXiv:2503.20783)."""
-    ratio: Literal["token", "sequence"] = "token"
-    """Whose probability ratio is clipped: each token's, or the answer's, by its length (gspo, arXiv:2507.18071)."""
+    ratio: Literal["token", "sequence", "product"] = "token"
+    """Whose probability ratio is clipped: each token's, the answer's by its length (gspo, arXiv:2507.18071), or the
+    answer's as one action (rloo)."""
     loss: Literal["clip", "cispo"] = "clip"
     """The clipped surrogate, or REINFORCE with a clipped weight (arXiv:2506.13585)."""
-    kl: KlSpec = KlSpec(coefficient=0.0)
+    kl: KlSpec = KlSpec()
     """In the loss of each token."""
     dynamic_sampling: int = Field(default=0, ge=0)
     """Rounds in which groups of equal rewards are replaced by other prompts' (DAPO)."""
     share_prompts: bool = True
     """Compute the prompt of a group once, where the model allows it."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _of_variant(cls, given: Any) -> Any:
+        if not isinstance(given, dict):
+            return given
+        if isinstance(rewards := given.get("rewards"), list):  # JSON's lists are Python's once they come by here
+            given = {**given, "rewards": tuple(rewards)}
+        return filled(given) if given.get("variant") is not None else given

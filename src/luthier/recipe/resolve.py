@@ -15,6 +15,7 @@ from luthier.recipe.schema import (
     BitsAndBytesSpec,
     CheckpointingSpec,
     LoraSpec,
+    OnlineSpec,
     QuantizationSpec,
     Recipe,
 )
@@ -80,9 +81,10 @@ def resolve(loaded: LoadedRecipe, hardware: Hardware) -> LoadedRecipe:
     filled: dict[str, Any] = {
         "data.overflow": recipe.data.overflow or ("split" if recipe.stage.type == "pt" else "drop"),
         "train.data_seed": recipe.train.seed if recipe.train.data_seed is None else recipe.train.data_seed,
+        "train.best_metric": best_metric(recipe),
         "train.greater_is_better": _greater_is_better(recipe),
     }
-    if recipe.train.rows_per_device is None:
+    if recipe.train.rows_per_device is None and not isinstance(recipe.stage, OnlineSpec):
         filled["train.tokens_per_batch"] = recipe.train.tokens_per_batch or TOKENS_PER_BATCH
     if isinstance(recipe.method, LoraSpec):
         filled["method.alpha"] = recipe.method.alpha or 2.0 * recipe.method.rank
@@ -171,7 +173,13 @@ def _checkpointing(recipe: Recipe, hardware: Hardware) -> bool | CheckpointingSp
 def _greater_is_better(recipe: Recipe) -> bool:
     if recipe.train.greater_is_better is not None:
         return recipe.train.greater_is_better
-    return not lower_is_better(recipe.train.best_metric)
+    return not lower_is_better(best_metric(recipe))
+
+
+def best_metric(recipe: Recipe) -> str:
+    """The number that the best checkpoint is chosen by."""
+    default = "eval_reward" if isinstance(recipe.stage, OnlineSpec) else "eval_loss"
+    return recipe.train.best_metric or default
 
 
 def lower_is_better(metric: str) -> bool:

@@ -41,8 +41,10 @@ from luthier.recipe.online import (
     PpoSpec,
     ReasoningGymSpec,
     RegexSpec,
+    RewardKlSpec,
     RewardSpec,
 )
+from luthier.recipe.online_rules import require_online
 from luthier.recipe.optim import (
     AT_EVALUATIONS,
     AdafactorSpec,
@@ -143,6 +145,7 @@ __all__ = [
     "Recipe",
     "ReferenceSpec",
     "RegexSpec",
+    "RewardKlSpec",
     "RewardSpec",
     "RmSpec",
     "RopeScalingSpec",
@@ -224,6 +227,8 @@ class Recipe(Spec):
     @model_validator(mode="after")
     def _what_the_stage_has(self) -> Recipe:
         stage = self.stage
+        if isinstance(stage, OnlineSpec):
+            require_online(stage, self.data, self.train, self.generation, self.method, self.optim)
         if self.train.generate_at_eval is not None:
             self._require_answers()
         if isinstance(stage, RmSpec) and self.train.metrics:

@@ -111,8 +111,9 @@ class TrainSpec(Spec):
     """What happens to a step with a NaN or infinite loss or gradient."""
     load_best: bool = False
     """Finish with the best checkpoint by `best_metric` instead of the last weights."""
-    best_metric: str = "eval_loss"
-    """A number that evaluations report, such as `eval_loss` or `eval_rewards/accuracies`."""
+    best_metric: str | None = None
+    """A number that evaluations report, such as `eval_loss` or `eval_rewards/accuracies`; absent: `eval_loss`, of ppo
+    and grpo `eval_reward`."""
     greater_is_better: bool | None = None
     """Absent: false for losses, `perplexity`, `nll` and what ends in `/rejected`, true for others."""
     early_stopping: EarlyStoppingSpec | None = None

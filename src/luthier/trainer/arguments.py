@@ -8,7 +8,7 @@ from typing import Any
 
 from transformers import Seq2SeqTrainingArguments
 
-from luthier.recipe.resolve import lower_is_better
+from luthier.recipe.resolve import best_metric, lower_is_better
 from luthier.recipe.schema import Recipe
 from luthier.types import RecipeError
 
@@ -54,7 +54,7 @@ def training_arguments(recipe: Recipe, *, use_cpu: bool) -> Seq2SeqTrainingArgum
         "save_strategy": _strategy(train.save_every),
         "save_only_model": train.save_only_model,
         "load_best_model_at_end": train.load_best,
-        "metric_for_best_model": train.best_metric,
+        "metric_for_best_model": best_metric(recipe),
         "greater_is_better": _greater(recipe),
         "seed": train.seed,
         "data_seed": train.data_seed,
@@ -99,4 +99,4 @@ def _strategy(every: int | str | None) -> str:
 
 def _greater(recipe: Recipe) -> bool:
     chosen = recipe.train.greater_is_better
-    return chosen if chosen is not None else not lower_is_better(recipe.train.best_metric)
+    return chosen if chosen is not None else not lower_is_better(best_metric(recipe))
