@@ -17,13 +17,14 @@ from torch import Tensor
 from trl import GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer
 
 from luthier.experience import Rollout
+from luthier.model.logprobs import ModelPolicy
 from luthier.recipe.online import GrpoSpec
 from luthier.stages import build_stage
 from luthier.stages.advantages import alone
 from luthier.types import Sample
 from tests.preference import OPTIONS, Models, divided, gradients_of, made_models
 from tests.reference import assert_same_gradients
-from tests.rollouts import EXACT, PlainPolicy, learnt_samples, random_rollout
+from tests.rollouts import EXACT, learnt_samples, random_rollout
 from tests.tiny import chat_tokenizer
 
 GROUP, PROMPTS, BOUND = 4, 3, 9
@@ -63,7 +64,7 @@ def logprobs_of(model: Any, rollout: Rollout) -> Tensor:
     """(N,) in the order of the rollout."""
     stage: Any = build_stage(GrpoSpec(rewards=[EXACT], group_size=GROUP), OPTIONS)
     batch = stage.collate(learnt_samples(stage, rollout, {}))
-    found = PlainPolicy(model).logprobs(batch).logprobs.detach()
+    found = ModelPolicy(model).logprobs(batch).logprobs.detach()
     return torch.zeros_like(found).index_copy(0, batch.signals["place"].long(), found)
 
 
@@ -152,12 +153,14 @@ def trl_loss(
 # ---- ours --------------------------------------------------------------------------------------------------
 
 
-def own_loss(models: Models, rollout: Rollout, spec: GrpoSpec) -> tuple[Tensor, dict[str, Tensor]]:
+def own_loss(
+    models: Models, rollout: Rollout, spec: GrpoSpec, temperature: float = 1.0
+) -> tuple[Tensor, dict[str, Tensor]]:
     """In two passes, whose sums are divided by the weight of both."""
-    stage: Any = build_stage(spec, OPTIONS, max_new_tokens=BOUND)
+    stage: Any = build_stage(spec, OPTIONS, temperature=temperature, max_new_tokens=BOUND)
     samples: list[Sample] = learnt_samples(stage, rollout, stage.signals(rollout, alone))
     batches = [stage.collate(samples[:1]), stage.collate(samples[1:])]
-    policy, total = PlainPolicy(models.policy), torch.zeros(())
+    policy, total = ModelPolicy(models.policy), torch.zeros(())
     weights = {name: sum(stage.weight(batch)[name] for batch in batches) for name in stage.terms}
     for batch in batches:
         loss = divided(stage.loss(policy, batch, {}), weights)
@@ -233,6 +236,19 @@ def test_the_first_update(loss_type: str, models: Models, rollout: Rollout, tmp_
     aggregation = {"grpo": "sequence", "dapo": "token"}[loss_type]
     spec = GrpoSpec(rewards=[EXACT], group_size=GROUP, aggregation=aggregation)
     found, gradients = own_loss(models, rollout, spec)
+    assert float(found) == pytest.approx(float(expected), rel=1e-4, abs=1e-6)
+    assert_same_gradients(gradients, wanted)
+
+
+def test_temperature(rollout: Rollout, tmp_path: Path) -> None:
+    """Log-probabilities and entropies are those of the distribution that was sampled from."""
+    models = made_models()
+    trainer = trainer_of(
+        "grpo", models, tmp_path, rollout, loss_type="dapo", temperature=0.6, entropy_coef=0.1
+    )
+    expected, wanted = trl_loss(trainer, models, rollout, fresh=True)
+    spec = GrpoSpec(rewards=[EXACT], group_size=GROUP, entropy=0.1)
+    found, gradients = own_loss(models, rollout, spec, temperature=0.6)
     assert float(found) == pytest.approx(float(expected), rel=1e-4, abs=1e-6)
     assert_same_gradients(gradients, wanted)
 
