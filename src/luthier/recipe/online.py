@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
+from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
@@ -157,6 +158,16 @@ RewardSpec = Annotated[
     | MathVerifySpec,
     Field(discriminator="type"),
 ]
+
+
+def reward_names(rewards: Sequence[RewardSpec]) -> tuple[str, ...]:
+    """Of the columns of logs: what the recipe calls each reward, else its type; a second one of a name is numbered."""
+    names: list[str] = []
+    for reward in rewards:
+        plain = reward.name or reward.type
+        numbered = (f"{plain}_{number}" for number in range(2, len(rewards) + 2))
+        names.append(plain if plain not in names else next(name for name in numbered if name not in names))
+    return tuple(names)
 
 
 class KlSpec(Spec):
@@ -342,6 +353,9 @@ class GrpoSpec(OnlineSpec):
     """The clipped surrogate, or REINFORCE with a clipped weight (arXiv:2506.13585)."""
     kl: KlSpec = KlSpec()
     """In the loss of each token."""
+    kl_correction: bool = False
+    """Multiply each token's estimate by its ratio, so that its gradient is that of the divergence itself, off-policy
+    too (DeepSeek-V3.2, arXiv:2512.02556, section 3.1)."""
     dynamic_sampling: int = Field(default=0, ge=0)
     """Rounds in which groups of equal rewards are replaced by other prompts' (DAPO)."""
     share_prompts: bool = True
