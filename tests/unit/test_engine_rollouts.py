@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from dataclasses import replace
 from typing import Any
 
@@ -10,7 +11,9 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import MambaConfig, MambaForCausalLM, set_seed
 
-from luthier.engine.hf import BASE, HfEngine
+from luthier.api.worker import Worker
+from luthier.engine.hf import HfEngine
+from luthier.engine.protocol import BASE
 from luthier.engine.vllm import sampling
 from luthier.types import Generation, GenerationError, GenerationSettings, Request
 from tests.tiny import FAMILIES, VOCAB, tiny_model
@@ -219,6 +222,32 @@ def test_a_cancelled_row_takes_nothing_from_those_that_copied_its_prompt() -> No
     while engine.busy:
         ends |= {event.ticket: event.end for event in engine.step() if event.end is not None}
     assert ends == {second: expected, third: expected}
+
+
+def test_the_server_reads_the_prompt_of_n_answers_once() -> None:
+    model = tiny_model("llama", "sdpa").eval()
+    request = Request(tuple(PROMPTS[0]), GenerationSettings(max_new_tokens=6, temperature=1.0))
+    requests = [replace(request, settings=replace(request.settings, seed=seed)) for seed in range(3)]
+    expected = [alone(model, request) for request in requests]
+    engine = HfEngine(model, rows=4)
+    next(engine.stream(request))
+    counted = Counted(model)
+
+    async def asked() -> dict[int, Generation]:
+        worker = Worker(engine, 8)
+        worker.start()
+        ends = {}
+        with worker.ask(requests) as asker:
+            while asker.waits:
+                news = await asker.next()
+                if news.event.end is not None:
+                    ends[news.number] = news.event.end
+        await worker.stop()
+        return ends
+
+    ends = asyncio.run(asked())
+    assert [ends[number] for number in range(3)] == expected
+    assert counted.prompts == [(1, 5)]
 
 
 def test_a_prompt_is_not_shared_between_adapters() -> None:

@@ -32,8 +32,8 @@ class HfEngine(Engine):
 
     rows: the most that are answered at once. memory: bytes that their keys and values may take; half of what is free
     where absent. decode: tokens to text, for stop strings. adapters: names, of those attached, that requests may
-    choose; the first is the default. None: the model as it is. pack: `answers` uses packed copies of the weights that it
-    makes first, where this machine gains by them and has the memory; see `engine.packed`.
+    choose; the first is the default. None: the model as it is. pack: `answers` uses packed copies of the weights, made
+    anew at each call, where this machine has such and the memory for them; see `engine.packed`.
 
     Raises ModelError for `pack` with several adapters to choose from.
     """

@@ -109,12 +109,12 @@ def copies_for(model: nn.Module) -> PackedCopies | None:
 
 
 def _outer_linears(model: nn.Module) -> Iterator[tuple[nn.Module, str, Any]]:
-    """Linear layers and LoRA's around them, with their places; a layer below an adapter is part of that."""
-    for parent in model.modules():
-        if not hasattr(parent, "base_layer"):
-            for name, child in parent.named_children():
-                if isinstance(child, nn.Linear | LoraLinear):
-                    yield parent, name, child
+    """Linear layers and LoRA's around them, with their places; what is inside an adapter is part of that."""
+    for name, child in model.named_children():
+        if isinstance(child, nn.Linear | LoraLinear):
+            yield model, name, child
+        elif not hasattr(child, "base_layer"):
+            yield from _outer_linears(child)
 
 
 def _weight(layer: Any, is_head: bool) -> Tensor | None:
