@@ -20,8 +20,15 @@ class _Weighted(Spec):
     type: str
     weight: float = 1.0
     """Of this reward in the sum; negative for a penalty."""
-    name: str | None = Field(default=None, pattern=r"^[\w.-]+$")
+    name: str | None = None
     """In logs; absent, its type, or of a function its own name."""
+
+    @field_validator("name")
+    @classmethod
+    def _one_word(cls, value: str | None) -> str | None:
+        if value is not None and not re.fullmatch(r"[\w.-]+", value):
+            raise ValueError(f"write one word of letters, digits and _ . -, found the text {value!r}")
+        return value
 
     @property
     def label(self) -> str:
@@ -44,7 +51,7 @@ class HttpRewardSpec(_Weighted):
     """A service that is asked with {"model", "messages"} and answers {"scores"}, one for each conversation."""
 
     type: Literal["http"] = "http"
-    url: str = Field(pattern=r"^https?://\S+$")
+    url: str
     model: str = "model"
     """What the service is told under `model`."""
     timeout: float = Field(default=60.0, gt=0)
@@ -52,6 +59,13 @@ class HttpRewardSpec(_Weighted):
     retries: int = Field(default=3, ge=0)
     headers: dict[str, str] = {}
     """Of each request, beside Content-Type."""
+
+    @field_validator("url")
+    @classmethod
+    def _whole_address(cls, value: str) -> str:
+        if not re.fullmatch(r"https?://\S+", value):
+            raise ValueError(f"write the whole address, http://... or https://..., found the text {value!r}")
+        return value
 
 
 class FunctionRewardSpec(_Weighted):
@@ -158,7 +172,7 @@ RewardSpec = Annotated[
 class KlSpec(Spec):
     """How the policy is held to the reference."""
 
-    coefficient: float = Field(default=0.0, ge=0)
+    coefficient: float = Field(default=0.05, ge=0)
     """0: not at all, and no reference is kept."""
     estimator: Literal["k1", "k2", "k3"] = "k3"
     """Of the divergence from samples (Schulman, 2020), with r = reference / policy: -log r, (log r)^2 / 2,
@@ -207,7 +221,7 @@ class OnlineSpec(Spec):
     """What ppo and grpo have in common."""
 
     type: str
-    rewards: tuple[RewardSpec, ...] = Field(min_length=1)
+    rewards: tuple[RewardSpec, ...]
     prompts_per_rollout: int = Field(default=8, gt=0)
     """Prompts that are answered before the policy is updated, all processes together."""
     epochs: int = Field(default=1, gt=0)
@@ -227,7 +241,7 @@ class OnlineSpec(Spec):
     target_kl: float | None = Field(default=None, gt=0)
     """Leave out the rest of a rollout's steps once the policy is this far from where they began."""
     reference: Reference = "start"
-    kl: KlSpec = KlSpec()
+    kl: KlSpec = KlSpec(coefficient=0.0)
     samples_every: int | None = Field(default=10, gt=0)
     """Rollouts between entries of samples.jsonl; null for none."""
     max_samples: int = Field(default=8, gt=0)
@@ -253,6 +267,8 @@ class OnlineSpec(Spec):
 
     @model_validator(mode="after")
     def _rewards_apart(self) -> OnlineSpec:
+        if not self.rewards:
+            raise ValueError("stage.rewards is empty: name at least one reward")
         labels = Counter(reward.label for reward in self.rewards)
         twins = [label for label, number in labels.items() if number > 1]
         if twins:
@@ -333,7 +349,7 @@ class GrpoSpec(OnlineSpec):
     """Whose probability ratio is clipped: each token's, or the answer's, by its length (gspo, arXiv:2507.18071)."""
     loss: Literal["clip", "cispo"] = "clip"
     """The clipped surrogate, or REINFORCE with a clipped weight (arXiv:2506.13585)."""
-    kl: KlSpec = KlSpec()
+    kl: KlSpec = KlSpec(coefficient=0.0)
     """In the loss of each token."""
     dynamic_sampling: int = Field(default=0, ge=0)
     """Rounds in which groups of equal rewards are replaced by other prompts' (DAPO)."""
