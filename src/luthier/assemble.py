@@ -21,6 +21,7 @@ from luthier.arrange import Material, first_batches
 from luthier.data.encode import EncodeOptions
 from luthier.data.prepare import Preparation, Progress, prepare
 from luthier.data.template import ChatTemplate, load_template
+from luthier.engine.precedence import rollout_settings
 from luthier.environment import require
 from luthier.measures.libraries import require_libraries
 from luthier.methods import build_method
@@ -158,7 +159,7 @@ def read_material(settings: Recipe, tokenizer: PreTrainedTokenizerFast, say: Say
 def preparation(settings: Recipe, template: ChatTemplate) -> tuple[Stage, Preparation]:
     """The stage of a recipe, and how its rows become samples."""
     options = _encode_options(settings, template.tokenizer)
-    stage = build_stage(settings.stage, options)
+    stage = _stage(settings, options)
     return stage, Preparation(
         encode=stage.encode,
         template=template,
@@ -190,10 +191,20 @@ def fitted(settings: Recipe, material: Material, model: nn.Module) -> Material:
     rows, wanted = chosen_rows(model), getattr(settings.stage, "share_prompts", False)
     if not (wanted and rows.shares_prompts):
         return material
-    stage = build_stage(
-        settings.stage, _encode_options(settings, material.template.tokenizer), share_prompts=True
+    options = _encode_options(settings, material.template.tokenizer)
+    return replace(material, stage=_stage(settings, options, share_prompts=True))
+
+
+def _stage(settings: Recipe, options: EncodeOptions, *, share_prompts: bool = False) -> Stage:
+    """The stage of a recipe, which knows how its own answers are drawn, where it has any."""
+    drawn = rollout_settings(settings.generation.model_dump(exclude={"stop"}))
+    return build_stage(
+        settings.stage,
+        options,
+        share_prompts=share_prompts,
+        temperature=drawn.temperature,
+        max_new_tokens=drawn.max_new_tokens,
     )
-    return replace(material, stage=stage)
 
 
 def _encode_options(settings: Recipe, tokenizer: PreTrainedTokenizerBase) -> EncodeOptions:

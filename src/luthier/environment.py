@@ -53,6 +53,15 @@ OPTIONAL = (
         Library(module, package, "luthier predict, train.generate_at_eval", INSTALL)
         for module, package in LIBRARIES.items()
     ),
+    Library(
+        "reasoning_gym",
+        "reasoning-gym",
+        "rewards of type reasoning_gym",
+        "pip install 'luthier[rl-verifiers]'",
+    ),
+    Library(
+        "math_verify", "math-verify", "rewards of type math_verify", "pip install 'luthier[rl-verifiers]'"
+    ),
     Library("swanlab", "swanlab", "train.report_to: [swanlab]", "pip install swanlab"),
     Library("trackio", "trackio", "train.report_to: [trackio]", "pip install trackio"),
 )

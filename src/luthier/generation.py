@@ -45,6 +45,9 @@ class GenerationSettings:
     """Strings at which an answer ends."""
     logprobs: int | None = None
     """Log-probabilities of the chosen tokens, and of this many of the likeliest; absent: none."""
+    logprobs_of: Literal["model", "sampling"] = "model"
+    """Whose they are: softmax(logits), or softmax(logits / temperature); both before penalties and cuts. Greedy answers
+    have no temperature, and the model's."""
 
     def __post_init__(self) -> None:
         checks = (
@@ -57,6 +60,7 @@ class GenerationSettings:
             (self.num_beams >= 1, "num_beams", "at least 1"),
             (0 < self.repetition_penalty < float("inf"), "repetition_penalty", "above 0"),
             (self.logprobs is None or self.logprobs >= 0, "logprobs", "0 or more"),
+            (self.logprobs_of in ("model", "sampling"), "logprobs_of", "model or sampling"),
             (all(self.stop), "stop", "texts that are not empty"),
         )
         for holds, name, expected in checks:
@@ -75,8 +79,8 @@ class Request:
 
 @dataclass(frozen=True, slots=True)
 class TokenChoice:
-    """A token of an answer. With log-probabilities of the model itself, before temperature, penalties and cuts:
-    `logprob` in nats, and `top`, the likeliest tokens with theirs."""
+    """A token of an answer. Where they are asked for, with log-probabilities before penalties and cuts, of what
+    `GenerationSettings.logprobs_of` says: `logprob` in nats, and `top`, the likeliest tokens with theirs."""
 
     token: int
     logprob: float | None = None
@@ -87,13 +91,15 @@ class TokenChoice:
 class Generation:
     """An answer: `choices` without the stop token, why it ended, and what stopped it.
 
-    `bad_scores` counts its steps at which the model's scores had NaN or infinity among them.
+    `bad_scores` counts its steps at which the model's scores had NaN or infinity among them. `stop` is the stop token
+    that ended it, chosen like those before it; None where something else did.
     """
 
     choices: tuple[TokenChoice, ...]
     finish: Finish
     stopped_by: int | str | None = None
     bad_scores: int = 0
+    stop: TokenChoice | None = None
 
     @property
     def ids(self) -> list[int]:

@@ -14,10 +14,10 @@ from typing import Any
 from peft import PeftModel
 from rich.markup import escape
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, TrainingArguments
 
 from luthier import __version__
-from luthier.arrange import Material, eval_sets, padding_share, training_steps
+from luthier.arrange import Attach, Material, eval_sets, padding_share, training_steps
 from luthier.assemble import (
     attachments,
     build_model,
@@ -40,8 +40,10 @@ from luthier.model.positions import loaded_positions
 from luthier.model.quantize import untested_files
 from luthier.model.quantized_layers import measured
 from luthier.model.vocabulary import VocabularyChange
+from luthier.online import Supply, online_supply
 from luthier.publish import CARD_NAME, model_card, upload
 from luthier.recipe.load import LoadedRecipe, dump_recipe, load_recipe
+from luthier.recipe.online import OnlineSpec
 from luthier.recipe.resolve import Hardware, resolve
 from luthier.recipe.schema import AdapterSpec, Recipe
 from luthier.references import live_reference, precomputation
@@ -52,10 +54,10 @@ from luthier.trainer.callbacks import LogCallback, ProgressCallback
 from luthier.trainer.checkpoint import hash_file, resolve_resume, sweep_temporary
 from luthier.trainer.interruption import Interruption
 from luthier.trainer.kernels import kernel_rules
-from luthier.trainer.memory import FitMemory
 from luthier.trainer.plots import plot_run
 from luthier.trainer.precision import AUTOCAST
 from luthier.trainer.retention import what_is_left
+from luthier.trainer.rollouts import SamplingInterrupted
 from luthier.trainer.run_directory import published_files, run_guard
 from luthier.trainer.same_run import differences
 from luthier.trainer.trackers import tracking
@@ -93,7 +95,7 @@ def train(
 
 def _train(loaded: LoadedRecipe, hardware: Hardware, quiet: bool) -> TrainResult:
     settings = loaded.recipe
-    output, world_size = Path(settings.train.output), hardware.world_size
+    output = Path(settings.train.output)
     require_one_process(hardware)
     arguments = training_arguments(settings, use_cpu=hardware.device == "cpu")
     main = arguments.process_index == 0
@@ -116,24 +118,23 @@ def _train(loaded: LoadedRecipe, hardware: Hardware, quiet: bool) -> TrainResult
     added = vocabulary.to_dict() if vocabulary.is_needed else None
     manifest |= {"parameters": asdict(count), "vocabulary": added}
     manifest |= _model_record(settings, material, model, say)
-    material, padded = fitted(settings, material, model), chosen_rows(model).padded
+    material = fitted(settings, material, model)
     trackers = tracking(
         train_spec.report_to if main else (), output, run_name=arguments.run_name, resumed=resumed
     )
     attach = precomputation(settings, source, hardware, model, material, say)
     # A signal ends what is computed here at once: there is no step yet to wait for, nor anything to save.
-    rank = arguments.process_index
-    steps = training_steps(settings, material, world_size, rank, padded=padded, attach=attach)
-    held_out = eval_sets(settings, material, world_size, padded=padded, attach=attach)
+    supply = _supply(loaded, source, model, material, attach, arguments, say)
     with trackers as tracked, ProgressCallback(quiet=quiet) as progress, Interruption() as interruption:
+        supply.watch(progress.answered, lambda: interruption.received is not None)
         trainer = PeftTrainer(
             model=model,
             args=arguments,
             stage=material.stage,
             method=method,
             optim=settings.optim,
-            steps=steps,
-            eval_sets=held_out,
+            steps=supply.steps,
+            eval_sets=supply.eval_sets,
             tokenizer=tokenizer,
             callbacks=[*tracked, LogCallback(output), progress, interruption, *attached.callbacks],
             save_total_limit=train_spec.save_total_limit,
@@ -141,16 +142,40 @@ def _train(loaded: LoadedRecipe, hardware: Hardware, quiet: bool) -> TrainResult
             async_save=train_spec.async_save,
             metrics=attached.metrics,
             schedule=attached.schedule,
-            answers=answers_at_eval(settings, source, model, material, say),
+            answers=supply.answers,
+            rollouts=supply.rollouts,
             eval_arithmetic=AUTOCAST[train_spec.eval_precision],
             bad_numbers=train_spec.bad_numbers,
             reference=live_reference(settings, hardware, model, material),
-            fit_memory=FitMemory(steps, say) if train_spec.fit_memory and steps is not None else None,
+            fit_memory=supply.fit_memory(say) if train_spec.fit_memory else None,
         )
         metrics = _learn(trainer, settings, manifest, resumed, interruption, say)
     if main and not train_spec.eval_only:
         _show_result(settings, output, manifest, metrics, say)
     return TrainResult(output, metrics)
+
+
+def _supply(
+    loaded: LoadedRecipe,
+    source: ModelSource,
+    model: PreTrainedModel | PeftModel,
+    material: Material,
+    attach: Attach | None,
+    arguments: TrainingArguments,
+    say: Say,
+) -> Supply:
+    """What the trainer learns from and evaluates on."""
+    settings = loaded.recipe
+    if isinstance(settings.stage, OnlineSpec):
+        beside = loaded.path.parent if loaded.path is not None else None
+        return online_supply(settings, source, model, material, beside, say)
+    padded, world_size = chosen_rows(model).padded, arguments.world_size
+    rank = arguments.process_index
+    return Supply(
+        training_steps(settings, material, world_size, rank, padded=padded, attach=attach),
+        eval_sets(settings, material, world_size, padded=padded, attach=attach),
+        answers_at_eval(settings, source, model, material, say),
+    )
 
 
 def prepare(
@@ -297,6 +322,9 @@ def _train_through(trainer: PeftTrainer, resumed: Path | None, say: Say) -> dict
         while True:
             try:
                 output = trainer.train(resume_from_checkpoint=str(resumed) if resumed else None)
+            except SamplingInterrupted:
+                trainer.save_before_step()
+                return {}
             except Rewind as request:
                 resumed = trainer.rewind(request)
                 say(f"{request.reason}. Going on from {resumed.name}, without the rows since then")

@@ -99,6 +99,8 @@ class Encoded:
 
     samples: tuple[Sample, ...] = ()
     lost: Lost = Lost()
+    prompts: bool = False
+    """Whether the samples are prompts alone, of which no target is expected."""
 
 
 _TENSORS = ("input_ids", "position_ids", "cu_seqlens", "targets", "target_weights", "parent")
@@ -116,7 +118,8 @@ class Batch:
     `samples` names where each segment came from, as (source, row index).
 
     rows (R,) int64 are the segments that are scored. Of n samples with B branches, row k n + i is branch k of sample
-    i: of pairs, all better answers first. labels (n,) float32 are the samples' labels.
+    i: of pairs, all better answers first; rows of branches that a sample does not have are left out.
+    labels (n,) float32 are the samples' labels.
     reference (N,) float32: log-probabilities of the targets by the reference model, where they were computed before.
     signals: (N,) float32 each, what a rollout knows of the targets, by name (ppo, grpo).
     mismatched: the prompts of these samples with answers to other ones (kto).
@@ -303,8 +306,8 @@ class Policy(Protocol):
         ...
 
 
-RowKind = Literal["text", "conversation", "pair", "feedback"]
-"""What a stage learns from: documents, conversations, pairs of answers, or answers with a label."""
+RowKind = Literal["text", "conversation", "pair", "feedback", "prompt"]
+"""What a stage learns from: documents, conversations, pairs of answers, answers with a label, or prompts alone."""
 
 ModelKind = Literal["language", "reward"]
 """What a stage trains: a causal language model, or one with a value head in place of the output head."""

@@ -10,7 +10,7 @@ from typing import Any
 from luthier.api.faults import ApiError, invalid
 from luthier.api.fields import ScoreRequest
 from luthier.api.served import conversation_of, unknown_model
-from luthier.score import Scorer
+from luthier.rewards.scorer import Scorer
 from luthier.types import DataError, Row, Sample
 
 

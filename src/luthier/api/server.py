@@ -19,7 +19,7 @@ from luthier.api.app import LOOPBACK_NAMES, Limits, create_app
 from luthier.api.scores import ScoredModel
 from luthier.api.served import Served
 from luthier.recipe.settings import read_settings
-from luthier.score import Scorer
+from luthier.rewards.scorer import Scorer
 from luthier.show import quiet_libraries
 from luthier.types import RecipeError
 

@@ -1,6 +1,7 @@
 """The columns that hold answers: one answer, the better and the worse one of a pair, a label, a margin.
 
     answered(raw, attr)      -> the conversation with its answer
+    posed(raw, attr)         -> the same, or the question alone where the row has no answer
     pair(raw, attr)          -> the same with the better and with the worse answer
     is_desirable(raw, attr)  -> what columns.kto_tag says
     margin_of(raw, attr)     -> what columns.margin says
@@ -26,6 +27,15 @@ def answered(raw: RawRow, attr: DatasetAttr) -> Conversation:
         return history(raw, attr)
     before = asked(raw, attr)
     return _continued(before, [Message("assistant", _answer_text(raw, attr.columns.response, "response"))])
+
+
+def posed(raw: RawRow, attr: DatasetAttr) -> Conversation:
+    """`answered`, or the question alone where there is no column for the answer, or nothing in it."""
+    if attr.formatting != "alpaca":
+        return history(raw, attr)
+    column = attr.columns.response
+    value = raw.columns.get(column) if column else None
+    return asked(raw, attr) if value is None or value == "" else answered(raw, attr)
 
 
 def pair(raw: RawRow, attr: DatasetAttr) -> tuple[Conversation, Conversation]:

@@ -46,13 +46,13 @@ def flat_batch(samples: Sequence[Sample]) -> Batch:
 def branch_batch(
     samples: Sequence[Sample], *, share_prompts: bool, branches: Sequence[int] | None = None
 ) -> Batch:
-    """Samples with branches, all with equally many: the first branches of all samples, then the second ones.
+    """Samples with branches: the first branches of all samples, then the second ones of those that have one.
 
     With `share_prompts` each prompt is a segment before them, but for its last token: that one begins every branch,
     because it predicts the first token of each. Without, every branch follows a copy of its prompt. `branches` takes
     some of them alone. A prompt of one token is not shared.
     """
-    chosen = range(len(samples[0].branches)) if branches is None and samples else (branches or ())
+    chosen = _rows(samples, branches)
     prompts: dict[int, int] = {}
     segments: list[_Segment] = []
     for number, sample in enumerate(samples):
@@ -61,25 +61,38 @@ def branch_batch(
             prompts[number] = len(segments)
             segments.append(_Segment(sample, sample.input_ids[: length - 1], sample.weights[: length - 1]))
     first = len(segments)
-    for k in chosen:
-        for number, sample in enumerate(samples):
-            length = _prompt_length(sample)
-            kept = length - 1 if number in prompts else 0
-            answer = slice(*_bounds(sample)[k])
-            segments.append(
-                _Segment(
-                    sample,
-                    np.concatenate((sample.input_ids[kept:length], sample.input_ids[answer])),
-                    np.concatenate((sample.weights[kept:length], sample.weights[answer])),
-                    kept,
-                    prompts.get(number, -1),
-                )
+    for k, number in chosen:
+        sample = samples[number]
+        length = _prompt_length(sample)
+        kept = length - 1 if number in prompts else 0
+        answer = slice(*_bounds(sample)[k])
+        segments.append(
+            _Segment(
+                sample,
+                np.concatenate((sample.input_ids[kept:length], sample.input_ids[answer])),
+                np.concatenate((sample.weights[kept:length], sample.weights[answer])),
+                kept,
+                prompts.get(number, -1),
             )
+        )
     batch = _batch(segments, range(first, len(segments)), samples)
-    reference = [_reference_of(sample, k) for k in chosen for sample in samples]
+    reference = [_reference_of(samples[number], k) for k, number in chosen]
     if all(part is not None for part in reference) and reference:
         batch.reference = torch.from_numpy(np.concatenate(reference).astype(np.float32))  # type: ignore[arg-type]
+    for name in samples[0].signals if samples else ():
+        parts = [_part(samples[number], samples[number].signals[name], k) for k, number in chosen]
+        batch.signals[name] = torch.from_numpy(np.concatenate(parts).astype(np.float32))
     return batch
+
+
+def _rows(samples: Sequence[Sample], branches: Sequence[int] | None) -> list[tuple[int, int]]:
+    """(branch, number of the sample) of each row in order; where `branches` names some, every sample has them."""
+    if branches is not None:
+        return [(k, number) for k in branches for number in range(len(samples))]
+    most = max((len(sample.branches) for sample in samples), default=0)
+    return [
+        (k, number) for k in range(most) for number, sample in enumerate(samples) if k < len(sample.branches)
+    ]
 
 
 def rows_of(sample: Sample) -> list[Sample]:
@@ -108,11 +121,14 @@ def _bounds(sample: Sample) -> list[tuple[int, int]]:
 
 def _reference_of(sample: Sample, branch: int) -> Array | None:
     """The part of `sample.reference` that belongs to one branch. Prompts have no targets of their own there."""
-    if sample.reference is None:
-        return None
+    return None if sample.reference is None else _part(sample, sample.reference, branch)
+
+
+def _part(sample: Sample, values: Array, branch: int) -> Array:
+    """Of numbers of the sample's targets, (N,) in their order, those of one branch."""
     counts = [int((sample.weights[start:stop] > 0).sum()) for start, stop in _bounds(sample)]
     start = sum(counts[:branch])
-    return sample.reference[start : start + counts[branch]]
+    return values[start : start + counts[branch]]
 
 
 def _batch(segments: Sequence[_Segment], rows: range, samples: Sequence[Sample]) -> Batch:

@@ -16,7 +16,7 @@ import json
 import re
 from collections.abc import Iterator
 
-from luthier.data.answers import answered, is_desirable, margin_of, pair
+from luthier.data.answers import answered, is_desirable, margin_of, pair, posed
 from luthier.data.chats import cell, history
 from luthier.data.read import RawRow
 from luthier.data.registry import DatasetAttr
@@ -53,7 +53,8 @@ def require_kind(attr: DatasetAttr, kind: RowKind, stage: str) -> None:
 def to_row(raw: RawRow, attr: DatasetAttr, kind: RowKind) -> Row:
     """A raw row in the format `attr.formatting`; `kind` says what the stage learns from.
 
-    Of a data set of pairs, rows of kind `feedback` are pairs, too: one answer desirable, the other not.
+    Of a data set of pairs, rows of kind `feedback` are pairs, too: one answer desirable, the other not. A row of kind
+    `prompt` ends with its answer where it has one, the better one of a pair.
     """
     if kind == "text":
         row = Row(attr.name, raw.index, text=_text(raw, attr))
@@ -62,6 +63,8 @@ def to_row(raw: RawRow, attr: DatasetAttr, kind: RowKind) -> Row:
         row = Row(attr.name, raw.index, chosen, rejected=rejected, margin=margin_of(raw, attr))
     elif kind == "feedback":
         row = Row(attr.name, raw.index, answered(raw, attr), desirable=is_desirable(raw, attr))
+    elif kind == "prompt":
+        row = Row(attr.name, raw.index, pair(raw, attr)[0] if attr.ranking else posed(raw, attr))
     else:
         row = Row(attr.name, raw.index, answered(raw, attr))
     if any(_HALF_PAIR.search(text) for text in _texts(row)):

@@ -94,7 +94,7 @@ class ReportBuilder:
         """Count row `index` of the data set."""
         counts, lost = self._counts, encoded.lost
         targets = sum(int((sample.weights[1:] > 0).sum()) for sample in encoded.samples)
-        unsupervised = bool(encoded.samples) and targets == 0
+        unsupervised = bool(encoded.samples) and targets == 0 and not encoded.prompts
         counts["rows"] += 1
         counts["tokens"] += sum(len(sample) for sample in encoded.samples)
         counts["targets"] += targets

@@ -92,11 +92,12 @@ def _cuts(settings: GenerationSettings) -> dict[str, Any]:
 
 
 def _ended(request: Request, ids: list[int], limit: int, bad: int, decode: Decode | None) -> Generation:
-    """The answer without its stop token and what stands behind it."""
+    """The answer up to its stop token, without what stands behind it."""
     settings = request.settings
     for position, token in enumerate(ids):
         if token in settings.stop_ids:
-            return Generation(tuple(map(TokenChoice, ids[:position])), "stop", token, bad)
+            before = tuple(map(TokenChoice, ids[:position]))
+            return Generation(before, "stop", token, bad, TokenChoice(token))
     choices = tuple(map(TokenChoice, ids))
     text = decode(ids) if settings.stop and decode is not None else ""
     found = [(text.index(stop), stop) for stop in settings.stop if stop in text]

@@ -73,12 +73,8 @@ class HfEngine(Engine):
         """
         if request.settings.num_beams > 1:
             raise GenerationError("num_beams: beams are searched one prompt at a time, not among others")
-        row = Row(
-            next(self._tickets),
-            request,
-            self.limit(request),
-            Chooser(request.settings, request.prompt, next(self._inner.parameters()).device),
-        )
+        chooser = Chooser(request.settings, request.prompt)
+        row = Row(next(self._tickets), request, self.limit(request), chooser)
         self._waiting.append(row)
         return row.ticket
 

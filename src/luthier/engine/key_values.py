@@ -9,12 +9,13 @@ Shapes: R rows, H heads, L tokens from the start of the longest row, E head dime
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from transformers import DynamicCache, PretrainedConfig
+from transformers import Cache, DynamicCache, PretrainedConfig
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 _BLOCK = 64
@@ -50,8 +51,16 @@ class RowsLayer(DynamicLayer):  # type: ignore[no-untyped-call]
         parts = zip(self._parts(), other._parts(), strict=True)
         self._set([torch.cat([_padded(mine, longest), _padded(theirs, longest)]) for mine, theirs in parts])
 
+    def part(self, row: int, tokens: slice) -> RowsLayer:
+        """A layer of one row alone, and of it these tokens."""
+        keys, values = (part[row : row + 1, :, tokens] for part in self._parts())
+        layer = RowsLayer()
+        layer.lazy_initialization(keys, values)
+        layer._set([keys, values])
+        return layer
+
     def keep(self, rows: Tensor, cut: int) -> None:
-        """Keep these rows alone, and drop `cut` tokens of padding on the left."""
+        """Keep these rows alone, each as often as it is named, and drop `cut` tokens of padding on the left."""
         self._set([part[rows][..., cut:, :] for part in self._parts()])
 
     def _parts(self) -> list[Tensor]:
@@ -78,6 +87,45 @@ class RowsLayer(DynamicLayer):  # type: ignore[no-untyped-call]
 
 def _padded(part: Tensor, length: int) -> Tensor:
     return F.pad(part, (0, 0, length - part.shape[-2], 0))
+
+
+@dataclass(slots=True)
+class HeldRows:
+    """The keys and values of rows, and which of them are real: `mask_RL` is 0 where a row is padded."""
+
+    cache: Cache
+    mask_RL: Tensor
+
+    def join(self, other: HeldRows) -> None:
+        """Add other rows below."""
+        for mine, theirs in zip(self._layers, other._layers, strict=True):
+            mine.join(theirs)
+        longest = max(self.mask_RL.shape[1], other.mask_RL.shape[1])
+        masks = [F.pad(mask, (longest - mask.shape[1], 0)) for mask in (self.mask_RL, other.mask_RL)]
+        self.mask_RL = torch.cat(masks)
+
+    def keep(self, numbers: Sequence[int]) -> None:
+        """Keep these rows alone, in this order and each as often as it is named, and no more padding than they need."""
+        chosen = torch.tensor(numbers, device=self.mask_RL.device)
+        mask_RL = self.mask_RL[chosen]
+        cut = int(mask_RL.argmax(-1).min())  # the first real token of the longest row
+        self.mask_RL = mask_RL[:, cut:]
+        for layer in self._layers:
+            layer.keep(chosen, cut)
+
+    def start(self, number: int, length: int) -> HeldRows:
+        """The first tokens of one row, copied; the row stays as it is."""
+        first = int(self.mask_RL[number].argmax())
+        tokens = slice(first, first + length)
+        cache = DynamicCache()
+        cache.layers = [layer.part(number, tokens) for layer in self._layers]
+        return HeldRows(cache, self.mask_RL[number : number + 1, tokens])
+
+    @property
+    def _layers(self) -> list[RowsLayer]:
+        layers = self.cache.layers
+        assert all(isinstance(layer, RowsLayer) for layer in layers)
+        return layers  # type: ignore[return-value]
 
 
 def rows_cache(config: PretrainedConfig) -> DynamicCache | None:

@@ -1,25 +1,26 @@
 """Rows that are answered together: all that are under way with one adapter, one token each at a time.
 
 A row joins as soon as there is room and leaves with its last token (continuous batching). Nobody waits for the longest
-answer of a batch, and no forward pass is spent on rows that are finished.
+answer of a batch, and no forward pass is spent on rows that are finished. A prompt that several rows have is read once:
+those that join together with the first, or while one of them is here, get copies of its keys and values.
 
-Shapes: R rows, L tokens from the start of the longest row, V vocabulary.
+Shapes: R rows, P prompts, L tokens from the start of the longest row, V vocabulary.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from inspect import signature
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import Cache, DynamicCache
+from transformers import DynamicCache
 
 from luthier.engine.choosing import Chooser, choose_rows
-from luthier.engine.key_values import RowsLayer, rows_cache
+from luthier.engine.key_values import HeldRows, rows_cache
 from luthier.engine.protocol import Decode
 from luthier.engine.row import GrowingAnswer
 from luthier.generation import Event, Generation
@@ -27,9 +28,10 @@ from luthier.generation import Event, Generation
 
 @dataclass(slots=True)
 class Row(GrowingAnswer):
-    """A request under way, and what chooses its tokens."""
+    """A request under way, and what chooses its tokens. `first_V`: the logits that its prompt ends in."""
 
     chooser: Chooser
+    first_V: Tensor | None = field(init=False, default=None)
 
     @property
     def bad_scores(self) -> int:
@@ -44,8 +46,7 @@ class Lane:
         self._model, self._decode, self._together = model, decode, together
         self._accepted = signature(model.forward).parameters
         self._rows: list[Row] = []
-        self._cache: Cache | None = None
-        self._mask_RL = torch.empty(0)
+        self._held: HeldRows | None = None
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -60,32 +61,47 @@ class Lane:
         return max((len(row.request.prompt) + row.limit for row in self._rows), default=0)
 
     def admit(self, rows: Sequence[Row]) -> list[Event]:
-        """Read the prompts of new rows and choose their first tokens."""
-        prompts = [row.request.prompt for row in rows]
-        width = max(map(len, prompts))
-        device = next(self._model.parameters()).device
-        ids_RL = torch.tensor([[0] * (width - len(ids)) + list(ids) for ids in prompts], device=device)
-        mask_RL = torch.tensor([[0] * (width - len(ids)) + [1] * len(ids) for ids in prompts], device=device)
-        positions_RL = (mask_RL.cumsum(-1) - 1).clamp(min=0)
-        config: Any = self._model.config
-        cache = rows_cache(config) if self._together else DynamicCache(config=config)
-        assert cache is not None
-        logits_RV = self._forward(ids_RL, mask_RL, positions_RL, cache)
-        events = self._chosen(rows, logits_RV)
-        if not self._rows:
-            self._cache, self._mask_RL = cache, mask_RL
+        """Read those prompts of new rows that no row here has, each once, and choose the rows' first tokens."""
+        here = {row.request.prompt: number for number, row in enumerate(self._rows)}
+        prompts = dict.fromkeys(row.request.prompt for row in rows)
+        parts: list[HeldRows] = []
+        first: dict[tuple[int, ...], Tensor | None] = {}
+        new = [prompt for prompt in prompts if prompt not in here]
+        if new:
+            held, logits_PV = self._read(new)
+            parts.append(held)
+            first.update(
+                zip(new, logits_PV.clone(), strict=True)
+            )  # a view would keep the logits of all tokens
+        for prompt in (prompt for prompt in prompts if prompt in here):
+            assert self._held is not None
+            parts.append(self._held.start(here[prompt], len(prompt)))
+            first[prompt] = self._rows[here[prompt]].first_V
+        joining = parts[0]
+        for part in parts[1:]:
+            joining.join(part)
+        places = {prompt: place for place, prompt in enumerate(first)}
+        numbers = [places[row.request.prompt] for row in rows]
+        if numbers != list(range(len(places))):
+            joining.keep(numbers)
+        for row in rows:
+            row.first_V = first[row.request.prompt]
+        events = self._chosen(rows, torch.stack([row.first_V for row in rows if row.first_V is not None]))
+        if self._held is None:
+            self._held = joining
         else:
-            self._join(cache, mask_RL)
+            self._held.join(joining)
         self._rows.extend(rows)
         return self._leave(events)
 
     def step(self) -> list[Event]:
         """The next token of every row."""
-        assert self._cache is not None
-        last_R1 = torch.tensor([[row.choices[-1].token] for row in self._rows], device=self._mask_RL.device)
-        self._mask_RL = F.pad(self._mask_RL, (0, 1), value=1)
-        positions_R1 = self._mask_RL.sum(-1, keepdim=True) - 1
-        logits_RV = self._forward(last_R1, self._mask_RL, positions_R1, self._cache)
+        held = self._held
+        assert held is not None
+        last_R1 = torch.tensor([[row.choices[-1].token] for row in self._rows], device=held.mask_RL.device)
+        held.mask_RL = F.pad(held.mask_RL, (0, 1), value=1)
+        positions_R1 = held.mask_RL.sum(-1, keepdim=True) - 1
+        logits_RV = self._forward(last_R1, positions_R1, held)
         return self._leave(self._chosen(self._rows, logits_RV))
 
     def cancel(self, ticket: int) -> Generation | None:
@@ -96,12 +112,25 @@ class Lane:
         self._keep([number for number, other in enumerate(self._rows) if other is not row])
         return row.ended("cancelled")
 
-    def _forward(self, ids: Tensor, mask: Tensor, positions: Tensor, cache: Cache) -> Tensor:
+    def _read(self, prompts: Sequence[tuple[int, ...]]) -> tuple[HeldRows, Tensor]:
+        """A row for each prompt, and the (P, V) logits of what comes next."""
+        width = max(map(len, prompts))
+        device = next(self._model.parameters()).device
+        ids_PL = torch.tensor([[0] * (width - len(ids)) + list(ids) for ids in prompts], device=device)
+        mask_PL = torch.tensor([[0] * (width - len(ids)) + [1] * len(ids) for ids in prompts], device=device)
+        config: Any = self._model.config
+        cache = rows_cache(config) if self._together else DynamicCache(config=config)
+        assert cache is not None
+        held = HeldRows(cache, mask_PL)
+        return held, self._forward(ids_PL, (mask_PL.cumsum(-1) - 1).clamp(min=0), held)
+
+    def _forward(self, ids: Tensor, positions: Tensor, held: HeldRows) -> Tensor:
         """(R, V) logits of the next tokens."""
-        held = (
+        name = (
             "cache_params" if "cache_params" in self._accepted else "past_key_values"
-        )  # Mamba's name for it
-        inputs: dict[str, Any] = {"input_ids": ids, "attention_mask": mask, held: cache, "use_cache": True}
+        )  # Mamba's, and all others'
+        inputs: dict[str, Any] = {"input_ids": ids, "attention_mask": held.mask_RL, name: held.cache}
+        inputs["use_cache"] = True
         if "position_ids" in self._accepted:
             inputs["position_ids"] = positions
         if "logits_to_keep" in self._accepted:
@@ -113,15 +142,6 @@ class Lane:
         choices = choose_rows([row.chooser for row in rows], logits_RV)
         return [row.take(choice, self._decode) for row, choice in zip(rows, choices, strict=True)]
 
-    def _join(self, cache: Cache, mask_RL: Tensor) -> None:
-        assert self._cache is not None
-        for mine, theirs in zip(self._cache.layers, cache.layers, strict=True):
-            assert isinstance(mine, RowsLayer) and isinstance(theirs, RowsLayer)
-            mine.join(theirs)
-        longest = max(self._mask_RL.shape[1], mask_RL.shape[1])
-        masks = [F.pad(mask, (longest - mask.shape[1], 0)) for mask in (self._mask_RL, mask_RL)]
-        self._mask_RL = torch.cat(masks)
-
     def _leave(self, events: Sequence[Event]) -> list[Event]:
         """Take the rows out whose last event this was."""
         gone = {event.ticket for event in events if event.end is not None}
@@ -132,13 +152,7 @@ class Lane:
     def _keep(self, numbers: Sequence[int]) -> None:
         self._rows = [self._rows[number] for number in numbers]
         if not self._rows:
-            self._cache = None
+            self._held = None
             return
-        chosen = torch.tensor(numbers, device=self._mask_RL.device)
-        mask_RL = self._mask_RL[chosen]
-        cut = int(mask_RL.argmax(-1).min())  # the first real token of the longest row
-        self._mask_RL = mask_RL[:, cut:]
-        assert self._cache is not None
-        for layer in self._cache.layers:
-            assert isinstance(layer, RowsLayer)
-            layer.keep(chosen, cut)
+        assert self._held is not None
+        self._held.keep(numbers)

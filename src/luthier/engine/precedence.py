@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -61,6 +62,19 @@ def settings_of(*levels: Mapping[str, Any], stop_ids: Sequence[int] = ()) -> Gen
         **_lengths(levels),
         **chosen,
     )
+
+
+def rollout_settings(
+    said: Mapping[str, Any], *, stop_ids: Sequence[int] = (), ends: Any = None
+) -> GenerationSettings:
+    """How answers are drawn that a policy learns from: as the recipe's `generation` has `said`, else temperature 1 and
+    nothing cut, whatever the model's own generation_config.json says but for its `ends`.
+
+    Log-probabilities are at the sampling temperature. No seed: each answer has its own.
+    """
+    neutral = {"do_sample": True, "temperature": 1.0, "eos_token_id": ends}
+    settings = settings_of(said, neutral, stop_ids=stop_ids)
+    return replace(settings, seed=None, logprobs=0, logprobs_of="sampling")
 
 
 def _first(levels: Sequence[Mapping[str, Any]], name: str) -> Any:

@@ -28,7 +28,7 @@ class GrowingAnswer:
         if choice is None:
             return self._end(None, "error")
         if choice.token in settings.stop_ids:
-            return self._end(None, "stop", choice.token)
+            return self._end(None, "stop", choice.token, choice)
         self.choices.append(choice)
         if settings.stop:
             assert decode is not None
@@ -44,6 +44,12 @@ class GrowingAnswer:
     def ended(self, finish: Finish) -> Generation:
         return Generation(tuple(self.choices), finish, bad_scores=self.bad_scores)
 
-    def _end(self, choice: TokenChoice | None, finish: Finish, by: int | str | None = None) -> Event:
-        end = Generation(tuple(self.choices), finish, by, self.bad_scores)
+    def _end(
+        self,
+        choice: TokenChoice | None,
+        finish: Finish,
+        by: int | str | None = None,
+        stop: TokenChoice | None = None,
+    ) -> Event:
+        end = Generation(tuple(self.choices), finish, by, self.bad_scores, stop)
         return Event(self.ticket, choice, end)

@@ -231,16 +231,25 @@ def sampling(settings: GenerationSettings, room: int) -> Any:
 
     Ends that the model's own files name are not asked for: `stop_ids` has all that hold.
     """
-    from vllm import SamplingParams
-    from vllm.exceptions import VLLMClientError
-    from vllm.sampling_params import RequestOutputKind
-
     if settings.num_beams > 1:
         raise GenerationError(_NO_BEAMS)
     if 0 < settings.temperature < _COLDEST:
         raise GenerationError(
             f"temperature={settings.temperature}: vLLM draws at {_COLDEST} or more, or greedily at 0"
         )
+    if (
+        settings.logprobs is not None
+        and settings.logprobs_of == "sampling"
+        and settings.temperature not in (0, 1)
+    ):
+        raise GenerationError(
+            f"logprobs_of=sampling at temperature={settings.temperature}: vLLM has log-probabilities before the "
+            "temperature alone; draw at temperature 1, or use generation.engine=hf"
+        )
+    from vllm import SamplingParams
+    from vllm.exceptions import VLLMClientError
+    from vllm.sampling_params import RequestOutputKind
+
     seed = settings.seed if settings.seed is not None else secrets.randbits(62)
     try:
         return SamplingParams(

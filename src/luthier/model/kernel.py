@@ -42,10 +42,12 @@ class Anchor:
     hidden: Tensor
     logits_of: Logits
 
-    def log_probabilities(self, start: int, stop: int) -> Tensor:
-        """(C, V) float32 of the targets [start, stop), without a graph."""
+    def log_probabilities(self, start: int, stop: int, temperature: float) -> Tensor:
+        """(C, V) float32 of the targets [start, stop), logits divided by `temperature`; without a graph."""
         with torch.no_grad():
             logits_CV = self.logits_of(self.hidden[start:stop]).float()
+            if temperature != 1.0:
+                logits_CV.div_(temperature)
             return logits_CV.sub_(logits_CV.logsumexp(dim=-1, keepdim=True))
 
 
@@ -58,6 +60,7 @@ class _Wanted:
     top_entropy: bool
     predictions: bool
     anchor: Anchor | None
+    temperature: float
 
     @property
     def differentiable(self) -> tuple[str, ...]:
@@ -72,7 +75,7 @@ class _Wanted:
         return (*self.differentiable, *(name for name, flag in flags if flag))
 
     def anchored(self, start: int, stop: int) -> Tensor | None:
-        return None if self.anchor is None else self.anchor.log_probabilities(start, stop)
+        return None if self.anchor is None else self.anchor.log_probabilities(start, stop, self.temperature)
 
 
 def token_logprobs(
@@ -87,9 +90,11 @@ def token_logprobs(
     predictions: bool = False,
     top_entropy: bool = False,
     anchor: Anchor | None = None,
+    temperature: float = 1.0,
 ) -> dict[str, Tensor]:
-    """Log-probabilities of `targets_N` under p = softmax(`logits_of(hidden)`), each (N,) float32; differentiable.
+    """Log-probabilities of `targets_N` under p = softmax(`logits_of(hidden)` / t), each (N,) float32; differentiable.
 
+    t is `temperature`, > 0; everything said here, the anchor's q too, is of logits divided by it, in float32.
     `entropy` is -sum p log p of each position; `mean_logprobs` is the mean log-probability of the vocabulary;
     with an anchor, whose distribution is q, `divergence` is KL(q || p) = sum q (log q - log p).
     Without a gradient: `top_entropy` is the entropy of the softmax over the `TOP` largest logits alone (all of a
@@ -98,7 +103,7 @@ def token_logprobs(
     together with its value, because a log-probability depends on no other row: the logits are then computed
     once. Where the head trains, every chunk is checkpointed and its logits are computed again in backward.
     """
-    wanted = _Wanted(entropy, mean_logprobs, top_entropy, predictions, anchor)
+    wanted = _Wanted(entropy, mean_logprobs, top_entropy, predictions, anchor, temperature)
     kinds = 1 if anchor is None else 2  # of logits that exist at one time
     rows = chunk_rows(len(targets_N), kinds * vocab_size, hidden_ND.device)
     bounds = [(start, min(start + rows, len(targets_N))) for start in range(0, len(targets_N), rows)]
@@ -118,7 +123,10 @@ def _chunk(
     def run(hidden: Tensor, targets: Tensor) -> tuple[Tensor, ...]:
         # The anchor first: what it does to the model for a moment is over before the trained head is called.
         anchored_CV = wanted.anchored(start, stop)
-        return _statistics(logits_of(hidden).float(), targets, wanted, anchored_CV)
+        logits_CV = logits_of(hidden).float()
+        if wanted.temperature != 1.0:
+            logits_CV = logits_CV / wanted.temperature
+        return _statistics(logits_CV, targets, wanted, anchored_CV)
 
     if not torch.is_grad_enabled():
         return run(hidden_ND[start:stop], targets_N[start:stop])
@@ -174,11 +182,15 @@ class _RowwiseLogprobs(torch.autograd.Function):
                 leaf = hidden_ND[start:stop].detach().requires_grad_()
                 raw = logits_of(leaf)
             logits = raw.detach().float()
+            if wanted.temperature != 1.0:  # in place: no backward pass of a head looks at its own output
+                logits.div_(wanted.temperature)
             values.append(_statistics(logits, targets, wanted, anchored))
             slopes = _slopes(logits, targets, values[-1], wanted, anchored)
             del anchored
             for index, slope in enumerate(slopes):
                 last = index == len(gradients) - 1
+                if wanted.temperature != 1.0:
+                    slope.div_(wanted.temperature)  # of logits that were not divided yet
                 (grad,) = torch.autograd.grad(raw, leaf, slope.to(raw.dtype), retain_graph=not last)
                 gradients[index][start:stop] = grad
                 del slope, grad

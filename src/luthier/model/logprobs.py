@@ -19,6 +19,7 @@ import torch
 from accelerate.utils import extract_model_from_parallel
 from torch import Tensor, nn
 
+from luthier.model.critic import PART
 from luthier.model.kernel import Anchor, Logits, chunk_rows, token_logprobs
 from luthier.model.offload import keeping_activations
 from luthier.model.reference import Reference
@@ -80,6 +81,7 @@ class _TargetForward(nn.Module):
     """Mixed into the class of the model: `forward(targets=...)` runs the backbone, then the head once.
 
     `arithmetic` is the type of an autocast around both, float32 for none at all; without it the caller's holds.
+    `values=True` asks the model's critic (`model.critic`) too: {"values": (N,)}, of the state before each target.
     With `only_hidden` it stops before the head: {"hidden": (N, D)} of the targets, or of one position where there are
     none.
     """
@@ -106,10 +108,11 @@ class _TargetForward(nn.Module):
             "predictions": kwargs.pop("predictions", False),
             "top_entropy": kwargs.pop("top_entropy", False),
             "anchor": kwargs.pop("anchor", None),
+            "temperature": kwargs.pop("temperature", 1.0),
             "vocab_size": self.config.get_text_config().vocab_size,  # type: ignore[union-attr, operator]
             "transform": logits_transform(self.config),
         }
-        only_hidden = kwargs.pop("only_hidden", False)
+        only_hidden, values = kwargs.pop("only_hidden", False), kwargs.pop("values", False)
         require_flat(kwargs)
         backbone, head = self.base_model, self.get_output_embeddings()  # type: ignore[operator]
         inputs, targets = backbone_inputs(self.luthier_rows, backbone, args, kwargs, targets)
@@ -124,6 +127,11 @@ class _TargetForward(nn.Module):
             return {"hidden": hidden_TD[supervised]}
         request["targets"] = targets[supervised].clamp(min=0)
         answers = head(hidden_TD[supervised], luthier_request=request)
+        if values:
+            critic = getattr(self, PART, None)
+            if critic is None:
+                raise ModelError("this stage needs values, and the model was given no critic")
+            answers["values"] = critic.values(self, inputs, hidden_TD, supervised)
         return {name: values[:num_targets] for name, values in answers.items()}
 
 
@@ -261,8 +269,14 @@ class ModelPolicy:
         predictions: bool = False,
         top_entropy: bool = False,
         divergence: bool = False,
+        values: bool = False,
+        temperature: float = 1.0,
     ) -> TokenLogprobs:
-        """Statistics of the supervised targets of `batch`, in the order of their positions."""
+        """Statistics of the supervised targets of `batch`, in the order of their positions.
+
+        The logits, the reference's of a divergence too, are divided by `temperature`, > 0. `values` come from the
+        critic that the model was given, in the same forward pass; raises ModelError where it was given none.
+        """
         anchor = self._anchor(batch) if divergence else None
         with keeping_activations(_language_model(self._model)):
             answers = self._model(
@@ -274,6 +288,8 @@ class ModelPolicy:
                 predictions=predictions,
                 top_entropy=top_entropy,
                 anchor=anchor,
+                values=values,
+                temperature=temperature,
             )
         return TokenLogprobs(**answers)
 
@@ -293,12 +309,13 @@ class ModelPolicy:
             )
         return Anchor(answers["hidden"], logits_of)
 
-    def reference_logprobs(self, batch: Batch) -> Tensor:
-        """Those that the batch brings along, or what the reference says; (N,) float32, without a graph."""
-        if batch.reference is not None:
+    def reference_logprobs(self, batch: Batch, *, temperature: float = 1.0) -> Tensor:
+        """Those that the batch brings along, or what the reference says of logits divided by `temperature`; (N,)
+        float32, without a graph. What a batch brings along is of the temperature 1."""
+        if batch.reference is not None and temperature == 1.0:
             return batch.reference
         with torch.no_grad(), self._live_reference().active(self._model) as model:
-            return ModelPolicy(model, self._arithmetic).logprobs(batch).logprobs
+            return ModelPolicy(model, self._arithmetic).logprobs(batch, temperature=temperature).logprobs
 
     def _live_reference(self) -> Reference:
         if self._reference is None:

@@ -16,6 +16,8 @@ import torch
 from peft import PeftModel
 from torch import Tensor, nn
 
+from luthier.model.critic import critic_parameters
+
 
 class Reference(Protocol):
     """A frozen model beside the one that trains."""
@@ -61,7 +63,8 @@ class StartingPoint:
     """
 
     def __init__(self, model: nn.Module) -> None:
-        self._trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        critics = critic_parameters(model)  # they say nothing of the answer's tokens
+        self._trained = [one for one in model.parameters() if one.requires_grad and one not in critics]
         self._copies: list[Tensor] = [parameter.detach().clone() for parameter in self._trained]
 
     @contextmanager

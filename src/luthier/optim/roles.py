@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 from torch import nn
 
+from luthier.model.critic import critic_of
 from luthier.model.value_head import value_head
 
 Role = Literal["embedding", "head", "score", "matrix", "other"]
@@ -17,8 +18,8 @@ _IN_LAYER = re.compile(r"(?:^|.*?\.)(\d+)\.")
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """role: of embeddings, output head, a reward model's head, a two-dimensional weight elsewhere, anything else.
-    layer: the layer's name up to its number, None outside layers."""
+    """role: of embeddings, output head, the head of a reward model or critic, a two-dimensional weight elsewhere,
+    anything else. layer: the layer's name up to its number, None outside layers."""
 
     name: str
     role: Role
@@ -33,6 +34,7 @@ def places(model: nn.Module) -> dict[int, Place]:
         ("embedding", embeddings + inputs),
         ("head", outputs),
         ("score", [head] if (head := value_head(model)) is not None else []),
+        ("score", [critic.head] if (critic := critic_of(model)) is not None else []),
     ]
     roles: dict[int, Role] = {}
     for role, modules in parts:

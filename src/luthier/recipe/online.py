@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, field_validator, model_validator
 
 from luthier.recipe.base import Spec
+from luthier.recipe.grpo_variants import Variant, filled
 from luthier.recipe.quantization import QuantizationSpec
 from luthier.recipe.reference import Reference, is_precomputed
 
@@ -57,8 +58,11 @@ class HttpRewardSpec(_Weighted):
     timeout: float = Field(default=60.0, gt=0)
     """Seconds for each try."""
     retries: int = Field(default=3, ge=0)
+    """More tries after a connection that fails or is too slow, and after the states 429 and 5xx."""
     headers: dict[str, str] = {}
-    """Of each request, beside Content-Type."""
+    """Of each request, beside Content-Type. `${NAME}` in a value stands for a variable of the environment."""
+    form: Literal["messages", "text"] = "messages"
+    """What a conversation is sent as: a list of {role, content}, or the text of its tokens, as LLaMA-Factory does."""
 
     @field_validator("url")
     @classmethod
@@ -323,7 +327,7 @@ class PpoSpec(OnlineSpec):
     """A reward model (a run of stage rm) whose value head the critic starts from."""
     whiten_advantages: bool = True
     whiten_rewards: bool = False
-    """Divide the rewards of tokens by their standard deviation."""
+    """Bring the rewards of tokens to variance 1 around their mean."""
     score_norm: bool = False
     """Divide scores by their running standard deviation, less the running mean."""
     score_clip: float | None = Field(default=None, gt=0)
@@ -336,17 +340,20 @@ class GrpoSpec(OnlineSpec):
     """Group-relative policy optimisation (Shao et al., 2024, arXiv:2402.03300) and its relatives."""
 
     type: Literal["grpo"] = "grpo"
+    variant: Variant | None = None
+    """A paper's name for the fields that it sets (docs/grpo_variants.md); what the recipe says itself holds."""
     group_size: int = Field(default=8, ge=2)
     """Answers to each prompt."""
-    advantage: Literal["group", "centered", "rloo", "reinforce_pp"] = "group"
+    advantage: Literal["group", "centered", "rloo", "batch", "reinforce_pp"] = "group"
     """Reward less the group's mean, divided by its standard deviation; not divided (dr_grpo); less the mean of the
-    others (rloo, arXiv:2402.14740); less the group's mean, divided by the deviation of the whole rollout
-    (reinforce++ with baseline, arXiv:2501.03262)."""
+    others (rloo, arXiv:2402.14740); less the group's mean, divided by the deviation of all rewards of the rollout
+    (batch, arXiv:2508.08221), or by that of what is left of them (reinforce++ with baseline, arXiv:2501.03262)."""
     aggregation: Literal["sequence", "token", "constant"] = "token"
     """How tokens are added: the mean of each answer's mean (grpo), the mean of all tokens (dapo), or all tokens
     divided by answers times the longest that they may be (dr_grpo, arXiv:2503.20783)."""
-    ratio: Literal["token", "sequence"] = "token"
-    """Whose probability ratio is clipped: each token's, or the answer's, by its length (gspo, arXiv:2507.18071)."""
+    ratio: Literal["token", "sequence", "product"] = "token"
+    """Whose probability ratio is clipped: each token's, the answer's by its length (gspo, arXiv:2507.18071), or the
+    answer's as one action (rloo)."""
     loss: Literal["clip", "cispo"] = "clip"
     """The clipped surrogate, or REINFORCE with a clipped weight (arXiv:2506.13585)."""
     kl: KlSpec = KlSpec(coefficient=0.0)
@@ -355,3 +362,12 @@ class GrpoSpec(OnlineSpec):
     """Rounds in which groups of equal rewards are replaced by other prompts' (DAPO)."""
     share_prompts: bool = True
     """Compute the prompt of a group once, where the model allows it."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _of_variant(cls, given: Any) -> Any:
+        if not isinstance(given, dict):
+            return given
+        if isinstance(rewards := given.get("rewards"), list):  # JSON's lists are Python's once they come by here
+            given = {**given, "rewards": tuple(rewards)}
+        return filled(given) if given.get("variant") is not None else given

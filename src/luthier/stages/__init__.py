@@ -5,9 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from luthier.data.encode import EncodeOptions
+from luthier.recipe.online import GrpoSpec, OnlineSpec, PpoSpec
 from luthier.recipe.schema import DpoSpec, KtoSpec, PtSpec, RmSpec, SftSpec
 from luthier.stages.dpo import PreferencePairs
+from luthier.stages.grpo import GroupRelative
 from luthier.stages.kto import Feedback
+from luthier.stages.ppo import Proximal
 from luthier.stages.pt import Pretraining
 from luthier.stages.rm import RewardModelling
 from luthier.stages.sft import SupervisedFineTuning
@@ -19,17 +22,33 @@ STAGES: dict[str, Callable[..., Stage]] = {
     "dpo": PreferencePairs,
     "kto": Feedback,
     "rm": RewardModelling,
+    "ppo": Proximal,
+    "grpo": GroupRelative,
 }
 
 
 def build_stage(
-    spec: PtSpec | SftSpec | RmSpec | DpoSpec | KtoSpec,
+    spec: PtSpec | SftSpec | RmSpec | DpoSpec | KtoSpec | PpoSpec | GrpoSpec,
     options: EncodeOptions,
     *,
     share_prompts: bool = False,
+    temperature: float = 1.0,
+    max_new_tokens: int | None = None,
 ) -> Stage:
     """The stage that a recipe's `stage` part describes; `share_prompts` where the model computes one for several
-    answers (`model.logprobs.chosen_rows`)."""
+    answers (`model.logprobs.chosen_rows`).
+
+    ppo and grpo are `experience.OnlineStage`s: `temperature` is that of their answers, `max_new_tokens` the longest
+    that one may be.
+    """
+    if isinstance(spec, OnlineSpec):
+        return STAGES[spec.type](
+            spec,
+            options,
+            share_prompts=share_prompts,
+            temperature=temperature,
+            max_new_tokens=max_new_tokens,
+        )
     return STAGES[spec.type](spec, options, share_prompts=share_prompts)
 
 

@@ -192,6 +192,7 @@ class ProgressCallback(TrainerCallback):
         self._progress: Progress | None = None
         self._train: TaskID | None = None
         self._evaluation: TaskID | None = None
+        self._answers: TaskID | None = None
         self._loader: Any = None
         self._text = ""
 
@@ -207,7 +208,19 @@ class ProgressCallback(TrainerCallback):
         """Stop drawing and give the terminal back; further events draw anew."""
         if self._progress is not None:
             self._progress.stop()
-        self._progress = self._train = self._evaluation = self._loader = None
+        self._progress = self._train = self._evaluation = self._answers = self._loader = None
+
+    def answered(self, done: int, total: int) -> None:
+        """Show on a terminal that answers are sampled, `done` of `total`; with the last one the bar goes."""
+        if self._quiet or not self._draws:
+            return
+        bars = self._bars()
+        if self._answers is None:
+            self._answers = bars.add_task("answers", total=total, text="")
+        bars.update(self._answers, completed=done, total=total)
+        if done == total:
+            bars.remove_task(self._answers)
+            self._answers = None
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, overload
 
@@ -53,11 +54,17 @@ class _Batches(Sequence[Batch]):
 
 def observe(stage: Stage, policy: Policy, passes: Sequence[Batch], model: nn.Module) -> Observed:
     """`Stage.observe` of a whole step: without gradients and without dropout, whose draws are not used up."""
+    with torch.no_grad(), without_dropout(model):
+        return stage.observe(policy, passes)
+
+
+@contextmanager
+def without_dropout(model: nn.Module) -> Iterator[None]:
+    """The model as it evaluates, whatever mode it is in."""
     training = model.training
     model.eval()
     try:
-        with torch.no_grad():
-            return stage.observe(policy, passes)
+        yield
     finally:
         model.train(training)
 
@@ -108,7 +115,9 @@ class Evaluation(Seq2SeqTrainer):
             with self.compute_loss_context_manager():
                 metrics = joined(metrics, self._answers(metric_key_prefix))
         seconds = time.time() - started
-        speed = {"runtime": round(seconds, 4), "tokens_per_second": round(num_tokens / seconds, 3)}
+        speed = {"runtime": round(seconds, 4)}
+        if self._eval_sets:
+            speed["tokens_per_second"] = round(num_tokens / seconds, 3)
         metrics = joined(metrics, {f"{metric_key_prefix}_{name}": value for name, value in speed.items()})
         self.log(metrics)
         self._evaluated = (self.state.global_step, metrics)

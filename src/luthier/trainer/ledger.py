@@ -36,6 +36,16 @@ class Ledger:
         self.window_bad += self.left_out
         return not self.left_out
 
+    def forget_step(self) -> None:
+        """Take back `begin_step`: nothing of the step has happened."""
+        self.window_steps -= 1
+
+    def leave_out(self, metrics: Mapping[str, Term]) -> None:
+        """Note that the step under way, which there was nothing to learn in, changes nothing."""
+        self.left_out = True
+        self.window_bad += 1
+        add_terms(self.metrics, metrics)
+
     def add_loss(self, loss: float, metrics: Mapping[str, Term], rows: Iterable[tuple[str, int]]) -> bool:
         """Note the loss of the whole step; returns whether it is a number."""
         self._loss, self._rows = loss, list(rows)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import torch
 from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
@@ -15,7 +15,6 @@ from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import ExportableState
 
-from luthier.trainer.steps import StepDataset
 from luthier.types import Batch, ModelError
 
 Result = TypeVar("Result")
@@ -49,10 +48,25 @@ def running_out(batch: Batch) -> Iterator[None]:
     raise OutOfMemoryError(batch)
 
 
+class Cut(Protocol):
+    """What cuts steps into passes."""
+
+    @property
+    def tokens_per_pass(self) -> int | None:
+        """Most tokens of a pass."""
+
+    def limit_passes(self, tokens: int) -> None:
+        """Cut this step and all later ones into passes of at most `tokens` tokens."""
+
+    def again(self, step: int) -> list[Batch]:
+        """The passes of step `step` (from 0), as they are cut now."""
+        ...
+
+
 class FitMemory(TrainerCallback, ExportableState):
     """Repeats a step in smaller passes where memory runs out. Checkpoints keep what was found."""
 
-    def __init__(self, steps: StepDataset, say: Callable[[str], None]) -> None:
+    def __init__(self, steps: Cut, say: Callable[[str], None]) -> None:
         self._steps, self._say = steps, say
         self.tokens_per_pass: int | None = None
 

@@ -114,14 +114,14 @@ class RecordingPolicy:
         self._policy = policy
         self.rows: list[EvalRow] = []
 
-    def reference_logprobs(self, batch: Batch) -> torch.Tensor:
-        return self._policy.reference_logprobs(batch)
+    def reference_logprobs(self, batch: Batch, *, temperature: float = 1.0) -> torch.Tensor:
+        return self._policy.reference_logprobs(batch, temperature=temperature)
 
     def scores(self, batch: Batch) -> torch.Tensor:
         return self._policy.scores(batch)
 
-    def logprobs(self, batch: Batch, **wanted: bool) -> TokenLogprobs:
-        answers = self._policy.logprobs(batch, predictions=True, **wanted)
+    def logprobs(self, batch: Batch, *, temperature: float = 1.0, **wanted: bool) -> TokenLogprobs:
+        answers = self._policy.logprobs(batch, predictions=True, temperature=temperature, **wanted)
         self.rows += evaluated_rows(batch, answers)
         return answers
 

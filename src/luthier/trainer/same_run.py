@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from luthier.recipe.online import OnlineSpec
 from luthier.recipe.schema import GenerationSpec, Recipe
 from luthier.trainer.checkpoint import read_manifest
 from luthier.types import CheckpointError
@@ -14,7 +15,7 @@ FREE = {
     "model": {"path", "revision", "cache_dir", "token", "gguf_file", "trust_remote_code"}  # fingerprinted
     | {"activation_offload"},
     "data": {"train", "eval", "directory", "cache", "workers", "max_lost"},  # the training data, too
-    "stage": {"share_prompts"},
+    "stage": {"share_prompts", "samples_every", "max_samples"},
     "train": {
         "output",
         "overwrite",
@@ -54,12 +55,14 @@ def identity(recipe: Recipe, base: str, data: list[str]) -> dict[str, Any]:
 
     `data` are the cache keys of the training sets in their order.
     """
-    tree = recipe.model_dump(mode="json")
+    tree, free = recipe.model_dump(mode="json"), FREE
+    if isinstance(recipe.stage, OnlineSpec):  # what is drawn decides what is learnt
+        free = {**FREE, "generation": {"rows", "memory_gib"}}
     settings = {
         f"{section}.{name}": value
         for section, values in tree.items()
         for name, value in values.items()
-        if name not in FREE.get(section, set())
+        if name not in free.get(section, set())
     }
     return {"settings": settings, "base": base, "data": data}
 

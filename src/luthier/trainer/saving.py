@@ -11,10 +11,12 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
+import numpy as np
 import psutil
 from peft import PeftModel
+from safetensors.numpy import save_file
 from torch import nn
 from transformers import PreTrainedTokenizerBase, TrainerState
 
@@ -26,9 +28,23 @@ from luthier.types import CheckpointError, Method
 
 LOOP_STATE_NAME = "loop_state.json"
 """What the loop itself keeps between steps: sums of the logging window, recent losses."""
+EXPERIENCE_NAME = "experience.safetensors"
+"""What it keeps of the rollout under way."""
 
 ROOM_SHARE = 0.25
 """`async_save: auto` copies where the copy takes less than this share of the free memory."""
+
+
+class Ongoing(Protocol):
+    """What goes on from one step to the next beside the optimizer."""
+
+    def state(self) -> dict[str, Any]:
+        """JSON values."""
+        ...
+
+    def arrays(self) -> dict[str, np.ndarray[Any, Any]]:
+        """By name; nobody changes them."""
+        ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,6 +57,7 @@ class _Content:
     training: TrainingState | None
     state: Mapping[str, Any]
     loop: str
+    arrays: Mapping[str, np.ndarray[Any, Any]]
     best: Path | None
 
 
@@ -74,8 +91,12 @@ class CheckpointSaver:
         scheduler: Any,
         scaler: Any,
         loop: Mapping[str, Any],
+        rollouts: Ongoing | None = None,
     ) -> None:
-        """A checkpoint of this moment. Raises CheckpointError where it, or the one before, cannot be written."""
+        """A checkpoint of this moment, with what is under way in `rollouts`.
+
+        Raises CheckpointError where it, or the one before, cannot be written.
+        """
         self.writer.wait()  # the buffers are its until then
         training = None
         if not self._only_model:
@@ -89,7 +110,8 @@ class CheckpointSaver:
             model=weights.tensors,
             training=training,
             state=_plain(state),
-            loop=json.dumps(dict(loop)) + "\n",
+            loop=json.dumps({**loop, **({} if rollouts is None else {"rollouts": rollouts.state()})}) + "\n",
+            arrays={} if rollouts is None else rollouts.arrays(),
             best=Path(best) if best is not None else None,
         )
         written: Mapping[str, Any] = weights.tensors
@@ -112,6 +134,8 @@ class CheckpointSaver:
                 text = json.dumps(content.state, indent=2, sort_keys=True) + "\n"
                 (folder / "trainer_state.json").write_text(text, encoding="utf-8")
                 (folder / LOOP_STATE_NAME).write_text(content.loop, encoding="utf-8")
+                if content.arrays:
+                    save_file(dict(content.arrays), folder / EXPERIENCE_NAME)
             rotate(self.run_dir, self._limit, content.best, valid=content.final)
         except OSError as error:
             raise CheckpointError(

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, Protocol
 
 from torch.utils.data import Dataset
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
@@ -80,10 +80,20 @@ class StepDataset(Dataset[list[Batch]]):
         return Sample(first.input_ids[:1], first.weights[:1] * 0)
 
 
+class Epochs(Protocol):
+    """The optimizer steps of an epoch, as items of a data set."""
+
+    num_samples: int
+
+    def set_epoch(self, epoch: int) -> None: ...
+
+    def __len__(self) -> int: ...
+
+
 class EpochCallback(TrainerCallback):
     """Tells the dataset which epoch begins, before the loader is read."""
 
-    def __init__(self, dataset: StepDataset) -> None:
+    def __init__(self, dataset: Epochs) -> None:
         self._dataset = dataset
 
     def on_epoch_begin(

@@ -12,6 +12,7 @@ import contextlib
 import json
 from collections.abc import Mapping, Sequence
 from functools import partial
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,6 @@ from transformers import (
     TrainerState,
     TrainingArguments,
 )
-from transformers.trainer_callback import ExportableState
 
 from luthier.model.logprobs import ModelPolicy
 from luthier.model.reference import Reference
@@ -35,6 +35,7 @@ from luthier.optim.build import build_optimizer, release
 from luthier.optim.schedule import Factor, build_schedule
 from luthier.recipe.schema import AnyOptimSpec, BadNumbersSpec
 from luthier.trainer.bad_numbers import BadNumbersError, NumberGuard, Rewind
+from luthier.trainer.callback_states import export_states, load_states
 from luthier.trainer.checkpoint import newest_valid, read_manifest
 from luthier.trainer.evaluation import Answers, EvalSet, Evaluation, observe
 from luthier.trainer.ledger import Ledger, add_terms
@@ -42,6 +43,8 @@ from luthier.trainer.memory import FitMemory, running_out
 from luthier.trainer.metrics import Metric
 from luthier.trainer.precision import loss_scaling
 from luthier.trainer.retention import reading
+from luthier.trainer.rollout_steps import RolloutSteps
+from luthier.trainer.rollouts import Asking, Rollouts
 from luthier.trainer.saving import LOOP_STATE_NAME, CheckpointSaver, saves_asynchronously
 from luthier.trainer.steps import EpochCallback, StepDataset
 from luthier.types import Batch, LossSum, Method, RecipeError, Stage, Term
@@ -58,7 +61,7 @@ class PeftTrainer(Evaluation):
         stage: Stage,
         method: Method,
         optim: AnyOptimSpec,
-        steps: StepDataset | None,
+        steps: StepDataset | RolloutSteps | None,
         eval_sets: Mapping[str, EvalSet],
         tokenizer: PreTrainedTokenizerBase,
         callbacks: list[TrainerCallback],
@@ -72,11 +75,13 @@ class PeftTrainer(Evaluation):
         reference: Reference | None = None,
         schedule: Factor | None = None,
         answers: Answers | None = None,
+        rollouts: Rollouts | None = None,
     ) -> None:
         """`eval_arithmetic` is the type of evaluations (see `ModelPolicy`), without it that of training; `reference` is
         the model that a stage compares with, where it needs one, `schedule` what `optim.schedule_function` names;
-        `answers` answers at evaluations."""
+        `answers` answers at evaluations, `rollouts` gives an online stage what it learns from."""
         self._reference, self._schedule, self._answers = reference, schedule, answers
+        self._rollouts = rollouts
         self.stage, self.method, self._optim = stage, method, optim
         self._steps, self._eval_sets = steps, dict(eval_sets)
         self.saver = CheckpointSaver(
@@ -95,7 +100,8 @@ class PeftTrainer(Evaluation):
             model=model,
             args=args,
             train_dataset=steps,
-            eval_dataset=self._eval_sets or None,  # type: ignore[arg-type]
+            # transformers wants something to evaluate on; the prompts of an online stage are `answers`' own.
+            eval_dataset=self._eval_sets or (None if rollouts is None else {}),  # type: ignore[arg-type]
             processing_class=tokenizer,
             callbacks=[
                 *callbacks,
@@ -113,11 +119,11 @@ class PeftTrainer(Evaluation):
 
     # ---- data --------------------------------------------------------------------------------------
 
-    def get_train_dataloader(self) -> DataLoader[list[Batch]]:
+    def get_train_dataloader(self) -> DataLoader[Any]:
         """One item per optimizer step, already this process's share; accelerate must not shard it again."""
-        assert self._steps is not None
+        steps: Any = self._steps
         return DataLoader(
-            self._steps, batch_size=1, collate_fn=_only, num_workers=self.args.dataloader_num_workers
+            steps, batch_size=1, collate_fn=itemgetter(0), num_workers=self.args.dataloader_num_workers
         )
 
     def num_examples(self, dataloader: DataLoader[Any]) -> int:
@@ -157,9 +163,12 @@ class PeftTrainer(Evaluation):
     ) -> Tensor:
         """Forward and backward of all passes of one step; returns this process's part of its loss."""
         if not self.ledger.begin_step(self.state.global_step + 1):
-            # No gradient, and an optimizer that accelerate takes for one inside an accumulation: nothing moves.
-            self.accelerator.gradient_state._set_sync_gradients(False)
-            return torch.zeros((), device=self.args.device)
+            return self._nothing_moves()
+        if self._rollouts is not None:
+            inputs = self._rollouts.passes(inputs, self._asking(model))  # type: ignore[arg-type]
+            if not inputs:
+                self.ledger.leave_out(self._rollouts.metrics)
+                return self._nothing_moves()
         if self._optim.in_backward and len(inputs) > 1:
             raise RecipeError(
                 f"optim.type={self._optim.type} updates parameters in the backward pass, so a step has to be one pass, "
@@ -176,8 +185,25 @@ class PeftTrainer(Evaluation):
         self._count_tokens(inputs)
         total = self.accelerator.reduce(step_loss, "mean") if self.args.world_size > 1 else step_loss
         rows = (origin for batch in inputs for origin in batch.samples)
-        is_number = self.ledger.add_loss(float(total), metrics, rows)
+        loss = float(total)  # which waits for the device
+        metrics |= {} if self._rollouts is None else self._rollouts.updated(metrics)
+        is_number = self.ledger.add_loss(loss, metrics, rows)
         return step_loss if is_number else torch.zeros_like(step_loss)
+
+    def _nothing_moves(self) -> Tensor:
+        """No gradient, and an optimizer that accelerate takes for one inside an accumulation."""
+        self.accelerator.gradient_state._set_sync_gradients(False)
+        return torch.zeros((), device=self.args.device)
+
+    def _asking(self, model: nn.Module) -> Asking:
+        return Asking(
+            policy=ModelPolicy(model, reference=self._reference),
+            model=model,
+            arithmetic=self.compute_loss_context_manager,
+            device=self.args.device,
+            total=partial(self.accelerator.reduce, reduction="sum"),
+            step=self.state.global_step + 1,
+        )
 
     def _run_passes(self, model: nn.Module, passes: Sequence[Batch]) -> tuple[Tensor, dict[str, Term]]:
         """Adds the gradients of a whole step; returns this process's part of its loss, and sums of its metrics."""
@@ -235,7 +261,9 @@ class PeftTrainer(Evaluation):
     @property
     def tokens_per_pass(self) -> int | None:
         """Most tokens of a pass, as it is now: `train.fit_memory` may have lowered it."""
-        return None if self._steps is None else self._steps.tokens_per_pass
+        if self._rollouts is not None:
+            return self._rollouts.tokens_per_pass
+        return self._steps.tokens_per_pass if isinstance(self._steps, StepDataset) else None
 
     def _global_weights(self, batches: Sequence[Batch]) -> dict[str, Tensor]:
         """The weight of each loss term over all passes of all processes of the step."""
@@ -255,7 +283,8 @@ class PeftTrainer(Evaluation):
 
     def floating_point_ops(self, inputs: list[Batch]) -> int:  # type: ignore[override]
         """Six operations per token and parameter, as transformers estimates it for a whole batch."""
-        return 6 * sum(batch.num_tokens for batch in inputs) * self._num_parameters()
+        batches = inputs if self._rollouts is None else self._rollouts.current
+        return 6 * sum(batch.num_tokens for batch in batches) * self._num_parameters()
 
     def _num_parameters(self) -> int:
         return sum(parameter.numel() for parameter in self._trained.parameters())
@@ -276,6 +305,12 @@ class PeftTrainer(Evaluation):
 
     # ---- checkpoints -------------------------------------------------------------------------------
 
+    def save_before_step(self) -> None:
+        """A checkpoint of the last step where the one after it was given up before it changed anything."""
+        self.ledger.forget_step()
+        if self.state.global_step:
+            self._save_checkpoint(self._trained, None)
+
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         """Everything that a resume needs, in a folder that exists whole or not at all."""
         self.to_evaluated_weights()
@@ -284,7 +319,7 @@ class PeftTrainer(Evaluation):
             self.state.best_model_checkpoint = str(
                 self.saver.run_dir / f"checkpoint-{self.state.global_step}"
             )
-        self._export_callback_states()
+        export_states([*self.callback_handler.callbacks, self.control], self.state.stateful_callbacks)
         self.saver.save(
             self.accelerator.unwrap_model(self.model),
             self.state,
@@ -292,21 +327,11 @@ class PeftTrainer(Evaluation):
             scheduler=self.lr_scheduler,
             scaler=getattr(self.accelerator, "scaler", None),
             loop=self.ledger.state(float(self._tr_loss)),
+            rollouts=self._rollouts,
         )
 
-    def _export_callback_states(self) -> None:
-        exporters = [*self.callback_handler.callbacks, self.control]
-        for exporter in (one for one in exporters if isinstance(one, ExportableState)):
-            states: dict[str, Any] = self.state.stateful_callbacks  # type: ignore[assignment]
-            states[type(exporter).__name__] = exporter.state()
-
     def _load_callback_state(self) -> None:
-        """Give callbacks the attributes that their checkpoint holds; their arguments are the recipe's."""
-        stored: dict[str, Any] = self.state.stateful_callbacks  # type: ignore[assignment]
-        for callback in self.callback_handler.callbacks:
-            if isinstance(callback, ExportableState) and type(callback).__name__ in stored:
-                for name, value in stored[type(callback).__name__]["attributes"].items():
-                    setattr(callback, name, value)
+        load_states(self.callback_handler.callbacks, self.state.stateful_callbacks)
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
         # A callback may have stopped training as it began: a resumed run that early stopping had ended.
@@ -333,11 +358,14 @@ class PeftTrainer(Evaluation):
 
     def begin_ledger(self) -> None:
         """A new run begins to count; a resumed one goes on with the sums of its checkpoint."""
-        if self._resumed_from is None:
+        checkpoint, state = self._resumed_from, dict[str, Any]()
+        if checkpoint is not None:
+            state = json.loads((checkpoint / LOOP_STATE_NAME).read_text(encoding="utf-8"))
+        if self._rollouts is not None:
+            self._rollouts.begin(checkpoint, state.get("rollouts"), self.state.global_step)
+        if checkpoint is None:
             self.ledger.guard.begin()
             return
-        checkpoint = self._resumed_from
-        state = json.loads((checkpoint / LOOP_STATE_NAME).read_text(encoding="utf-8"))
         self._tr_loss = torch.tensor(self.ledger.restore(state), device=self.args.device)
         self._globalstep_last_logged = self.state.global_step - self.ledger.window_steps
 
@@ -359,11 +387,6 @@ class _Begin(TrainerCallback):
         self._trainer.begin_ledger()
         if state.global_step >= state.max_steps:  # resumed at its end: transformers would do one step more
             control.should_training_stop = True
-
-
-def _only(items: list[list[Batch]]) -> list[Batch]:
-    (item,) = items
-    return item
 
 
 def _divided(loss_sum: LossSum, weights: Mapping[str, Tensor]) -> Tensor:

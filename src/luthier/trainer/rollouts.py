@@ -1,0 +1,368 @@
+"""Rollouts: where the answers come from that ppo and grpo learn from, and what becomes of them.
+
+At the first update of a rollout the policy as it is answers the prompts, the answers are rewarded, and policy,
+reference and critic are asked about their tokens once more by the numeric kernel of training, because a sampler rounds
+otherwise. Then come epochs x minibatches optimizer steps on what the stage makes of that. Nothing here knows a loss.
+
+The experience of the rollout under way is part of every checkpoint, so that a run goes on in the middle of one.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from safetensors.numpy import load_file
+from torch import Tensor, nn
+
+from luthier.experience import Completion, Floats, OnlineStage, Prompt, Rollout
+from luthier.recipe.online import OnlineSpec
+from luthier.trainer.evaluation import without_dropout
+from luthier.trainer.experience_passes import (
+    Piece,
+    cut_passes,
+    from_arrays,
+    learnt_samples,
+    minibatch,
+    part_of,
+    sources_of,
+    to_arrays,
+)
+from luthier.trainer.memory import running_out
+from luthier.trainer.rollout_steps import RolloutStep, answer_seed, other_prompts
+from luthier.trainer.sample_record import SampleRecord
+from luthier.trainer.saving import EXPERIENCE_NAME
+from luthier.types import Batch, LuthierError, Policy, Sample, Term
+
+
+class SamplingInterrupted(LuthierError):
+    """A signal came while answers were sampled: the step has not begun, and nothing of it is kept."""
+
+
+Ask = tuple[Prompt, int]
+"""A prompt, and the seed of its answer."""
+
+
+class Sampler(Protocol):
+    """Answers prompts with the policy as it is."""
+
+    def __call__(self, asked: Sequence[Ask], *, interruptible: bool) -> list[Completion]:
+        """A completion for each, in order. Raises SamplingInterrupted where a signal came, if `interruptible`."""
+        ...
+
+
+class Scoring(Protocol):
+    """K rewards."""
+
+    names: tuple[str, ...]
+
+    def __call__(self, completions: Sequence[Completion]) -> Floats:
+        """(B, K) what each says of each completion. Raises RewardError, naming the row, where one fails."""
+        ...
+
+    def totals(self, rewards: Floats) -> Floats:
+        """(B,) the weighted sums of (B, K)."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """How samples go through the model: tokens of a pass, whether rows are padded, whether prompts are shared."""
+
+    tokens_per_pass: int
+    shared: bool = False
+    padded: bool = False
+
+    def cut(self, samples: Sequence[Sample], pieces: Sequence[Piece]) -> list[list[Piece]]:
+        return cut_passes(samples, pieces, self.tokens_per_pass, shared=self.shared, padded=self.padded)
+
+
+@dataclass(frozen=True, slots=True)
+class Asking:
+    """What a step lends to a rollout: the policy, its module, the arithmetic of a forward pass, the device, sums over
+    all processes, and the number of the step (from 1)."""
+
+    policy: Policy
+    model: nn.Module
+    arithmetic: Callable[[], AbstractContextManager[Any]]
+    device: torch.device
+    total: Callable[[Tensor], Tensor]
+    step: int
+
+
+@dataclass(frozen=True, slots=True)
+class _Group:
+    """The answers to one prompt."""
+
+    completions: tuple[Completion, ...]
+    rewards: Floats
+    totals: Floats
+
+    @property
+    def is_equal(self) -> bool:
+        """Whether there is nothing to tell the answers apart by."""
+        return bool(np.ptp(self.totals) == 0)
+
+
+@dataclass(slots=True)
+class Rollouts:
+    """Samples rollouts and hands out their updates, one after the other."""
+
+    stage: OnlineStage
+    spec: OnlineSpec
+    prompts: Sequence[Prompt]
+    sample: Sampler
+    score: Scoring
+    layout: Layout
+    seed: int
+    record: SampleRecord | None = None
+    current: list[Batch] = field(init=False, default_factory=list)
+    """The passes of the update under way."""
+    metrics: dict[str, Term] = field(init=False, default_factory=dict)
+    """What is to be logged of the step under way, besides what its loss says."""
+    _samples: list[Sample] = field(init=False, default_factory=list)
+    """The experience of rollout `_number`; none where the rest of its updates is left out."""
+    _number: int = field(init=False, default=-1)
+    _update: int = field(init=False, default=0)
+    _begun: float = field(init=False, default=0.0)
+
+    @property
+    def updates(self) -> int:
+        """Optimizer steps of each rollout."""
+        return self.spec.epochs * self.spec.minibatches
+
+    # ---- a step ----------------------------------------------------------------------------------------
+
+    def passes(self, step: RolloutStep, asking: Asking) -> list[Batch]:
+        """The passes of an update; before the first of a rollout its answers are sampled.
+
+        None where there is nothing to learn: the policy moved further than `target_kl`, the rollout has too few
+        answers, or it was never sampled because the run was rewound. Raises SamplingInterrupted, RewardError.
+        """
+        self.metrics, self.current = {}, []
+        if step.update == 0:
+            self._begin(step, asking)
+        self._update, self._begun = step.update, time.monotonic()
+        if self._samples and self._number == step.rollout:
+            self.current = self._cut(step.update)
+        if self.spec.target_kl is not None or not self.current:
+            self.metrics["updates_left_out"] = _term(not self.current)
+        return self.current
+
+    def updated(self, metrics: Mapping[str, Term]) -> dict[str, Term]:
+        """Note an update that was made, whose sums are `metrics`; returns what else is to be logged of it.
+
+        Once `approx_kl` is more than `target_kl`, there is no further update of the rollout.
+        """
+        seconds = time.monotonic() - self._begun
+        tokens = sum(batch.num_tokens for batch in self.current)
+        moved = metrics.get("approx_kl")
+        limit = self.spec.target_kl
+        too_far = (
+            limit is not None
+            and moved is not None
+            and float(moved.weight) > 0
+            and float(moved.total / moved.weight) > limit
+        )
+        if too_far or self._update == self.updates - 1:
+            self._samples = []
+        speed = {"update_seconds": _term(seconds), "update_tokens_per_second": _term(tokens, seconds)}
+        return {**self.metrics, **speed}
+
+    def _cut(self, update: int) -> list[Batch]:
+        pieces = minibatch(self._samples, update, self.spec.minibatches, self.seed, self._number)
+        return [self._collated(self._samples, group) for group in self.layout.cut(self._samples, pieces)]
+
+    def _collated(self, samples: Sequence[Sample], group: Sequence[Piece]) -> Batch:
+        return self.stage.collate([part_of(samples[piece.sample], piece) for piece in group])
+
+    # ---- smaller passes (`train.fit_memory`)
+
+    @property
+    def tokens_per_pass(self) -> int:
+        """Most tokens of a pass."""
+        return self.layout.tokens_per_pass
+
+    def limit_passes(self, tokens: int) -> None:
+        """Cut this update and all later ones into passes of at most `tokens` tokens."""
+        self.layout = replace(self.layout, tokens_per_pass=tokens)
+
+    def again(self, step: int) -> list[Batch]:
+        """The passes of the update under way once more, as they are cut now; `step` is that of the run."""
+        self.current = self._cut(self._update)
+        return self.current
+
+    # ---- a rollout -------------------------------------------------------------------------------------
+
+    def _begin(self, step: RolloutStep, asking: Asking) -> None:
+        """Sample, reward, and ask what is known of the answers before the first update."""
+        self._samples, self._number = [], step.rollout
+        begun = time.monotonic()
+        with torch.random.fork_rng(), asking.arithmetic(), without_dropout(asking.model):
+            groups, replaced = self._groups(step)
+        seconds = time.monotonic() - begun
+        rollout = self._known(groups, asking)
+        signals = self.stage.signals(rollout, asking.total)
+        arrays = {name: values.float().cpu().numpy() for name, values in signals.items()}
+        self._samples = learnt_samples(rollout, self.stage.learnt(rollout), arrays)
+        report = self.stage.report(rollout)
+        self.metrics = {name: _term(*sums) for name, sums in report.items()}
+        if hasattr(self.spec, "dynamic_sampling"):
+            self.metrics["groups_replaced"] = _term(replaced)
+        num_tokens = int(rollout.lengths.sum())
+        self.metrics["rollout_seconds"] = _term(seconds)
+        self.metrics["rollout_tokens_per_second"] = _term(num_tokens, seconds)
+        self.stage.after(rollout, self._means(report, asking))
+        if self.record is not None:
+            self.record.add(asking.step, step.rollout, rollout, self.score.names)
+
+    def _means(self, report: Mapping[str, tuple[float, float]], asking: Asking) -> dict[str, float]:
+        sums = {
+            name: asking.total(torch.tensor(pair, dtype=torch.float64)).tolist()
+            for name, pair in report.items()
+        }
+        return {name: total / weight for name, (total, weight) in sums.items() if weight}
+
+    def _groups(self, step: RolloutStep) -> tuple[list[_Group], int]:
+        """The answers to the step's prompts, and how many groups were replaced.
+
+        With `dynamic_sampling`, a group of equal rewards makes room for another prompt's (DAPO, arXiv:2503.14476,
+        section 3.2); one that is left after the last round, or when no prompt is, stays.
+        """
+        groups = self._answered(step.prompts, step.rollout, 0)
+        used, replaced = set(step.prompts), 0
+        for attempt in range(1, getattr(self.spec, "dynamic_sampling", 0) + 1):
+            equal = [place for place, group in enumerate(groups) if group.is_equal]
+            drawn = other_prompts(
+                len(self.prompts), self.seed, step.rollout, attempt, used=used, wanted=len(equal)
+            )
+            if not drawn:
+                break
+            used |= set(drawn)
+            replaced += len(drawn)
+            others = self._answered(drawn, step.rollout, attempt)
+            for place, group in zip(equal, others, strict=False):
+                groups[place] = group
+        return groups, replaced
+
+    def _answered(self, numbers: Sequence[int], rollout: int, attempt: int) -> list[_Group]:
+        size = self.stage.group_size
+        asked = []
+        for number in numbers:
+            prompt = self.prompts[number]
+            asked += [
+                (prompt, answer_seed(self.seed, "answers", rollout, attempt, number, k)) for k in range(size)
+            ]
+        completions = self.sample(asked, interruptible=True)
+        rewards = self.score(completions)
+        totals = self.score.totals(rewards)
+        bounds = [slice(start, start + size) for start in range(0, len(completions), size)]
+        return [_Group(tuple(completions[one]), rewards[one], totals[one]) for one in bounds]
+
+    def _known(self, groups: Sequence[_Group], asking: Asking) -> Rollout:
+        """The rollout with the log-probabilities and values that the stage needs, before its first update."""
+        completions = tuple(completion for group in groups for completion in group.completions)
+        sampled = np.concatenate([completion.logprobs for completion in completions]).astype(np.float32)
+        rollout = Rollout(
+            completions,
+            self.stage.group_size,
+            np.concatenate([group.rewards for group in groups]),
+            np.concatenate([group.totals for group in groups]),
+            logprobs=sampled,
+            sampled=sampled,
+        )
+        everything = np.ones(len(completions), np.bool_)
+        samples = learnt_samples(rollout, everything, {})
+        found = _Found(len(sampled), self.stage.needs_reference, self.stage.needs_values)
+        starts = np.cumsum([0, *(len(sample) - sample.branches[0] for sample in samples)])
+        pieces = [Piece(k, 0, len(sample.branches)) for k, sample in enumerate(samples)]
+        with torch.no_grad(), asking.arithmetic(), without_dropout(asking.model):
+            for group in self.layout.cut(samples, pieces):
+                self._ask(samples, starts, group, found, asking)
+        return replace(rollout, logprobs=found.logprobs, reference=found.reference, values=found.values)
+
+    def _ask(
+        self,
+        samples: Sequence[Sample],
+        starts: np.ndarray[Any, Any],
+        group: Sequence[Piece],
+        found: _Found,
+        asking: Asking,
+    ) -> None:
+        """Fill in what one pass says, wherever the stage's batch puts its tokens."""
+        tokens, parts, taken = list[np.ndarray[Any, Any]](), list[Sample](), 0
+        for piece in group:
+            sample = samples[piece.sample]
+            ends = (*sample.branches, len(sample))
+            first = int(starts[piece.sample]) - sample.branches[0]
+            mine = np.arange(first + ends[piece.first], first + ends[piece.last])
+            places = np.arange(taken, taken + len(mine), dtype=np.float32)
+            taken += len(mine)
+            tokens.append(mine)
+            parts.append(replace(part_of(sample, piece), signals={"place": places}))
+        batch = self.stage.collate(parts).to(asking.device)
+        order = np.concatenate(tokens)[batch.signals["place"].long().cpu().numpy()]
+        temperature = self.stage.temperature
+        with running_out(batch):
+            said = asking.policy.logprobs(batch, values=found.values is not None, temperature=temperature)
+            found.logprobs[order] = said.logprobs.float().cpu().numpy()
+            if found.values is not None:
+                assert said.values is not None
+                found.values[order] = said.values.float().cpu().numpy()
+            if found.reference is not None:
+                reference = asking.policy.reference_logprobs(batch, temperature=temperature)
+                found.reference[order] = reference.float().cpu().numpy()
+
+    # ---- checkpoints -----------------------------------------------------------------------------------
+
+    def begin(self, checkpoint: Path | None, state: Mapping[str, Any] | None, step: int) -> None:
+        """Begin anew, or go on after `step` from a checkpoint with what it kept of the rollout under way."""
+        self._samples, self._number = [], -1
+        if checkpoint is not None and state is not None:
+            self.stage.restore(state["stage"])
+            self._number = state["rollout"]
+            if state["sources"]:
+                self._samples = from_arrays(load_file(checkpoint / EXPERIENCE_NAME), state["sources"])
+        if self.record is not None:
+            self.record.begin(step)
+
+    def state(self) -> dict[str, Any]:
+        """JSON values; `arrays` has the rest."""
+        return {
+            "stage": self.stage.state(),
+            "rollout": self._number,
+            "sources": sources_of(self._samples),
+        }
+
+    def arrays(self) -> dict[str, np.ndarray[Any, Any]]:
+        """The experience of the rollout under way; nothing between two of them."""
+        return to_arrays(self._samples) if self._samples else {}
+
+
+@dataclass(slots=True)
+class _Found:
+    """(N,) numbers of every token, filled in pass by pass."""
+
+    num_tokens: int
+    needs_reference: bool
+    needs_values: bool
+    logprobs: Floats = field(init=False)
+    reference: Floats | None = field(init=False, default=None)
+    values: Floats | None = field(init=False, default=None)
+
+    def __post_init__(self) -> None:
+        self.logprobs = np.zeros(self.num_tokens, np.float32)
+        if self.needs_reference:
+            self.reference = np.zeros(self.num_tokens, np.float32)
+        if self.needs_values:
+            self.values = np.zeros(self.num_tokens, np.float32)
+
+
+def _term(total: float, weight: float = 1.0) -> Term:
+    return Term(torch.tensor(total, dtype=torch.float64), torch.tensor(weight, dtype=torch.float64))
