@@ -217,7 +217,7 @@ def test_a_service_as_reward() -> None:
     loaded = load(
         reward_model_type="api", reward_model="http://localhost:8000/score", reward_model_adapters="x"
     )
-    assert loaded.recipe.stage.rewards == (HttpRewardSpec(url="http://localhost:8000/score"),)  # type: ignore[union-attr]
+    assert loaded.recipe.stage.rewards == (HttpRewardSpec(url="http://localhost:8000/score", form="text"),)  # type: ignore[union-attr]
     assert "reward_model_adapters: no effect with reward_model_type: api" in loaded.notes
 
 

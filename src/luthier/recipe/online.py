@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
+from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
@@ -22,7 +23,7 @@ class _Weighted(Spec):
     weight: float = 1.0
     """Of this reward in the sum; negative for a penalty."""
     name: str | None = None
-    """In logs; absent, its type, or of a function its own name."""
+    """In logs; absent, its type, numbered from its second on."""
 
     @field_validator("name")
     @classmethod
@@ -30,11 +31,6 @@ class _Weighted(Spec):
         if value is not None and not re.fullmatch(r"[\w.-]+", value):
             raise ValueError(f"write one word of letters, digits and _ . -, found the text {value!r}")
         return value
-
-    @property
-    def label(self) -> str:
-        """What its column in logs is called; no two rewards of a run have the same."""
-        return self.name or self.type
 
 
 class ModelRewardSpec(_Weighted):
@@ -86,10 +82,6 @@ class FunctionRewardSpec(_Weighted):
         if not (module and colon and function.isidentifier()):
             raise ValueError(f"write package.module:name or file.py:name, found the text {value!r}")
         return value
-
-    @property
-    def label(self) -> str:
-        return self.name or self.path.rpartition(":")[2]
 
 
 class ExactMatchSpec(_Weighted):
@@ -173,6 +165,17 @@ RewardSpec = Annotated[
 ]
 
 
+def reward_names(rewards: Sequence[RewardSpec]) -> tuple[str, ...]:
+    """Of the columns of logs: what the recipe calls each reward, else its type, numbered where that is taken."""
+    given = [reward.name for reward in rewards if reward.name is not None]
+    names: list[str] = []
+    for reward in rewards:
+        numbered = (f"{reward.type}_{number}" for number in range(2, 2 * len(rewards) + 2))
+        free = (name for name in (reward.type, *numbered) if name not in (*names, *given))
+        names.append(reward.name or next(free))
+    return tuple(names)
+
+
 class KlSpec(Spec):
     """How the policy is held to the reference."""
 
@@ -196,16 +199,10 @@ class KlSpec(Spec):
 
     @model_validator(mode="after")
     def _options_of_a_penalty(self) -> KlSpec:
-        fields = type(self).model_fields
-        if not self.coefficient:
-            others = [name for name in ("target", "estimator", "horizon") if name in self.model_fields_set]
-            meant = [name for name in others if getattr(self, name) not in (None, fields[name].default)]
-            if meant:
-                raise ValueError(
-                    f"stage.kl.{meant[0]} has no effect with stage.kl.coefficient: 0; give a coefficient above 0"
-                )
-        elif self.target is None and self.horizon != fields["horizon"].default:
-            raise ValueError("stage.kl.horizon is that of an adapted coefficient: give stage.kl.target too")
+        if self.target is not None and not self.coefficient:
+            raise ValueError(
+                "stage.kl.target has no effect with stage.kl.coefficient: 0; give a coefficient above 0"
+            )
         return self
 
 
@@ -273,11 +270,11 @@ class OnlineSpec(Spec):
     def _rewards_apart(self) -> OnlineSpec:
         if not self.rewards:
             raise ValueError("stage.rewards is empty: name at least one reward")
-        labels = Counter(reward.label for reward in self.rewards)
-        twins = [label for label, number in labels.items() if number > 1]
+        names = Counter(reward.name for reward in self.rewards if reward.name is not None)
+        twins = [name for name, number in names.items() if number > 1]
         if twins:
             raise ValueError(
-                f"stage.rewards: {labels[twins[0]]} rewards are called {twins[0]!r} in logs; give each a name"
+                f"stage.rewards: two are called {twins[0]!r}, and logs could not tell them apart; rename one"
             )
         if not any(reward.weight for reward in self.rewards):
             raise ValueError(
@@ -296,11 +293,6 @@ class OnlineSpec(Spec):
             raise ValueError(
                 "stage.target_kl leaves out later steps of a rollout, and with stage.epochs: 1 and "
                 "stage.minibatches: 1 there is one; leave it out"
-            )
-        if self.clip_high is not None and self.clip_high < self.clip:
-            raise ValueError(
-                f"stage.clip_high ({self.clip_high:g}) is below stage.clip ({self.clip:g}): it is there to let "
-                "probabilities rise further; give more, or leave it out"
             )
         return self
 
@@ -368,6 +360,8 @@ class GrpoSpec(OnlineSpec):
     def _of_variant(cls, given: Any) -> Any:
         if not isinstance(given, dict):
             return given
-        if isinstance(rewards := given.get("rewards"), list):  # JSON's lists are Python's once they come by here
+        if isinstance(
+            rewards := given.get("rewards"), list
+        ):  # JSON's lists are Python's once they come by here
             given = {**given, "rewards": tuple(rewards)}
         return filled(given) if given.get("variant") is not None else given
