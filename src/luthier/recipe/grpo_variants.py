@@ -48,7 +48,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
         "ratio": "product",
         "loss": "clip",
         "clip": 0.2,
-        "kl": {"estimator": "k1"},
+        "kl": {"coefficient": 0.0, "estimator": "k1"},
     },
     # Zheng et al., 2025, arXiv:2507.18071, section 5.1
     "gspo": {
@@ -67,7 +67,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
         "ratio": "token",
         "loss": "clip",
         "clip": 0.2,
-        "kl": {"estimator": "k2"},
+        "kl": {"coefficient": 0.0, "estimator": "k2"},
     },
     # MiniMax, 2025, arXiv:2506.13585, section 3.1; the weight is cut at 5 (Khatri et al., 2025, arXiv:2510.13786)
     "cispo": {

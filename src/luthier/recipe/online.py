@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
+from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
@@ -157,6 +158,16 @@ RewardSpec = Annotated[
     | MathVerifySpec,
     Field(discriminator="type"),
 ]
+
+
+def reward_names(rewards: Sequence[RewardSpec]) -> tuple[str, ...]:
+    """Of the columns of logs: what the recipe calls each reward, else its type; a second one of a name is numbered."""
+    names: list[str] = []
+    for reward in rewards:
+        plain = reward.name or reward.type
+        numbered = (f"{plain}_{number}" for number in range(2, len(rewards) + 2))
+        names.append(plain if plain not in names else next(name for name in numbered if name not in names))
+    return tuple(names)
 
 
 class KlSpec(Spec):

@@ -16,7 +16,7 @@ from torch import Tensor
 from luthier.data.encode import EncodeOptions
 from luthier.data.prompts import prompt_sample
 from luthier.experience import Rollout
-from luthier.recipe.online import GrpoSpec, PpoSpec
+from luthier.recipe.online import GrpoSpec, PpoSpec, reward_names
 from luthier.stages.advantages import Moments, Total
 from luthier.stages.answers import answers_batch, num_rows, row_lengths, token_rows
 from luthier.stages.divergence import adapted, estimated
@@ -37,16 +37,6 @@ from luthier.types import (
 
 Reported = dict[str, tuple[float, float]]
 """Numbers for the log by name: sum and weight."""
-
-
-def reward_names(spec: PpoSpec | GrpoSpec) -> tuple[str, ...]:
-    """Of the columns of `Rollout.rewards`: what the recipe calls a reward, else its type; twins are numbered."""
-    names: list[str] = []
-    for reward in spec.rewards:
-        name = reward.name or reward.type
-        twins = sum(known == name or known.startswith(f"{name}_") for known in names)
-        names.append(f"{name}_{twins + 1}" if name in names else name)
-    return tuple(names)
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,13 +132,11 @@ class OnlineLearning(Separable):
         return {
             "kl_coefficient": self.kl_coefficient,
             "scores": self._moments.state(),
-            "seen": dict(self._seen),
         }
 
     def restore(self, state: Mapping[str, Any]) -> None:
         self.kl_coefficient = float(state["kl_coefficient"])
         self._moments = Moments.restored(state["scores"])
-        self._seen = dict(state["seen"])
 
     def report(self, rollout: Rollout) -> Reported:
         """Means over answers, and of a deviation or a maximum that of this process's answers.
@@ -165,7 +153,7 @@ class OnlineLearning(Separable):
             "completion/length_max": (float(lengths.max(initial=0)), 1.0),
             "completion/truncated": (float(sum(c.truncated for c in rollout.completions)), answers),
         }
-        for column, name in enumerate(reward_names(self._spec)):
+        for column, name in enumerate(reward_names(self._spec.rewards)):
             numbers[f"reward/{name}"] = (float(rollout.rewards[:, column].astype(np.float64).sum()), answers)
         if self.needs_reference:
             divergence = float(self._divergences(rollout).double().sum())
@@ -227,9 +215,8 @@ def ratio_metrics(
     """
     tokens = torch.tensor(float(len(ratios_N)), device=ratios_N.device)
     answers = torch.tensor(float(answered.rows), device=ratios_N.device)
-    largest_R = torch.zeros(answered.rows, device=ratios_N.device).index_reduce(
-        0, answered.rows_N, ratios_N, "amax", include_self=True
-    )
+    largest_R = torch.zeros(answered.rows, device=ratios_N.device)
+    largest_R = largest_R.scatter_reduce(0, answered.rows_N, ratios_N, "amax")
     below_N, above_N = clipped
     # The samples are from the policy before the update: k3 of KL(before || now).
     divergence_N = estimated(answered.before, answered.logprobs, "k3")
