@@ -28,6 +28,8 @@ PARTS = (
 """How PEFT's tuners name what they add to a model; the rest is its base."""
 ADAPTER = "default"
 """PEFT's name for the adapter that trains."""
+_HEADS = frozenset(("classifier", "score"))
+"""What PEFT calls the heads of classifiers."""
 ON_QUANTIZED = (
     *(
         "LORA",
@@ -138,15 +140,47 @@ def attach_further(model: PeftModel, folder: str, name: str) -> None:
     _require_all(model, result, label)
 
 
+def attach_scorer(model: PeftModel, folder: str, name: str, label: str) -> None:
+    """Put the adapter of a reward model beside those of a language model, called `name`, without its value head.
+
+    Which adapters are active and what trains is PEFT's choice after this. Raises ModelError, beginning with `label`, as
+    `attach_adapter` does.
+    """
+    _check_folder(folder, label)
+    base: Any = model.get_base_model()
+    try:
+        config = PeftConfig.from_pretrained(folder)
+        config.task_type, config.inference_mode = TaskType.CAUSAL_LM, False
+        if hasattr(config, "modules_to_save"):
+            kept = [one for one in config.modules_to_save or () if one not in _HEADS]
+            config.modules_to_save = kept or None
+        require_base(base, config, label)
+        model.add_adapter(name, config)
+        weights = load_peft_weights(folder, device="cpu")
+        weights = {key: tensor for key, tensor in weights.items() if not _HEADS.intersection(key.split("."))}
+        result: Any = set_peft_model_state_dict(model, weights, name)
+    except KeyError as error:
+        raise ModelError(f"{label} was trained on another model: this one has no {error}") from error
+    except LOAD_ERRORS as error:
+        raise ModelError(_fault(label, error)) from error
+    own = dict(model.named_parameters())
+    result.missing_keys[:] = [key for key in result.missing_keys if name in key.split(".") and key in own]
+    if result.missing_keys or result.unexpected_keys:
+        raise _another_model(label, result.missing_keys, result.unexpected_keys)
+
+
 def _require_all(attached: PeftModel, result: Any, label: str) -> None:
     """Raise ModelError where weights are missing, or have no place."""
     missing = missing_weights(attached, result.missing_keys)
     if missing or result.unexpected_keys:
-        raise ModelError(
-            f"{label} was trained on another model: {len(missing)} of this model's adapted layers have no weights in "
-            f"it, and {len(result.unexpected_keys)} of its weights have no layer "
-            f"({[*missing, *result.unexpected_keys][0]} for one)"
-        )
+        raise _another_model(label, missing, result.unexpected_keys)
+
+
+def _another_model(label: str, missing: Sequence[str], unexpected: Sequence[str]) -> ModelError:
+    return ModelError(
+        f"{label} was trained on another model: {len(missing)} of this model's adapted layers have no weights in "
+        f"it, and {len(unexpected)} of its weights have no layer ({[*missing, *unexpected][0]} for one)"
+    )
 
 
 def _config_for(model: PreTrainedModel, config: PeftConfig, label: str, *, trainable: bool) -> PeftConfig:
@@ -165,7 +199,7 @@ def _config_for(model: PreTrainedModel, config: PeftConfig, label: str, *, train
     if scores:
         # PEFT adds the names of heads once more.
         named = settings.get("modules_to_save") or ()
-        settings["modules_to_save"] = [name for name in named if name not in ("classifier", "score")]
+        settings["modules_to_save"] = [name for name in named if name not in _HEADS]
     return config
 
 

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
@@ -30,6 +31,7 @@ HEAD_WEIGHT = "score.weight"
 VALUE_HEAD_NAME = "value_head.safetensors"
 """The head alone, under the name and the keys that PPO trainers of this field read."""
 
+_HEAD_NAMES = ("v_head.summary.weight", "v_head.summary.bias")
 _CLASSIFIER = "ForSequenceClassification"
 
 
@@ -83,9 +85,46 @@ def write_value_head(folder: Path, state: Mapping[str, Tensor]) -> None:
     `v_head.summary.bias` (1,), which is 0."""
     trained = [name for name in state if ".modules_to_save." in name and ".score." in name]
     name = trained[0] if trained else HEAD_WEIGHT
-    weight = state[name].detach().float().cpu().contiguous().clone()
-    tensors = {"v_head.summary.weight": weight, "v_head.summary.bias": torch.zeros(1)}
+    write_head(folder, state[name], torch.zeros(1))
+
+
+def write_head(folder: Path, weight: Tensor, bias: Tensor) -> None:
+    """Write a head of any model, weight (1, D) and bias (1,), in float32 under the names that `read_head` reads."""
+    tensors = {
+        name: tensor.detach().float().cpu().contiguous().clone()
+        for name, tensor in zip(_HEAD_NAMES, (weight, bias), strict=True)
+    }
     save_file(tensors, folder / VALUE_HEAD_NAME, metadata={"format": "pt"})
+
+
+def read_head(folder: Path, label: str) -> tuple[Tensor, Tensor]:
+    """Weight (1, D) and bias (1,) of the head in a folder: the file that `write_head` writes, or else a reward model's
+    own `score` among its weights.
+
+    Raises ModelError, beginning with `label`, where there is none of one output, or its file is damaged.
+    """
+    if not folder.is_dir():
+        raise ModelError(f"{label}: no such folder")
+    files, alone = sorted(folder.glob("*.safetensors")), folder / VALUE_HEAD_NAME
+    found: dict[str, Tensor] = {}
+    for path in [alone] if alone.is_file() else files:
+        try:
+            with safe_open(path, framework="pt") as file:
+                names = list(file.keys())
+                wanted = [one for one in names if one in _HEAD_NAMES or f".{one}".endswith(f".{HEAD_WEIGHT}")]
+                found |= {one: file.get_tensor(one).float() for one in wanted}
+        except SafetensorError as error:
+            raise ModelError(
+                f"{label}: {path.name} is damaged or cut short ({error}); copy it again"
+            ) from error
+    bias = found.pop(_HEAD_NAMES[1], torch.zeros(1))
+    weight = next(iter(found.values()), None)
+    if weight is None or weight.ndim != 2 or len(weight) != 1 or bias.shape != (1,):
+        raise ModelError(
+            f"{label} has no value head of one output ({VALUE_HEAD_NAME}, or {HEAD_WEIGHT} among its weights); name a "
+            "run of stage rm"
+        )
+    return weight, bias
 
 
 def choose_padding(

@@ -29,6 +29,7 @@ from transformers import (
     TrainingArguments,
 )
 
+from luthier.methods.critic import WithCritic
 from luthier.model.logprobs import ModelPolicy
 from luthier.model.reference import Reference
 from luthier.optim.build import build_optimizer, release
@@ -342,7 +343,8 @@ class PeftTrainer(Evaluation):
         folder = Path(output_dir or str(self.args.output_dir))
         folder.mkdir(parents=True, exist_ok=True)
         self.to_evaluated_weights()
-        self.method.save(self.accelerator.unwrap_model(self.model), folder)
+        save = self.method.publish if isinstance(self.method, WithCritic) else self.method.save
+        save(self.accelerator.unwrap_model(self.model), folder)
         assert isinstance(self.processing_class, PreTrainedTokenizerBase)
         self.processing_class.save_pretrained(folder)
 
