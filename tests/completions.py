@@ -24,6 +24,8 @@ def completion(text: str, asked: Prompt | None = None, length: int | None = None
     return Completion(asked or prompt(), np.arange(3, 3 + tokens, dtype=np.int32), zeros, text, "stop")
 
 
-def answers(texts: Sequence[str], label: str | None = None, row: Mapping[str, Any] | None = None) -> list[Completion]:
+def answers(
+    texts: Sequence[str], label: str | None = None, row: Mapping[str, Any] | None = None
+) -> list[Completion]:
     """One answer to each of as many prompts, whose rows are numbered from 0."""
     return [completion(text, prompt(index=i, label=label, **(row or {}))) for i, text in enumerate(texts)]

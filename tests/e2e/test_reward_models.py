@@ -107,7 +107,9 @@ def built(path: Path | str, **around: Any) -> Rewards:
     return build_rewards([ModelRewardSpec(path=str(path), **said)], decode=lambda ids: "", **around)
 
 
-def policy_on(base: Path, method: Mapping[str, Any], *, known: bool = True, **model: Any) -> tuple[PeftModel, Method]:
+def policy_on(
+    base: Path, method: Mapping[str, Any], *, known: bool = True, **model: Any
+) -> tuple[PeftModel, Method]:
     """A policy as a run has it after its first steps: its adapter is no longer nothing."""
     hardware = detect_hardware()
     tree = {
@@ -125,7 +127,9 @@ def policy_on(base: Path, method: Mapping[str, Any], *, known: bool = True, **mo
             if parameter.requires_grad:
                 parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
     if known:
-        remember_base(policy, BaseRecord(fingerprint(source), settings.model.quantization, settings.model.dtype))
+        remember_base(
+            policy, BaseRecord(fingerprint(source), settings.model.quantization, settings.model.dtype)
+        )
     return policy, how  # type: ignore[return-value]
 
 
@@ -169,7 +173,12 @@ def test_another_family_reads_its_own_template(home: Path, tmp_path: Path) -> No
     """A reward model that no run of Luthier wrote, of other layers, other tokens and another template."""
     tokenizer = other_tokenizer()
     config = GPT2Config(
-        vocab_size=len(tokenizer), n_embd=32, n_layer=2, n_head=4, num_labels=1, pad_token_id=tokenizer.pad_token_id
+        vocab_size=len(tokenizer),
+        n_embd=32,
+        n_layer=2,
+        n_head=4,
+        num_labels=1,
+        pad_token_id=tokenizer.pad_token_id,
     )
     model = saved(config, tokenizer, tmp_path / "judge")
     adapter_home = home if (home / "pairs.json").is_file() else write_home(home)
@@ -187,8 +196,14 @@ def test_an_encoder_reads_a_conversation_or_a_pair(template: bool, tmp_path: Pat
         tokenizer.chat_template = None
     tokenizer.model_max_length = 64
     config = BertConfig(
-        vocab_size=len(tokenizer), hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
-        max_position_embeddings=64, num_labels=1, pad_token_id=tokenizer.pad_token_id,
+        vocab_size=len(tokenizer),
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        max_position_embeddings=64,
+        num_labels=1,
+        pad_token_id=tokenizer.pad_token_id,
     )
     model = saved(config, tokenizer, tmp_path / "judge", head="classifier")
     texts = ["1 2 3", "", "no", "1 2 3 4 5 6"]
@@ -205,7 +220,10 @@ def test_an_encoder_reads_a_conversation_or_a_pair(template: bool, tmp_path: Pat
         with torch.no_grad():
             assert float(score) == pytest.approx(float(model(**one).logits[0, 0]), abs=1e-5)
     assert np.ptp(found) > 1e-3
-    with pytest.raises(RewardError, match=r"reward model: sums, row 3: prompt and answer are \d+ tokens of the reward model, which has positions for 64"):
+    with pytest.raises(
+        RewardError,
+        match=r"reward model: sums, row 3: prompt and answer are \d+ tokens of the reward model, which has positions for 64",
+    ):
         built(tmp_path / "judge")([completion("1 " * 60, prompt("Count.", 3))])
 
 
@@ -277,14 +295,18 @@ def test_the_policy_is_what_it_was(kind: str, home: Path, adapter: Path, tmp_pat
     for name, gradient in after[1].items():
         assert torch.equal(gradient, old[plain(name)]), name
     now = {plain(name): p.requires_grad for name, p in policy.named_parameters()}
-    assert {name for name, trained in now.items() if trained} == {plain(n) for n, trained in trains.items() if trained}
+    assert {name for name, trained in now.items() if trained} == {
+        plain(n) for n, trained in trains.items() if trained
+    }
     assert not any(trained for name, trained in now.items() if "reward" in name.split("."))
     assert all(module.training == modes[name] for name, module in policy.named_modules() if name in modes)
     assert policy.active_adapter == "default" and policy.base_model.active_adapter in ("default", ["default"])
     assert group_names(policy, method) == groups
 
     method.save(policy, tmp_path / "after")
-    assert sorted(p.name for p in (tmp_path / "after").iterdir()) == sorted(p.name for p in (tmp_path / "before").iterdir())
+    assert sorted(p.name for p in (tmp_path / "after").iterdir()) == sorted(
+        p.name for p in (tmp_path / "before").iterdir()
+    )
     first, second = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("before", "after"))
     assert first.keys() == second.keys() and not any("reward" in name for name in second)
     assert all(torch.equal(first[name], second[name]) for name in first)
@@ -357,11 +379,17 @@ def test_where_the_base_is_another_it_is_loaded_apart(home: Path, adapter: Path,
     other = tmp_path / "other"
     chat_model(other)
     weights = load_file(other / "model.safetensors")
-    save_file({name: weight * 1.01 for name, weight in weights.items()}, other / "model.safetensors", {"format": "pt"})
+    save_file(
+        {name: weight * 1.01 for name, weight in weights.items()},
+        other / "model.safetensors",
+        {"format": "pt"},
+    )
     policy, _ = policy_on(other, POLICIES["lora"])
     heard: list[str] = []
     rewards = built(adapter, policy=policy, policy_base=str(other), say=heard.append)
-    torch.testing.assert_close(torch.from_numpy(rewards(completions)[:, 0]), expected(home, adapter), atol=1e-5, rtol=0)
+    torch.testing.assert_close(
+        torch.from_numpy(rewards(completions)[:, 0]), expected(home, adapter), atol=1e-5, rtol=0
+    )
     assert heard == [f"reward model: {adapter} has its base loaded apart: it was trained on another base"]
     assert list(policy.peft_config) == ["default"]
 
@@ -385,21 +413,38 @@ def test_why_it_is_apart(home: Path, adapter: Path, tmp_path: Path) -> None:
                 (folder / file.name).write_bytes(file.read_bytes())
         written = json.loads((folder / "adapter_config.json").read_text()) | dict(config)
         (folder / "adapter_config.json").write_text(json.dumps(written))
-        fields = {"fingerprint": record.fingerprint, "quantization": None, "dtype": record.dtype, "adapters": ()}
+        fields = {
+            "fingerprint": record.fingerprint,
+            "quantization": None,
+            "dtype": record.dtype,
+            "adapters": (),
+        }
         write_base(folder, BaseRecord(**(fields | dict(record_changes))))  # type: ignore[arg-type]
         return why_apart(policy, folder)
 
     assert changed({}, {}) is None
     assert changed({"fingerprint": "sha256:0"}, {}) == "it was trained on another base"
-    assert changed({"dtype": "bfloat16"}, {}) == f"the policy's base is in {record.dtype}, its own was in bfloat16"
-    assert changed({"adapters": ("a",)}, {}) == "other adapters are merged into the policy's base than into its own"
+    assert (
+        changed({"dtype": "bfloat16"}, {})
+        == f"the policy's base is in {record.dtype}, its own was in bfloat16"
+    )
+    assert (
+        changed({"adapters": ("a",)}, {})
+        == "other adapters are merged into the policy's base than into its own"
+    )
     assert "quantized (type: torchao" in str(changed({"quantization": TorchaoSpec(type="torchao")}, {}))
     assert changed({}, {"bias": "all"}) == "the adapter of the reward model changes the base itself"
-    assert changed({}, {"init_lora_weights": "orthogonal"}) == "the adapter of the reward model changes the base itself"
+    assert (
+        changed({}, {"init_lora_weights": "orthogonal"})
+        == "the adapter of the reward model changes the base itself"
+    )
     assert changed({}, {"modules_to_save": ["score", "embed_tokens"]}) == "modules of it train as a whole"
-    assert changed({}, {"target_parameters": ["a.weight"]}) == "the adapter of the reward model is on parameters, not on layers"
-    loha, _ = policy_on(base, {"type": "loha", "rank": 2})
-    assert why_apart(loha, adapter) == "the adapter of the policy is none of LoRA"
+    assert (
+        changed({}, {"target_parameters": ["a.weight"]})
+        == "the adapter of the reward model is on parameters, not on layers"
+    )
+    other, _ = policy_on(base, {"type": "ia3"})
+    assert why_apart(other, adapter) == "the adapter of the policy is none of LoRA"
 
 
 # --------------------------------------------------------------------------------------------------
@@ -417,9 +462,14 @@ def test_empty_and_cut_answers_have_scores(shared: bool, home: Path, adapter: Pa
     model = AutoModelForSequenceClassification.from_pretrained(home / "base", num_labels=1)
     plain_model = PeftModel.from_pretrained(model, adapter).eval()
     tokenizer = AutoTokenizer.from_pretrained(adapter)
-    wanted = plain_scores(plain_model, tokenizer, [{"instruction": "Count to 3.", "chosen": "", "rejected": "1 2 3"}])
+    wanted = plain_scores(
+        plain_model, tokenizer, [{"instruction": "Count to 3.", "chosen": "", "rejected": "1 2 3"}]
+    )
     np.testing.assert_allclose(found[:2], wanted[0].numpy(), atol=1e-5, rtol=0)
-    with pytest.raises(RewardError, match=r"reward model: sums, row 5: prompt and answer are \d+ tokens of the reward model, which has positions for 256"):
+    with pytest.raises(
+        RewardError,
+        match=r"reward model: sums, row 5: prompt and answer are \d+ tokens of the reward model, which has positions for 256",
+    ):
         rewards([completion("x" * 300, prompt("Count.", 5))])
 
 
@@ -433,9 +483,18 @@ def test_what_is_no_reward_model(home: Path, tmp_path: Path) -> None:
     for around in ({}, {"policy": policy, "policy_base": str(tmp_path / "language")}):
         with pytest.raises(ModelError, match="is an adapter of a language model"):
             built(tmp_path / "adapter", **around)
-    config = BertConfig(vocab_size=260, hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=4, num_labels=3)
+    config = BertConfig(
+        vocab_size=260,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=1,
+        num_attention_heads=4,
+        num_labels=3,
+    )
     saved(config, chat_tokenizer(), tmp_path / "three", head="classifier")
     with pytest.raises(ModelError, match="a BertForSequenceClassification of 3 labels"):
         built(tmp_path / "three")
-    with pytest.raises(ModelError, match=r"stage\.rewards\.0\.base: .* is a whole model, which has no model below it"):
+    with pytest.raises(
+        ModelError, match=r"stage\.rewards\.0\.base: .* is a whole model, which has no model below it"
+    ):
         built(tmp_path / "three", spec={"base": "x"})

@@ -122,9 +122,18 @@ def service(url: str, waits: list[float] | None = None, **changes: Any) -> Servi
 
 def test_conversations_are_sent_and_scores_come_back(serve: Callable[..., Server]) -> None:
     server = serve(says({"scores": [1, -0.5]}))
-    before = Conversation((Message("system", "Be brief."), Message("user", "Größe?"), Message("assistant", "", tool_calls=(ToolCall("f", {"a": 1}),)), Message("tool", "7")))
+    before = Conversation(
+        (
+            Message("system", "Be brief."),
+            Message("user", "Größe?"),
+            Message("assistant", "", tool_calls=(ToolCall("f", {"a": 1}),)),
+            Message("tool", "7"),
+        )
+    )
     asked = Prompt("sums", 0, (1, 2), before)
-    rewards = build_rewards([HttpRewardSpec(url=server.url, model="judge", headers={"X-Who": "me"})], decode=decode)
+    rewards = build_rewards(
+        [HttpRewardSpec(url=server.url, model="judge", headers={"X-Who": "me"})], decode=decode
+    )
     found = rewards([completion("a", asked), completion("b", prompt("Why?"))])
     np.testing.assert_array_equal(found, np.float32([[1], [-0.5]]))
     call = {"type": "function", "function": {"name": "f", "arguments": {"a": 1}}}
@@ -150,24 +159,37 @@ def test_conversations_are_sent_and_scores_come_back(serve: Callable[..., Server
 def test_text_is_what_llamafactory_sends(serve: Callable[..., Server]) -> None:
     """`messages` are then strings: the tokens of prompt and answer, special tokens among them."""
     server = serve(says({"scores": [2.0]}))
-    one = Completion(Prompt("sums", 0, (5, 6), Conversation((Message("user", "Hi"),))), np.array([7, 2], np.int32), np.zeros(2, np.float32), "x", "stop")
+    one = Completion(
+        Prompt("sums", 0, (5, 6), Conversation((Message("user", "Hi"),))),
+        np.array([7, 2], np.int32),
+        np.zeros(2, np.float32),
+        "x",
+        "stop",
+    )
     assert service(server.url, form="text")([one]) == [2.0]
     assert server.asked == [{"model": "model", "messages": ["<5><6><7><2>"]}]
 
 
-def test_headers_may_name_the_environment(serve: Callable[..., Server], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_headers_may_name_the_environment(
+    serve: Callable[..., Server], monkeypatch: pytest.MonkeyPatch
+) -> None:
     server = serve(says({"scores": [1]}))
     monkeypatch.setenv("JUDGE_TOKEN", "secret")
     service(server.url, headers={"Authorization": "Bearer ${JUDGE_TOKEN}"})(answers(["a"]))
     assert server.headers[0]["Authorization"] == "Bearer secret"
     monkeypatch.delenv("JUDGE_TOKEN")
-    with pytest.raises(RecipeError, match=r"stage\.rewards\.0\.headers\.Authorization: the environment has no variable JUDGE_TOKEN"):
+    with pytest.raises(
+        RecipeError,
+        match=r"stage\.rewards\.0\.headers\.Authorization: the environment has no variable JUDGE_TOKEN",
+    ):
         service(server.url, headers={"Authorization": "Bearer ${JUDGE_TOKEN}"})
 
 
 @pytest.mark.parametrize("url", ["127.0.0.1:80", "file:///etc/passwd", "ftp://a/b", "http:///x"])
 def test_only_http(url: str) -> None:
-    with pytest.raises(RecipeError, match=re.escape(f"stage.rewards.0.url: {url!r}: write http://host:port/path")):
+    with pytest.raises(
+        RecipeError, match=re.escape(f"stage.rewards.0.url: {url!r}: write http://host:port/path")
+    ):
         service(url)
 
 
@@ -206,7 +228,9 @@ def test_a_wrong_answer_is_no_score_and_is_not_asked_for_again(
 def test_a_number_that_is_none_names_its_row(serve: Callable[..., Server], number: str) -> None:
     server = serve(says(f'{{"scores": [1.0, {number}]}}'.encode()))
     rewards = build_rewards([HttpRewardSpec(url=server.url)], decode=decode)
-    with pytest.raises(RewardError, match=r"reward http: sums, row 1: it returned .*, which is no finite float32"):
+    with pytest.raises(
+        RewardError, match=r"reward http: sums, row 1: it returned .*, which is no finite float32"
+    ):
         rewards(answers(["a", "b"]))
 
 
@@ -219,7 +243,9 @@ def test_a_busy_service_is_asked_again(serve: Callable[..., Server], status: int
 
 def test_it_is_given_up(serve: Callable[..., Server]) -> None:
     server, waits = serve(says({"error": "busy"}, 503)), []  # type: ignore[var-annotated]
-    with pytest.raises(RewardError, match=re.escape('it answered 503 Service Unavailable: {"error": "busy"} (tried 7 times)')):
+    with pytest.raises(
+        RewardError, match=re.escape('it answered 503 Service Unavailable: {"error": "busy"} (tried 7 times)')
+    ):
         service(server.url, waits, retries=6)(answers(["a"]))
     assert waits == [0.5, 1, 2, 4, 8, 8] and len(server.asked) == 7
     with pytest.raises(RewardError, match="tried once"):
@@ -227,7 +253,15 @@ def test_it_is_given_up(serve: Callable[..., Server]) -> None:
 
 
 def test_retry_after_is_kept_to(serve: Callable[..., Server]) -> None:
-    server, waits = serve(says({}, 429, Retry_After="3"), says({}, 429, Retry_After="9999"), says({}, 503, Retry_After="Fri, 1 Jan 2027"), says({"scores": [1]})), []  # type: ignore[var-annotated]
+    server, waits = (
+        serve(
+            says({}, 429, Retry_After="3"),
+            says({}, 429, Retry_After="9999"),
+            says({}, 503, Retry_After="Fri, 1 Jan 2027"),
+            says({"scores": [1]}),
+        ),
+        [],
+    )  # type: ignore[var-annotated]
     assert service(server.url, waits)(answers(["a"])) == [1]
     assert waits == [3.0, 60.0, 2.0]
 
@@ -237,7 +271,9 @@ def test_a_connection_that_breaks_is_tried_again(serve: Callable[..., Server], r
     server, waits = serve(reply, says({"scores": [1]})), []  # type: ignore[var-annotated]
     assert service(server.url, waits)(answers(["a"])) == [1] and waits == [0.5]
     broken = serve(reply)
-    with pytest.raises(RewardError, match=r"(the connection broke|no connection): .* \(tried 2 times\); asked of sums, row 0"):
+    with pytest.raises(
+        RewardError, match=r"(the connection broke|no connection): .* \(tried 2 times\); asked of sums, row 0"
+    ):
         service(broken.url, retries=1)(answers(["a"]))
 
 
@@ -247,7 +283,9 @@ def test_a_service_that_is_down(monkeypatch: pytest.MonkeyPatch) -> None:
         taken.bind(("127.0.0.1", 0))
         url = f"http://127.0.0.1:{taken.getsockname()[1]}/"
         waits: list[float] = []
-        with pytest.raises(RewardError, match=r"no connection: .*refused.* \(tried 3 times\); asked of sums, row 0"):
+        with pytest.raises(
+            RewardError, match=r"no connection: .*refused.* \(tried 3 times\); asked of sums, row 0"
+        ):
             service(url, waits, retries=2)(answers(["a"]))
     assert waits == [0.5, 1.0]
 
@@ -256,7 +294,9 @@ def test_a_service_that_is_down(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_service_that_is_too_slow(serve: Callable[..., Server], reply: Reply) -> None:
     server = serve(reply)
     begun = time.monotonic()
-    with pytest.raises(RewardError, match=r"no answer within 0\.3 seconds \(tried 2 times\); asked of sums, row 0 and 2 more"):
+    with pytest.raises(
+        RewardError, match=r"no answer within 0\.3 seconds \(tried 2 times\); asked of sums, row 0 and 2 more"
+    ):
         service(server.url, timeout=0.3, retries=1)(answers(["a", "b", "c"]))
     assert time.monotonic() - begun < 5 and len(server.asked) == 2
 

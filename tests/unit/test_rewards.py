@@ -63,7 +63,9 @@ def test_several_are_apart_and_in_sum() -> None:
 
 
 def test_names_are_told_apart() -> None:
-    rewards = built(ExactMatchSpec(), ExactMatchSpec(name="exact_match_2"), ExactMatchSpec(), RegexSpec(pattern="a"))
+    rewards = built(
+        ExactMatchSpec(), ExactMatchSpec(name="exact_match_2"), ExactMatchSpec(), RegexSpec(pattern="a")
+    )
     assert rewards.names == ("exact_match", "exact_match_2", "exact_match_3", "regex")
     with pytest.raises(RecipeError, match="two are called 'a'"):
         built(ExactMatchSpec(name="a"), NumericSpec(name="a"))
@@ -138,7 +140,13 @@ def test_boxed() -> None:
 
 
 def test_numeric() -> None:
-    assert scores(NumericSpec(), ["7", "it is 7.0", "7.5", "none", ""], "2 + 5 = 7\n#### 7") == [1, 1, 0, 0, 0]
+    assert scores(NumericSpec(), ["7", "it is 7.0", "7.5", "none", ""], "2 + 5 = 7\n#### 7") == [
+        1,
+        1,
+        0,
+        0,
+        0,
+    ]
     assert scores(NumericSpec(), ["0.3333", "1/3", "2/6"], "1/3") == [0, 1, 1]
     assert scores(NumericSpec(tolerance=0.001), ["0.3333", "0.33", "0.334"], "1/3") == [1, 0, 1]
     assert scores(NumericSpec(), ["50%", "50 %", "0.5", "50", "5"], "50%") == [1, 1, 1, 1, 0]
@@ -150,7 +158,9 @@ def test_regex() -> None:
     whole = RegexSpec(pattern=r"<think>.*</think>\s*\d+")
     assert scores(whole, ["<think>a\nb</think>\n7", "say <think></think>7", "7"]) == [1, 0, 0]
     assert scores(RegexSpec(pattern=r"\d", whole=False), ["a7b", "ab"]) == [1, 0]
-    with pytest.raises(RecipeError, match=re.escape("stage.rewards.0.pattern: '(a' is no regular expression")):
+    with pytest.raises(
+        RecipeError, match=re.escape("stage.rewards.0.pattern: '(a' is no regular expression")
+    ):
         built(RegexSpec(pattern="(a"))
 
 
@@ -165,10 +175,25 @@ def test_length() -> None:
 @pytest.mark.parametrize(
     ("spec", "label", "row", "words"),
     [
-        (ExactMatchSpec(), None, {}, "reward exact_match: sums, row 1: the row has no answer to compare with"),
-        (ExactMatchSpec(column="gold"), "7", {"other": 1}, "nothing in its column 'gold'; its columns are: other"),
+        (
+            ExactMatchSpec(),
+            None,
+            {},
+            "reward exact_match: sums, row 1: the row has no answer to compare with",
+        ),
+        (
+            ExactMatchSpec(column="gold"),
+            "7",
+            {"other": 1},
+            "nothing in its column 'gold'; its columns are: other",
+        ),
         (NumericSpec(column="gold"), "7", {"gold": None}, "nothing in its column 'gold'"),
-        (NumericSpec(name="sum"), "seven", {}, "reward sum: sums, row 1: the row's answer has no number: 'seven'"),
+        (
+            NumericSpec(name="sum"),
+            "seven",
+            {},
+            "reward sum: sums, row 1: the row's answer has no number: 'seven'",
+        ),
     ],
 )
 def test_a_row_without_its_answer_is_named_before_the_run(
@@ -187,7 +212,7 @@ def test_a_row_without_its_answer_is_named_before_the_run(
 # --------------------------------------------------------------------------------------------------
 # Functions
 
-FUNCTIONS = '''
+FUNCTIONS = """
 import numpy as np
 
 def reward(prompt, completion, row):
@@ -215,7 +240,7 @@ def fails(completions): raise ValueError("no")
 def two(prompt, completion): return 1.0
 class Reward: pass
 value = 3
-'''
+"""
 
 
 @pytest.fixture
@@ -241,7 +266,10 @@ def test_a_function_is_given_prompt_completion_and_row(folder: Path) -> None:
 
 def test_a_function_cannot_change_the_row(folder: Path) -> None:
     asked = prompt(bonus=1.5)
-    assert named(folder, "spoils")([completion("a", asked), completion("b", asked)]).tolist() == [[1.5], [1.5]]
+    assert named(folder, "spoils")([completion("a", asked), completion("b", asked)]).tolist() == [
+        [1.5],
+        [1.5],
+    ]
 
 
 @pytest.mark.parametrize(
@@ -355,7 +383,9 @@ def test_a_verifier_that_fails_names_the_row(monkeypatch: pytest.MonkeyPatch) ->
 
 @math_verify
 def test_math_verify() -> None:
-    assert scores(MathVerifySpec(), [r"so $\frac12$", r"\boxed{0.5}", "1/2", r"$\frac13$", "no", ""], "1/2") == [1, 1, 1, 0, 0, 0]
+    assert scores(
+        MathVerifySpec(), [r"so $\frac12$", r"\boxed{0.5}", "1/2", r"$\frac13$", "no", ""], "1/2"
+    ) == [1, 1, 1, 0, 0, 0]
     assert scores(MathVerifySpec(), ["$x^2 + 2x + 1$", "$(x+1)^2$", "$1$"], "(x+1)^2") == [1, 1, 0]
     # Without LaTeX's marks the library alone would take the last number of this for the answer.
     assert scores(MathVerifySpec(), ["$2x+3$", "$2$", "$3$"], "2x+3") == [1, 0, 0]
