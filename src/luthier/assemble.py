@@ -25,6 +25,7 @@ from luthier.engine.precedence import rollout_settings
 from luthier.environment import require
 from luthier.measures.libraries import require_libraries
 from luthier.methods import build_method
+from luthier.methods.critic import attach_critic
 from luthier.methods.lora import Lora
 from luthier.model.calibration import Calibration
 from luthier.model.faults import require_token_rows
@@ -54,6 +55,7 @@ from luthier.optim.groups import cut_groups
 from luthier.optim.schedule import Factor
 from luthier.publish import require_hub
 from luthier.recipe.load import LoadedRecipe
+from luthier.recipe.online import PpoSpec
 from luthier.recipe.resolve import Hardware
 from luthier.recipe.schema import AdapterSpec, Recipe, RmSpec
 from luthier.show import Say
@@ -279,8 +281,11 @@ def build_model(
     assert isinstance(model, PreTrainedModel | PeftModel)
     if isinstance(methods[-1], Lora) and isinstance(model, PeftModel):
         begin_adapter(settings, source, device, model, methods[-1], material, resumed, say)
-    _finish(settings, model, methods[-1])
-    return model, methods[-1]
+    method = methods[-1]
+    if isinstance(settings.stage, PpoSpec):
+        model, method = attach_critic(settings.stage, model, method, say)
+    _finish(settings, model, method)
+    return model, method
 
 
 def _finish(settings: Recipe, model: PreTrainedModel | PeftModel, method: Method) -> None:

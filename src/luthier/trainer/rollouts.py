@@ -151,6 +151,8 @@ class Rollouts:
         self._update, self._begun = step.update, time.monotonic()
         if self._samples and self._number == step.rollout:
             self.current = self._cut(step.update)
+        if not self.current and step.update == self.updates - 1:
+            self._samples = []
         if self.spec.target_kl is not None or not self.current:
             self.metrics["updates_left_out"] = _term(not self.current)
         return self.current
