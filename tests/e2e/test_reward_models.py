@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -86,14 +87,14 @@ def trained(home: Path, name: str) -> Path:
     return output
 
 
-def pairs(home: Path) -> tuple[list[Completion], list[float]]:
-    """The answers of the pairs, the better ones first, as a rollout has them; and nothing else."""
+def pairs(home: Path) -> list[Completion]:
+    """The answers of the pairs, the better ones first, as a rollout has them."""
     rows = json.loads((home / "pairs.json").read_text())
     return [
         completion(row[name], prompt(row["instruction"], index))
         for name in ("chosen", "rejected")
         for index, row in enumerate(rows)
-    ], []
+    ]
 
 
 def expected(home: Path, model: Path) -> Tensor:
@@ -157,7 +158,7 @@ def logprobs(policy: nn.Module) -> Tensor:
 
 def test_scores_are_those_of_luthier_score(run: Run, home: Path) -> None:
     _, folder = run
-    completions, _ = pairs(home)
+    completions = pairs(home)
     heard: list[str] = []
     rewards = built(folder, say=heard.append)
     found = rewards(completions)
@@ -182,7 +183,7 @@ def test_another_family_reads_its_own_template(home: Path, tmp_path: Path) -> No
     )
     model = saved(config, tokenizer, tmp_path / "judge")
     adapter_home = home if (home / "pairs.json").is_file() else write_home(home)
-    completions, _ = pairs(adapter_home)
+    completions = pairs(adapter_home)
     rows = json.loads((adapter_home / "pairs.json").read_text())
     wanted = plain_scores(model, AutoTokenizer.from_pretrained(tmp_path / "judge"), rows)
     found = built(tmp_path / "judge")(completions)[:, 0]
@@ -257,7 +258,7 @@ def write_home(home: Path) -> Path:
 
 def test_an_adapter_says_the_same_on_the_policys_base(run: Run, home: Path) -> None:
     name, folder = run
-    completions, _ = pairs(home)
+    completions = pairs(home)
     policy, _ = policy_on(home / "base", POLICIES["lora"])
     heard: list[str] = []
     rewards = built(folder, policy=policy, policy_base=str(home / "base"), say=heard.append)
@@ -273,7 +274,7 @@ def test_an_adapter_says_the_same_on_the_policys_base(run: Run, home: Path) -> N
 @pytest.mark.parametrize("kind", POLICIES)
 def test_the_policy_is_what_it_was(kind: str, home: Path, adapter: Path, tmp_path: Path) -> None:
     """Outputs and gradients to the bit, what trains, what is active, the modes, what is saved, and the optimizer."""
-    completions, _ = pairs(home)
+    completions = pairs(home)
     policy, method = policy_on(home / "base", POLICIES[kind])
     policy.train()
     policy.base_model.model.model.layers[0].eval()  # somebody's choice
@@ -339,7 +340,7 @@ def group_names(policy: nn.Module, method: Method) -> list[list[str]]:
 def test_several_adapters_share_it(home: Path, adapter: Path) -> None:
     """Each has its own name and head, and an error in between leaves the policy as it was."""
     other = trained(home, "few-layers")
-    completions, _ = pairs(home)
+    completions = pairs(home)
     policy, _ = policy_on(home / "base", POLICIES["pissa"])
     before = logprobs(policy)
     rewards = build_rewards(
@@ -355,10 +356,12 @@ def test_several_adapters_share_it(home: Path, adapter: Path) -> None:
     broken = some_batch()
     shared = rewards._judges[0].scorer._policy  # type: ignore[attr-defined]
     assert isinstance(shared, SharedRewardModel)
+    turned = [shared.scores(replace(broken, rows=torch.tensor(order))) for order in ([0, 1, 2], [2, 0, 1])]
+    assert torch.equal(turned[1], turned[0][[2, 0, 1]]) and len(set(turned[0].tolist())) == 3
     with pytest.raises(RuntimeError, match="planted"), torch.no_grad():
         handle = policy.base_model.model.model.register_forward_pre_hook(planted)
         try:
-            shared.scores(one_row(broken))
+            shared.scores(replace(broken, rows=torch.tensor([0])))
         finally:
             handle.remove()
     assert torch.equal(logprobs(policy), before)
@@ -368,14 +371,8 @@ def planted(module: nn.Module, args: Any) -> None:
     raise RuntimeError("planted")
 
 
-def one_row(batch: Batch) -> Batch:
-    from dataclasses import replace
-
-    return replace(batch, rows=torch.tensor([0]))
-
-
 def test_where_the_base_is_another_it_is_loaded_apart(home: Path, adapter: Path, tmp_path: Path) -> None:
-    completions, _ = pairs(home)
+    completions = pairs(home)
     other = tmp_path / "other"
     chat_model(other)
     weights = load_file(other / "model.safetensors")

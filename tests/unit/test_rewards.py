@@ -312,6 +312,19 @@ def test_the_cause_is_kept(folder: Path) -> None:
     assert isinstance(raised.value.__cause__, KeyError)
 
 
+def test_the_functions_of_the_documentation(tmp_path: Path) -> None:
+    text = (Path(__file__).parents[2] / "docs" / "rewards.md").read_text(encoding="utf-8")
+    blocks = [
+        block
+        for block in re.findall(r"^```python\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
+        if "def " in block
+    ]
+    (tmp_path / "own.py").write_text("\n".join(blocks))
+    both = [FunctionRewardSpec(path=f"own.py:{name}", name=name) for name in ("politeness", "shortest")]
+    found = built(*both, beside=tmp_path)(answers(["Please, no", "No"]))
+    np.testing.assert_array_equal(found, np.float32([[1, 0], [0, 1]]))
+
+
 # --------------------------------------------------------------------------------------------------
 # Libraries
 
