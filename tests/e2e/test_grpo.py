@@ -276,6 +276,17 @@ def test_a_bad_step_of_a_rollout_is_dealt_with_as_elsewhere(
     assert [line["loss"] == "NaN" for line in steps(rewound)] == [False, False, True, True]
 
 
+def test_padded_rows_learn_the_same(tmp_path: Path) -> None:
+    base = online_recipe(tmp_path, {**GRPO, "minibatches": 2, "importance_cap": 2.0}, num_rows=3)
+    flat = luthier.train(base, quiet=True).output
+    for side in ("left", "right"):
+        model = ["model.rows=padded", f"model.padding_side={side}"]
+        run = luthier.train(base, [*model, f"train.output={tmp_path / side}"], quiet=True).output
+        for line, expected in zip(steps(run), steps(flat), strict=True):
+            assert line["grad_norm"] == pytest.approx(expected["grad_norm"], rel=1e-3)
+            assert line.get("reward") == expected.get("reward")
+
+
 def test_the_whole_model_trains_too(tmp_path: Path) -> None:
     base = online_recipe(tmp_path, {**GRPO, "kl": {"coefficient": 0.1}}, num_rows=6)
     base["method"] = {"type": "full"}

@@ -455,7 +455,32 @@ def test_an_answer_that_ends_at_once_is_its_stop_token() -> None:
     sampler = sampler_of(model, stop_ids=tuple(range(VOCAB)))
     (completion,) = sampler([(some_prompts(1)[0], 1)], interruptible=True)
     assert (len(completion), completion.finish, completion.text) == (1, "stop", "[]")
-    assert np.isfinite(completion.logprobs).all()
+    rollouts, asking = rollouts_of(model, grpo(minibatches=2)), asking_of(model)
+    rollouts.sample = sampler
+    for batch in rollouts.passes(RolloutStep(0, 0, (0, 1)), asking):
+        loss = rollouts.stage.loss(asking.policy, batch, {})
+        assert len(batch.signals["advantages"]) == 3
+        assert all(bool(term.total.isfinite()) for term in loss.terms.values())
+
+
+@pytest.mark.parametrize(
+    ("changes", "asked"),
+    [
+        ({}, False),
+        ({"epochs": 2}, True),
+        ({"importance_cap": 2.0}, True),
+        ({"kl": KlSpec(coefficient=0.1)}, True),
+    ],
+)
+def test_the_policy_is_asked_again_where_that_serves_something(changes: dict[str, Any], asked: bool) -> None:
+    model = flat_model()
+    asking, calls = asking_of(model, StartingPoint(model)), list[Any]()
+    said = asking.policy.logprobs
+    asking.policy.logprobs = lambda *a, **k: (calls.append(a), said(*a, **k))[1]  # type: ignore[method-assign]
+    passes = rollouts_of(model, grpo(**changes)).passes(RolloutStep(0, 0, (0, 1)), asking)
+    assert bool(calls) == asked
+    # What an update reads is never what the sampler rounded.
+    assert all(("logprobs" in batch.signals) <= asked for batch in passes)
 
 
 def test_room_is_what_prompt_and_answer_need() -> None:

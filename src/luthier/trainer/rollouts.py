@@ -131,6 +131,7 @@ class Rollouts:
     _number: int = field(init=False, default=-1)
     _update: int = field(init=False, default=0)
     _begun: float = field(init=False, default=0.0)
+    _spent: _Spent = field(init=False, default_factory=lambda: _Spent())
 
     @property
     def updates(self) -> int:
@@ -204,12 +205,12 @@ class Rollouts:
 
     def _begin(self, step: RolloutStep, asking: Asking) -> None:
         """Sample, reward, and ask what is known of the answers before the first update."""
-        self._samples, self._number = [], step.rollout
+        self._samples, self._number, self._spent = [], step.rollout, _Spent()
         begun = time.monotonic()
         with torch.random.fork_rng(), asking.arithmetic(), without_dropout(asking.model):
             groups, replaced = self._groups(step)
-        seconds = time.monotonic() - begun
         rollout = self._known(groups, asking)
+        seconds = time.monotonic() - begun
         signals = self.stage.signals(rollout, asking.total)
         arrays = {name: values.float().cpu().numpy() for name, values in signals.items()}
         self._samples = learnt_samples(rollout, self.stage.learnt(rollout), arrays)
@@ -217,9 +218,13 @@ class Rollouts:
         self.metrics = {name: _term(*sums) for name, sums in report.items()}
         if hasattr(self.spec, "dynamic_sampling"):
             self.metrics["groups_replaced"] = _term(replaced)
-        num_tokens = int(rollout.lengths.sum())
-        self.metrics["rollout_seconds"] = _term(seconds)
-        self.metrics["rollout_tokens_per_second"] = _term(num_tokens, seconds)
+        spent = self._spent
+        self.metrics |= {
+            "rollout_seconds": _term(seconds),
+            "rollout_tokens_per_second": _term(spent.tokens, seconds),
+            "sampling_seconds": _term(spent.sampling),
+            "reward_seconds": _term(spent.rewards),
+        }
         self.stage.after(rollout, self._means(report, asking))
         if self.record is not None:
             self.record.add(asking.step, step.rollout, rollout, self.score.names)
@@ -261,14 +266,22 @@ class Rollouts:
             asked += [
                 (prompt, answer_seed(self.seed, "answers", rollout, attempt, number, k)) for k in range(size)
             ]
+        begun = time.monotonic()
         completions = self.sample(asked, interruptible=True)
+        sampled = time.monotonic()
         rewards = self.score(completions)
         totals = self.score.totals(rewards)
+        self._spent.sampling += sampled - begun
+        self._spent.rewards += time.monotonic() - sampled
+        self._spent.tokens += sum(len(completion) for completion in completions)
         bounds = [slice(start, start + size) for start in range(0, len(completions), size)]
         return [_Group(tuple(completions[one]), rewards[one], totals[one]) for one in bounds]
 
     def _known(self, groups: Sequence[_Group], asking: Asking) -> Rollout:
-        """The rollout with the log-probabilities and values that the stage needs, before its first update."""
+        """The rollout with the log-probabilities and values that the stage needs, before its first update.
+
+        Where its one update is all that they would serve, the ratio is to the policy itself, and it is not asked.
+        """
         completions = tuple(completion for group in groups for completion in group.completions)
         sampled = np.concatenate([completion.logprobs for completion in completions]).astype(np.float32)
         rollout = Rollout(
@@ -279,6 +292,11 @@ class Rollouts:
             logprobs=sampled,
             sampled=sampled,
         )
+        further = (
+            self.stage.needs_reference or self.stage.needs_values or self.spec.importance_cap is not None
+        )
+        if self.updates == 1 and not further:
+            return rollout
         everything = np.ones(len(completions), np.bool_)
         samples = learnt_samples(rollout, everything, {})
         found = _Found(len(sampled), self.stage.needs_reference, self.stage.needs_values)
@@ -345,6 +363,15 @@ class Rollouts:
     def arrays(self) -> dict[str, np.ndarray[Any, Any]]:
         """The experience of the rollout under way; nothing between two of them."""
         return to_arrays(self._samples) if self._samples else {}
+
+
+@dataclass(slots=True)
+class _Spent:
+    """Seconds of a rollout, and tokens sampled, those of groups that were replaced too."""
+
+    sampling: float = 0.0
+    rewards: float = 0.0
+    tokens: int = 0
 
 
 @dataclass(slots=True)
