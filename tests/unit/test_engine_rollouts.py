@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from dataclasses import replace
 from typing import Any
 
@@ -10,13 +11,15 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import MambaConfig, MambaForCausalLM, set_seed
 
-from luthier.engine.hf import BASE, HfEngine
+from luthier.api.worker import Worker
+from luthier.engine.hf import HfEngine
+from luthier.engine.protocol import BASE
 from luthier.engine.vllm import sampling
 from luthier.types import Generation, GenerationError, GenerationSettings, Request
 from tests.tiny import FAMILIES, VOCAB, tiny_model
 
 PROMPTS = [[5, 9, 30, 41, 12], [7, 8], [11, 40, 22, 3, 60, 61, 9, 14, 15]]
-STOPS = tuple(range(1, 40))
+STOPS = tuple(range(1, 12))
 """Many, so that answers end by them."""
 DRAWN = GenerationSettings(
     max_new_tokens=12, temperature=0.6, logprobs=0, logprobs_of="sampling", stop_ids=STOPS
@@ -165,7 +168,7 @@ def test_a_group_says_what_each_says_alone_and_its_prompt_is_read_once(
     family: str, temperature: float
 ) -> None:
     """Two groups of four and one prompt by itself: three prompts are read, in one pass."""
-    model = tiny_model(family, "sdpa").eval()
+    model = tiny_model(family).eval()
     settings = GenerationSettings(
         max_new_tokens=10, temperature=temperature, logprobs=0, logprobs_of="sampling", stop_ids=STOPS[:8]
     )
@@ -188,7 +191,7 @@ def test_a_group_says_what_each_says_alone_and_its_prompt_is_read_once(
 def test_who_comes_later_takes_the_prompt_of_who_is_there() -> None:
     """Sixteen answers to two prompts through four places: a prompt is read again only once nobody has it."""
     model = tiny_model("llama", "sdpa").eval()
-    settings = GenerationSettings(max_new_tokens=14, temperature=1.3, stop_ids=STOPS[:12], logprobs=0)
+    settings = GenerationSettings(max_new_tokens=14, temperature=1.3, stop_ids=STOPS, logprobs=0)
     requests = [
         Request(tuple(ids), replace(settings, seed=seed))
         for ids in (PROMPTS[0], PROMPTS[2])
@@ -219,6 +222,32 @@ def test_a_cancelled_row_takes_nothing_from_those_that_copied_its_prompt() -> No
     while engine.busy:
         ends |= {event.ticket: event.end for event in engine.step() if event.end is not None}
     assert ends == {second: expected, third: expected}
+
+
+def test_the_server_reads_the_prompt_of_n_answers_once() -> None:
+    model = tiny_model("llama", "sdpa").eval()
+    request = Request(tuple(PROMPTS[0]), GenerationSettings(max_new_tokens=6, temperature=1.0))
+    requests = [replace(request, settings=replace(request.settings, seed=seed)) for seed in range(3)]
+    expected = [alone(model, request) for request in requests]
+    engine = HfEngine(model, rows=4)
+    next(engine.stream(request))
+    counted = Counted(model)
+
+    async def asked() -> dict[int, Generation]:
+        worker = Worker(engine, 8)
+        worker.start()
+        ends = {}
+        with worker.ask(requests) as asker:
+            while asker.waits:
+                news = await asker.next()
+                if news.event.end is not None:
+                    ends[news.number] = news.event.end
+        await worker.stop()
+        return ends
+
+    ends = asyncio.run(asked())
+    assert [ends[number] for number in range(3)] == expected
+    assert counted.prompts == [(1, 5)]
 
 
 def test_a_prompt_is_not_shared_between_adapters() -> None:

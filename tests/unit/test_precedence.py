@@ -51,9 +51,14 @@ def test_where_nobody_says_anything_answers_are_greedy() -> None:
     assert settings_of({}, GenerationSpec().model_dump(), {}) == GenerationSettings(
         max_new_tokens=DEFAULT_NEW_TOKENS
     )
-    assert set(VALUES) | {"do_sample", "max_length", "skip_special_tokens", "rows", "memory_gib"} == set(
-        GenerationSpec.model_fields
-    )
+    assert set(VALUES) | {
+        "do_sample",
+        "max_length",
+        "skip_special_tokens",
+        "rows",
+        "memory_gib",
+        "engine",
+    } == set(GenerationSpec.model_fields)
 
 
 @pytest.mark.parametrize(

@@ -17,9 +17,11 @@ from luthier.engine.beams import search_beams
 from luthier.engine.choosing import Chooser
 from luthier.engine.key_values import bytes_per_token
 from luthier.engine.lane import Lane, Row
+from luthier.engine.packed import PackedCopies, copies_for
 from luthier.engine.protocol import BASE, Decode, Engine
 from luthier.engine.selftest import answers_together
 from luthier.generation import Event, Generation, GenerationError, Request
+from luthier.types import ModelError
 
 _SHARE = 0.5
 """Of the free memory, the part that keys and values may take where no bound is given."""
@@ -30,7 +32,10 @@ class HfEngine(Engine):
 
     rows: the most that are answered at once. memory: bytes that their keys and values may take; half of what is free
     where absent. decode: tokens to text, for stop strings. adapters: names, of those attached, that requests may
-    choose; the first is the default. None: the model as it is.
+    choose; the first is the default. None: the model as it is. pack: `answers` uses packed copies of the weights, made
+    anew at each call, where this machine has such and the memory for them; see `engine.packed`.
+
+    Raises ModelError for `pack` with several adapters to choose from.
     """
 
     def __init__(
@@ -41,8 +46,13 @@ class HfEngine(Engine):
         memory: int | None = None,
         decode: Decode | None = None,
         adapters: Sequence[str] = (),
+        pack: bool = False,
     ) -> None:
+        if pack and adapters:
+            raise ModelError("pack: copies of the weights are of one adapter; leave out adapters, or pack")
         self.model = model
+        self._pack = pack
+        self._copies: PackedCopies | None = None
         self._inner: nn.Module = model.get_base_model() if isinstance(model, PeftModel) else model
         config: Any = self._inner.config
         length: int | None = getattr(config.get_text_config(), "max_position_embeddings", None)
@@ -111,7 +121,7 @@ class HfEngine(Engine):
     def step(self) -> list[Event]:
         """One token for every row under way, those that come in now among them."""
         events: list[Event] = []
-        with _evaluating(self.model):
+        with _evaluating(self.model):  # nothing to do where `answers` has done it for all steps
             if self._together is None:
                 self._together = self._rows > 1 and answers_together(self._inner)
             new = self._next_rows()
@@ -151,7 +161,17 @@ class HfEngine(Engine):
             self._memory = int(free * _SHARE)
         return self._memory // bytes_per_token(self._inner.config, next(self._inner.parameters()).dtype)  # type: ignore[arg-type]
 
+    def answers(self, requests: Sequence[Request]) -> Iterator[tuple[int, Generation]]:
+        with _evaluating(self.model):
+            self._copies = copies_for(self._inner) if self._pack else None
+            try:
+                yield from super().answers(requests)
+            finally:
+                self._copies = None
+
     def _active(self, name: str | None) -> AbstractContextManager[Any]:
+        if name is None and self._copies is not None:
+            return self._copies.in_place()
         if name == BASE and isinstance(self.model, PeftModel):
             return self.model.disable_adapter()
         chosen = name if name is not None else next(iter(self.adapters), None)
@@ -166,11 +186,12 @@ class HfEngine(Engine):
 
 @contextmanager
 def _evaluating(model: nn.Module) -> Iterator[None]:
-    training = model.training
-    if training:
-        model.eval()
+    """Without dropout and its like; afterwards every module is as it was, those that were not training too."""
+    training = [module for module in model.modules() if module.training] if model.training else []
+    for module in training:
+        module.training = False
     try:
         yield
     finally:
-        if training:
-            model.train()
+        for module in training:
+            module.training = True

@@ -129,8 +129,9 @@ class Lane:
         name = (
             "cache_params" if "cache_params" in self._accepted else "past_key_values"
         )  # Mamba's, and all others'
-        inputs: dict[str, Any] = {"input_ids": ids, "attention_mask": held.mask_RL, name: held.cache}
-        inputs["use_cache"] = True
+        inputs: dict[str, Any] = {"input_ids": ids, name: held.cache, "use_cache": True}
+        if name == "past_key_values" or ids.shape[1] > 1:
+            inputs["attention_mask"] = held.mask_RL  # Mamba would multiply its one token by all of it
         if "position_ids" in self._accepted:
             inputs["position_ids"] = positions
         if "logits_to_keep" in self._accepted:
