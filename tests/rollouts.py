@@ -14,7 +14,6 @@ from torch import Tensor
 
 from luthier.conversations import Conversation
 from luthier.experience import Completion, Prompt, Rollout
-from luthier.model.logprobs import ModelPolicy
 from luthier.stages.advantages import alone
 from luthier.types import Batch, Sample, TokenLogprobs
 
@@ -167,16 +166,6 @@ class GivenPolicy:
             entropy=self.entropy_N[places] if entropy else None,
             values=self.values_N[places] if values and self.values_N is not None else None,
         )
-
-
-class PlainPolicy(ModelPolicy):
-    """A model's policy, asked at temperature 1 and for no values."""
-
-    def logprobs(
-        self, batch: Batch, *, values: bool = False, temperature: float = 1.0, **asked: Any
-    ) -> TokenLogprobs:
-        assert not values and temperature == 1.0
-        return super().logprobs(batch, **asked)
 
 
 def together(parts: Sequence[Any], function: Callable[[Any, Callable[[Tensor], Tensor]], Any]) -> list[Any]:

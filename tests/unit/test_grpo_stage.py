@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.testing import assert_close
 
 from luthier.experience import Rollout
-from luthier.model.logprobs import install_target_forward
+from luthier.model.logprobs import ModelPolicy, install_target_forward
 from luthier.model.rows import Rows
 from luthier.recipe.grpo_variants import VARIANTS, Variant
 from luthier.recipe.online import GrpoSpec, reward_names
@@ -26,7 +26,6 @@ from tests.preference import OPTIONS, divided, gradients_of, made_models
 from tests.rollouts import (
     EXACT,
     GivenPolicy,
-    PlainPolicy,
     learnt_samples,
     made_rollout,
     random_rollout,
@@ -461,7 +460,7 @@ def test_shared_prompts_and_copies(form: str) -> None:
     """Through a model: prompts computed once = once for each answer = one answer at a time."""
     models, rollout = made_models(), random_rollout(3, 3, seed=11)
     install_target_forward(models.policy, Rows(shares_prompts=True))
-    policy = PlainPolicy(models.policy)
+    policy = ModelPolicy(models.policy)
     results = []
     for shared, cut in ((True, False), (False, False), (True, True)):
         fields = {"epochs": 2, **FORMS[form]}

@@ -13,7 +13,7 @@ from luthier.data.encode import EncodeOptions
 from luthier.data.template import load_template
 from luthier.model.logprobs import ModelPolicy, install_target_forward
 from luthier.recipe.schema import DataSpec, PtSpec, Recipe, SftSpec
-from luthier.stages import STAGES, build_stage
+from luthier.stages import ONLINE, STAGES, build_stage
 from luthier.stages.supervised import supervised_weights
 from luthier.types import Batch, Conversation, Message, Policy, Row, Sample, Stage, TokenLogprobs
 from tests.reference import assert_same_gradients, gradients, padded_rows
@@ -144,7 +144,8 @@ def test_documents_are_all_targets() -> None:
 
 @pytest.mark.parametrize("name", STAGES)
 def test_every_stage_is_built_by_its_name(name: str) -> None:
+    needed = {"rewards": [{"type": "exact_match"}]} if name in ONLINE else {}
     recipe = Recipe.model_validate(
-        {"model": {"path": "m"}, "data": {"train": ["a"]}, "stage": {"type": name}}
+        {"model": {"path": "m"}, "data": {"train": ["a"]}, "stage": {"type": name, **needed}}
     )
     assert build_stage(recipe.stage, OPTIONS).name == name

@@ -25,6 +25,7 @@ import torch
 from peft import PeftConfig, PeftModel, set_peft_model_state_dict
 from peft.tuners.lora.layer import LoraLayer
 from peft.utils import load_peft_weights
+from peft.utils.other import TrainableTokensWrapper
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -105,7 +106,9 @@ class WithCritic:
         """Make the critic a part of `model`; see `attach_critic`."""
         inner: Any = model.get_base_model() if isinstance(model, PeftModel) else model
         output = inner.get_output_embeddings()
-        output = getattr(output, "original_module", output)  # where PEFT trains all of it, or some of its rows
+        output = getattr(
+            output, "original_module", output
+        )  # where PEFT trains all of it, or some of its rows
         head = ValueHead(output.in_features, next(output.parameters()).device)
         start = self._spec.value_start
         label = f"stage.value_start={start}"
@@ -157,8 +160,7 @@ class WithCritic:
                         f"({reason(error)}); set stage.critic: shared"
                     ) from error
             model.set_adapter(CRITIC_ADAPTER)
-            if getattr(getattr(self.method, "spec", None), "freeze_a", False):
-                _hold_a(model)
+            _hold_still(model, inner, a=getattr(getattr(self.method, "spec", None), "freeze_a", False))
         if start is None and not has_start(model):
             _copy_adapter(model)
         fuse_token_rows(model)
@@ -263,22 +265,41 @@ def _configuration(model: PeftModel, inner: PreTrainedModel) -> PeftConfig:
         config.modules_to_save = [
             name for name in config.modules_to_save if not ends_with(head, name)
         ] or None
-    if isinstance(getattr(config, "trainable_token_indices", None), dict):
-        rows = config.trainable_token_indices
-        config.trainable_token_indices = {
-            name: rows[name] for name in rows if not ends_with(head, name)
-        } or None
     if hasattr(config, "init_lora_weights"):
         config.init_lora_weights = True
     return config  # type: ignore[no-any-return]
 
 
-def _hold_a(model: PeftModel) -> None:
+def _hold_still(model: PeftModel, inner: PreTrainedModel, *, a: bool) -> None:
+    """What of the critic's adapter is not to train: rows of the output head, and with `a` the A of LoRA-FA.
+
+    Raises ModelError where PEFT could not save the adapter.
+    """
+    output: Any = inner.get_output_embeddings()  # type: ignore[no-untyped-call]
     for layer in model.modules():
-        if isinstance(layer, LoraLayer):
+        if a and isinstance(layer, LoraLayer):
             for matrices in (layer.lora_A, layer.lora_embedding_A):
                 if CRITIC_ADAPTER in matrices:
                     matrices[CRITIC_ADAPTER].requires_grad_(False)
+        if isinstance(layer, TrainableTokensWrapper):
+            rows: Any = layer.token_adapter.trainable_tokens_delta
+            if CRITIC_ADAPTER not in rows:  # PEFT asks every such layer for its rows
+                raise ModelError(
+                    "stage.value_start: the policy trains rows of tokens that the reward model has not; train it with "
+                    "the same tokens, or set stage.critic: shared"
+                )
+            if layer is output and rows[CRITIC_ADAPTER] is not _input_rows(inner):
+                rows[CRITIC_ADAPTER].requires_grad_(False)
+
+
+def _input_rows(inner: PreTrainedModel) -> Any:
+    """The critic's rows of the embeddings, which are the head's too where both are one matrix."""
+    wrapper: Any = inner.get_input_embeddings()
+    return (
+        wrapper.token_adapter.trainable_tokens_delta[CRITIC_ADAPTER]
+        if isinstance(wrapper, TrainableTokensWrapper)
+        else None
+    )
 
 
 def _copy_adapter(model: PeftModel) -> None:

@@ -353,6 +353,9 @@ class GrpoSpec(OnlineSpec):
     """The clipped surrogate, or REINFORCE with a clipped weight (arXiv:2506.13585)."""
     kl: KlSpec = KlSpec()
     """In the loss of each token."""
+    kl_correction: bool = False
+    """Multiply each token's estimate by its ratio, so that its gradient is that of the divergence itself, off-policy
+    too (DeepSeek-V3.2, arXiv:2512.02556, section 3.1)."""
     dynamic_sampling: int = Field(default=0, ge=0)
     """Rounds in which groups of equal rewards are replaced by other prompts' (DAPO)."""
     share_prompts: bool = True

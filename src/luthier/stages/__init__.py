@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from luthier.data.encode import EncodeOptions
+from luthier.experience import OnlineStage
 from luthier.recipe.online import GrpoSpec, OnlineSpec, PpoSpec
 from luthier.recipe.schema import DpoSpec, KtoSpec, PtSpec, RmSpec, SftSpec
 from luthier.stages.dpo import PreferencePairs
@@ -16,14 +17,16 @@ from luthier.stages.rm import RewardModelling
 from luthier.stages.sft import SupervisedFineTuning
 from luthier.types import Stage
 
+ONLINE: dict[str, Callable[..., OnlineStage]] = {"ppo": Proximal, "grpo": GroupRelative}
+"""Those that learn from answers of their own."""
+
 STAGES: dict[str, Callable[..., Stage]] = {
     "pt": Pretraining,
     "sft": SupervisedFineTuning,
     "dpo": PreferencePairs,
     "kto": Feedback,
     "rm": RewardModelling,
-    "ppo": Proximal,
-    "grpo": GroupRelative,
+    **ONLINE,
 }
 
 
@@ -42,7 +45,7 @@ def build_stage(
     that one may be.
     """
     if isinstance(spec, OnlineSpec):
-        return STAGES[spec.type](
+        return ONLINE[spec.type](
             spec,
             options,
             share_prompts=share_prompts,
@@ -52,4 +55,4 @@ def build_stage(
     return STAGES[spec.type](spec, options, share_prompts=share_prompts)
 
 
-__all__ = ["STAGES", "build_stage"]
+__all__ = ["ONLINE", "STAGES", "build_stage"]

@@ -113,6 +113,8 @@ class GroupRelative(OnlineLearning):
         terms = {self.terms[0]: Term(self._added(policy_N, answered), weights[self.terms[0]])}
         if "kl" in weights:
             divergence_N = estimated(answered.logprobs, signal(batch, "reference"), self.spec.kl.estimator)
+            if self.spec.kl_correction:
+                divergence_N = divergence_N * ratios_N
             total = self.kl_coefficient * self._added(divergence_N, answered)
             terms["kl"] = Term(total, weights["kl"])
         terms |= self._entropy_term(batch, answered)
