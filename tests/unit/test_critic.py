@@ -20,10 +20,15 @@ from luthier.methods import build_method
 from luthier.methods.adapter_files import attach_scorer
 from luthier.methods.critic import WithCritic, attach_critic
 from luthier.methods.groups import count_parameters
+from luthier.methods.lora import lora_layers
 from luthier.model.active_adapters import keeping_adapters
+from luthier.model.calibration import Calibration
 from luthier.model.checkpointing import checkpoint_layers
 from luthier.model.critic import critic_of, critic_parameters, is_critics
+from luthier.model.load import load_model, locate
 from luthier.model.logprobs import ModelPolicy, install_target_forward
+from luthier.model.neftune import EmbeddingNoise
+from luthier.model.quantized_layers import dequantized, quantized_layers
 from luthier.model.reference import AdaptersOff, StartingPoint
 from luthier.model.rows import FLAT, Rows
 from luthier.model.selftest import require_isolation
@@ -31,10 +36,18 @@ from luthier.model.sharing import require_sharing
 from luthier.model.value_head import VALUE_HEAD_NAME, write_head
 from luthier.optim.roles import places
 from luthier.recipe.online import FunctionRewardSpec, PpoSpec
-from luthier.recipe.schema import CheckpointingSpec, FreezeSpec, FullSpec, Ia3Spec, LoraSpec, VeraSpec
+from luthier.recipe.schema import (
+    CheckpointingSpec,
+    FreezeSpec,
+    FullSpec,
+    Ia3Spec,
+    LoraSpec,
+    ModelSpec,
+    VeraSpec,
+)
 from luthier.trainer.snapshot import HostCopies, model_state
 from luthier.types import IGNORE_INDEX, Batch, CheckpointError, ModelError
-from tests.tiny import FAMILIES, random_pairs, random_samples, tiny_model
+from tests.tiny import FAMILIES, chat_model, random_pairs, random_samples, tiny_model
 
 METHODS: dict[str, Any] = {
     "full": FullSpec(),
@@ -714,3 +727,89 @@ def test_the_trunk_is_an_ordinary_one(tmp_path: Path) -> None:
     trunk = AutoModel.from_config(FAMILIES["llama"]())
     result = trunk.load_state_dict(load_file(tmp_path / "critic" / "trunk.safetensors"), strict=True)
     assert not result.missing_keys
+
+
+@pytest.mark.parametrize("critic", CRITICS)
+@pytest.mark.parametrize("bits", [4, 8])
+def test_on_a_quantized_base(critic: str, bits: int, tmp_path: Path) -> None:
+    """Values are those on the plain base with the rounded weights; a checkpoint brings back the bits."""
+    folder = chat_model(tmp_path / "base", "llama", hidden_size=64, intermediate_size=128, head_dim=16)
+
+    def policy() -> tuple[Any, WithCritic]:
+        described = ModelSpec.model_validate(
+            {"path": str(folder), "dtype": "float32", "quantization": {"type": "bitsandbytes", "bits": bits}}
+        )
+        base = load_model(described, locate(described), torch.device("cpu"))
+        set_seed(7)
+        built = build_method(METHODS["lora"])
+        model = built.apply(base)
+        install_target_forward(model.get_base_model())
+        return attach_critic(spec(critic), model, built)
+
+    model, both = policy()
+    stir(model).eval()
+    batch = batch_of()
+    _, values = answers(model, batch)
+    values.sum().backward()
+    trained = [one for name, one in grads(model).items() if critic == "shared" or is_critics(name)]
+    assert all(grad is not None and grad.any() for grad in trained)
+    both.save(model, tmp_path / "saved")
+    beside = tmp_path / "saved" if critic == "shared" else tmp_path / "saved" / "critic"
+    plain: Any = AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager")
+    with torch.no_grad():
+        for name, layer in quantized_layers(model).items():
+            inside = name.removeprefix("base_model.model.").removesuffix(".base_layer")
+            plain.get_submodule(inside).weight.copy_(dequantized(layer))
+    plain = PeftModel.from_pretrained(plain, str(beside)).eval()
+    expected = plain_values(plain, load_file(beside / VALUE_HEAD_NAME), batch)
+    torch.testing.assert_close(values, expected, rtol=1e-3, atol=1e-3)
+    again, other = policy()
+    other.load(again, tmp_path / "saved")
+    for expected, found in zip(answers(model, batch), answers(again.eval(), batch), strict=True):
+        assert torch.equal(found, expected)
+
+
+def test_ranks_that_the_data_chose_are_the_critics_too() -> None:
+    built = build_method(LoraSpec(rank=4, init="eva", eva_rho=2.0, calibration_samples=6))
+    model = built.apply(tiny_model("llama"))
+    install_target_forward(model.get_base_model())
+    batches = [flat_batch(random_samples((40, 30), seed)) for seed in range(3)]
+    built.calibrate(
+        model,
+        Calibration(
+            batches, torch.device("cpu"), scores=False, arithmetic=None, label="eva", say=lambda _: None
+        ),
+    )
+    model, _ = attach_critic(spec("own"), model, built)
+    ranks = [
+        (layer.r["default"], layer.r["critic"])
+        for layer in lora_layers(model).values()
+        if "default" in layer.r
+    ]
+    assert len({one for one, _ in ranks}) > 1
+    assert all(one == other for one, other in ranks)
+    scales = [
+        (layer.scaling["default"], layer.scaling["critic"])
+        for layer in lora_layers(model).values()
+        if "default" in layer.r
+    ]
+    assert all(one == other for one, other in scales)
+
+
+@pytest.mark.parametrize(("method", "critic"), [("full", "own"), ("lora", "own"), ("full", "shared")])
+def test_noise_on_embeddings_stays_within_the_policy_and_its_critic(method: str, critic: str) -> None:
+    """Hooks that were there before: every forward pass in training draws anew, and evaluations draw nothing."""
+    base = tiny_model("llama")
+    built = build_method(METHODS[method])
+    model = built.apply(base)
+    install_target_forward(model.get_base_model() if isinstance(model, PeftModel) else model)
+    EmbeddingNoise(model, 5.0)
+    model, _ = attach_critic(spec(critic), model, built)
+    stir(model).train()
+    (_, first), (_, second) = answers(model, batch_of()), answers(model, batch_of())
+    assert not torch.equal(first, second)
+    model.eval()
+    plain, _ = policy_with(method, critic)
+    plain.load_state_dict(model.state_dict())
+    for expected, found in zip(answers(plain.eval(), batch_of()), answers(model, batch_of()), strict=True):
+        assert torch.equal(found, expected)
