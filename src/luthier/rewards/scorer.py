@@ -97,7 +97,8 @@ class Scorer:
             raise ModelError(f"{model}: no such folder")
         spec: dict[str, Any] = {"path": model, "tokenizer": model}
         if adapter:
-            spec["path"] = base or self._base()
+            trained_on = self._base()
+            spec["path"] = base or trained_on
         method = {"type": "lora", "adapters": [*self._merged(), model]} if adapter else {"type": "full"}
         data: dict[str, Any] = {"train": [_ROWS]}
         train: dict[str, Any] = {}

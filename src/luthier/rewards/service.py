@@ -153,7 +153,8 @@ class _NoRedirect(urllib.request.HTTPRedirectHandler):
 
 
 def _read(response: http.client.HTTPResponse, until: float) -> bytes:
-    """The whole body. Raises TimeoutError where it drips in for too long, _RefusedError where it does not end."""
+    """The whole body. Raises TimeoutError where it drips in for too long, IncompleteRead where it breaks off, and
+    _RefusedError where it does not end."""
     parts, size = [], 0
     while part := response.read1(2**16):
         parts.append(part)
@@ -162,6 +163,8 @@ def _read(response: http.client.HTTPResponse, until: float) -> bytes:
             raise _RefusedError(f"its answer is longer than {_MOST_BYTES:,} bytes")
         if time.monotonic() > until:
             raise TimeoutError
+    if response.length:
+        raise http.client.IncompleteRead(b"", response.length)
     return b"".join(parts)
 
 

@@ -10,17 +10,17 @@ Shapes: T tokens of a flat row, R rows that are scored, D hidden.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig, PeftConfig, PeftModel, set_peft_model_state_dict
+from peft import LoraConfig, PeftConfig, PeftModel
 from peft.utils import load_peft_weights
 from torch import Tensor, nn
 
-from luthier.methods.adapter_files import ADAPTER, missing_weights
+from luthier.methods.adapter_files import ADAPTER
 from luthier.model.base_record import BaseRecord, differences, read_base, remembered_base
 from luthier.model.faults import LOAD_ERRORS, reason
 from luthier.model.logprobs import model_inputs
@@ -31,6 +31,7 @@ from luthier.types import IGNORE_INDEX, Batch, ModelError
 
 _NAME = "reward"
 _PREFIX = "base_model.model."
+_MAGNITUDE = ".lora_magnitude_vector.weight"
 _HEAD = f"{_PREFIX}{HEAD_WEIGHT}"
 
 
@@ -47,11 +48,17 @@ class SharedRewardModel:
         taken = set(policy.peft_config)
         self.name = next(name for name in _names() if name not in taken)
         """Of the adapter in the policy."""
+        known = set(policy.modules())
         with _left_as_it_was(policy):
             head = _attach(policy, str(folder), self.name)
         for name, parameter in policy.named_parameters():
             if self.name in name.split("."):
                 parameter.requires_grad_(False)
+        for module in (
+            set(policy.modules()) - known
+        ):  # a layer that is adapted only now, and parts of the adapter
+            base: Any = getattr(module, "base_layer", None)
+            module.training = base is not None and base.training
         self._head_1D = head.to(next(policy.parameters()).device, torch.float32)
 
     @torch.no_grad()
@@ -151,17 +158,29 @@ def _attach(policy: PeftModel, folder: str, name: str) -> Tensor:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)  # of the keys that are counted below
             policy.add_adapter(name, config)
-            result: Any = set_peft_model_state_dict(policy, weights, name)
     except LOAD_ERRORS as error:
         raise ModelError(f"{folder} could not be attached to the policy's base: {reason(error)}") from error
-    missing = [key for key in missing_weights(policy, result.missing_keys) if name in key.split(".")]
-    absent = [key for key in result.missing_keys if name in key.split(".")]
-    if missing or absent or result.unexpected_keys:
-        raise ModelError(
-            f"{folder} does not fit the policy's base: {len(absent)} weights are missing, and "
-            f"{len(result.unexpected_keys)} have no layer ({[*absent, *result.unexpected_keys][0]} for one)"
-        )
+    _fill(policy, name, weights, folder)
     return torch.as_tensor(head)
+
+
+def _fill(policy: PeftModel, name: str, weights: Mapping[str, Tensor], folder: str) -> None:
+    """Give the adapter its saved weights. PEFT's own loading asks for token rows of every adapter where one has any."""
+    own = {_saved_as(key, name): p for key, p in policy.named_parameters() if name in key.split(".")}
+    odd = sorted({*own} ^ {*weights}) or [key for key in own if own[key].shape != weights[key].shape]
+    if odd:
+        raise ModelError(
+            f"{folder} does not fit the policy's base: {len(odd)} of its weights ({odd[0]} for one)"
+        )
+    with torch.no_grad():
+        for key, parameter in own.items():
+            parameter.copy_(weights[key])
+
+
+def _saved_as(key: str, name: str) -> str:
+    """The key of a parameter in a saved adapter, which has no name."""
+    plain = ".".join(part for part in key.split(".") if part != name)
+    return plain.removesuffix(".weight") if plain.endswith(_MAGNITUDE) else plain
 
 
 def _names() -> Iterator[str]:
