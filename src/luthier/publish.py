@@ -26,6 +26,8 @@ from luthier.recipe.schema import (
     DpoSpec,
     HubSpec,
     KtoSpec,
+    OnlineSpec,
+    PtSpec,
     Recipe,
     ReferenceSpec,
     RmSpec,
@@ -155,14 +157,26 @@ def _stage_options(stage: StageSpec) -> dict[str, Any]:
             tree.pop(option, None)
     if tree.get("divergence") != "alpha":
         tree.pop("divergence_alpha", None)
+    if isinstance(stage, OnlineSpec):
+        tree["rewards"] = [_shown_reward(reward) for reward in tree["rewards"]]
+        if "value_start" in tree:
+            tree["value_start"] = Path(tree["value_start"]).name
     compares = isinstance(stage, KtoSpec | DpoSpec) and not set(losses) <= set(REFERENCE_FREE)
+    compares = compares or (isinstance(stage, OnlineSpec) and bool(stage.kl.coefficient))
     if not (compares or "asft" in losses):
         tree.pop("reference", None)
-    elif isinstance(stage, KtoSpec | DpoSpec | SftSpec) and isinstance(stage.reference, ReferenceSpec):
+    elif not isinstance(stage, PtSpec | RmSpec) and isinstance(stage.reference, ReferenceSpec):
         path = stage.reference.path
         tree["reference"] |= {"path": None if path is None else _hub_name(path) or Path(path).name}
         tree["reference"]["adapters"] = [Path(folder).name for folder in stage.reference.adapters]
     return tree
+
+
+def _shown_reward(reward: Mapping[str, Any]) -> dict[str, Any]:
+    """A reward without folders of this machine, addresses and what they are sent."""
+    shown = {key: value for key, value in reward.items() if key not in ("url", "headers", "path", "base")}
+    names = {key: reward[key] for key in ("path", "base") if key in reward}
+    return shown | {key: _hub_name(path) or Path(path).name for key, path in names.items()}
 
 
 def _yaml(tree: Mapping[str, Any]) -> str:

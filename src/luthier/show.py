@@ -51,6 +51,8 @@ def example_text(sample: Sample, decode: Callable[[Sequence[int]], str]) -> str:
     if not sample.branches:
         num_learnt = int((sample.weights[1:] > 0).sum())
         text = _marked_text(sample, 0, len(sample), decode)
+        if not sample.weights.any():
+            return f"{where}: a prompt of {len(sample)} tokens\n{text}"
         return f"{where}: {num_learnt} of {len(sample)} tokens are learnt, in ⟦ ⟧\n{text}"
     prompt = _marked_text(sample, 0, sample.branches[0], decode)
     if prompt.endswith("\n[/]"):  # the answer's title begins a line anyway

@@ -132,9 +132,9 @@ def test_names_of_rewards() -> None:
     spec = GrpoSpec.model_validate({"rewards": rewards})
     assert reward_names(spec.rewards) == (
         "exact_match",
-        "numeric",
-        "exact_match_2",
         "numeric_2",
+        "exact_match_2",
+        "numeric",
         "exact_match_3",
     )
 

@@ -286,8 +286,8 @@ def test_another_kind_on_the_command_line_does_not_swallow_the_files_fields() ->
          "put it in quotes"),
         ("method: {type: lor}", "r.yaml:3: method: type: lor: no such kind; did you mean lora? "
          "Choose from full, freeze, llama_pro, lora, oft, vera, ia3, miss, peft"),
-        ("stage: {type: dpp}", "r.yaml:3: stage: type: dpp: no such kind; did you mean dpo? "
-         "Choose from pt, sft, rm, dpo, kto"),
+        ("stage: {type: dpoo}", "r.yaml:3: stage: type: dpoo: no such kind; did you mean dpo? "
+         "Choose from pt, sft, rm, dpo, kto, ppo, grpo"),
         (
             "method: {type: full, rank: 8}",
             "r.yaml:3: method.rank: does not go with type: full; it belongs to type: lora, vera or miss",

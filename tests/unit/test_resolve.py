@@ -68,7 +68,7 @@ def test_what_was_written_is_kept_with_its_origin() -> None:
         train={"precision": "bf16", "tokens_per_pass": 7, "tokens_per_batch": 9, "data_seed": 5},
     )
     after = resolve(before, CPU)
-    changed = {"train": {"greater_is_better": False, "eval_precision": "bf16"}}
+    changed = {"train": {"best_metric": "eval_loss", "greater_is_better": False, "eval_precision": "bf16"}}
     assert after.recipe.model_dump() == {
         **before.recipe.model_dump(),
         "train": {**before.recipe.model_dump()["train"], **changed["train"]},

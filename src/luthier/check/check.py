@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -30,10 +30,11 @@ from luthier.assemble import (
 )
 from luthier.check.estimate import estimate_memory, memory_before
 from luthier.check.findings import DataSet, Findings, histogram_of, settings_of
-from luthier.check.memory import weight_bytes
+from luthier.check.memory import PassShape, weight_bytes
 from luthier.check.parameters import count_by_kind
 from luthier.check.probe import run_probe
-from luthier.check.schedule import longest_shape, schedule_of
+from luthier.check.rollouts import plan_rollouts
+from luthier.check.schedule import Schedule, longest_shape, schedule_of
 from luthier.check.tokens import chosen, show_sample
 from luthier.data.prepare import DEV, PreparedData
 from luthier.data.report import check_max_lost
@@ -43,10 +44,12 @@ from luthier.model.faults import LOAD_ERRORS
 from luthier.model.load import ModelSource, fingerprint, load_config, locate
 from luthier.model.logprobs import chosen_rows
 from luthier.model.quantize import DTYPES
+from luthier.model.reference import Reference
 from luthier.model.vocabulary import VocabularyChange
+from luthier.online import online_supply
 from luthier.recipe.load import LoadedRecipe, load_recipe
 from luthier.recipe.resolve import Hardware, resolve
-from luthier.recipe.schema import Recipe
+from luthier.recipe.schema import ModelRewardSpec, OnlineSpec, Recipe
 from luthier.references import build_reference, reference_spec
 from luthier.show import Say, quiet_libraries
 from luthier.trainer.arguments import training_arguments
@@ -54,7 +57,7 @@ from luthier.trainer.checkpoint import resolve_resume
 from luthier.trainer.kernels import kernel_rules
 from luthier.trainer.run_directory import run_guard
 from luthier.trainer.same_run import differences
-from luthier.types import Method
+from luthier.types import Method, Stage
 
 
 def check(
@@ -83,6 +86,7 @@ class _Check:
     def __init__(self, say: Say, samples: int, everything: bool, probe: bool) -> None:
         self._say, self._samples, self._everything, self._probe = say, samples, everything, probe
         self._found = Findings()
+        self._beside: Path | None = None
 
     def run(self, recipe: str | Path | Mapping[str, Any], overrides: Sequence[str]) -> Findings:
         found = self._found
@@ -106,6 +110,7 @@ class _Check:
 
     def _ask_all(self, loaded: LoadedRecipe, hardware: Hardware) -> None:
         found, settings = self._found, loaded.recipe
+        self._beside = None if loaded.path is None else loaded.path.parent
         train, output = settings.train, Path(settings.train.output)
         found.ask("processes", lambda: require_one_process(hardware))
         if found.ok:  # with several processes they would wait for each other
@@ -207,9 +212,7 @@ class _Check:
         if material is not None:
             material = fitted(settings, material, model)
             if rows.unshared_reason:
-                self._note(
-                    f"the prompt of a pair is computed for each of its answers: {rows.unshared_reason}"
-                )
+                self._note(f"a prompt is computed for each of its answers: {rows.unshared_reason}")
             self._steps(settings, source, hardware, model, method, material, before)
 
     def _steps(
@@ -232,20 +235,17 @@ class _Check:
             )
             if reference is None:
                 return
+        estimate = partial(
+            self._estimate, settings, source, hardware, model, stage, before=before, reference=reference
+        )
+        if isinstance(settings.stage, OnlineSpec):
+            self._rollouts(settings, settings.stage, source, model, material, estimate)
+            return
         steps = training_steps(settings, material, 1, 0, padded=chosen_rows(model).padded)
         if steps is None or not len(steps):
             return
         found.schedule = schedule = schedule_of(steps, settings.train)
-        shape = longest_shape(steps, schedule)
-        self._say("estimating memory")
-        found.memory = found.ask(
-            "model",
-            lambda: estimate_memory(
-                settings, source, hardware, model, stage, schedule, shape, before, reference
-            ),
-        )
-        if found.memory is not None and found.memory.rough is not None:
-            self._note(found.memory.rough)
+        estimate(schedule, longest_shape(steps, schedule))
         if not self._probe or found.memory is None:
             return
         if not found.memory.fits:
@@ -260,6 +260,59 @@ class _Check:
         found.probe = found.ask(
             "model", lambda: run_probe(settings, model, method, stage, steps, schedule, reference)
         )
+
+    def _estimate(
+        self,
+        settings: Recipe,
+        source: ModelSource,
+        hardware: Hardware,
+        model: PreTrainedModel | PeftModel,
+        stage: Stage,
+        schedule: Schedule,
+        shape: PassShape,
+        *,
+        before: int,
+        reference: Reference | None,
+        sampling: int = 0,
+    ) -> None:
+        self._say("estimating memory")
+        found = self._found
+        found.memory = found.ask(
+            "model",
+            lambda: estimate_memory(
+                settings, source, hardware, model, stage, schedule, shape, before, reference, sampling
+            ),
+        )
+        if found.memory is not None and found.memory.rough is not None:
+            self._note(found.memory.rough)
+
+    def _rollouts(
+        self,
+        settings: Recipe,
+        spec: OnlineSpec,
+        source: ModelSource,
+        model: PreTrainedModel | PeftModel,
+        material: Material,
+        estimate: Callable[..., None],
+    ) -> None:
+        """Steps and memory of a stage that draws its answers itself; whether its rewards can judge the prompts."""
+        found = self._found
+        supply = found.ask(
+            "rewards", lambda: online_supply(settings, source, model, material, self._beside, self._note)
+        )
+        if supply is None or supply.steps is None:
+            return
+        plan = plan_rollouts(settings, material, model, len(supply.steps))
+        if plan is None:
+            return
+        found.schedule = plan.schedule
+        self._note(
+            f"answers are taken to have {plan.longest_answer} tokens, the most that generation.max_new_tokens and the "
+            "model's context let them have; time is not measured, for how long they become is not known"
+        )
+        if any(isinstance(reward, ModelRewardSpec) for reward in spec.rewards):
+            self._note("reward models are not in the memory estimate")
+        estimate(plan.schedule, plan.shape, sampling=plan.sampling)
 
 
 def _datasets(settings: Recipe, data: PreparedData) -> list[DataSet]:

@@ -60,11 +60,13 @@ def estimate_memory(
     shape: PassShape,
     process: int,
     reference: Reference | None = None,
+    sampling: int = 0,
 ) -> Memory:
     """The memory of a run at its fullest. It runs three short forward passes (six with gradient checkpointing).
 
     process: what `memory_before` said before the model was loaded. reference: what the stage compares with; where the
-    recipe asks it in advance, it counts before training only.
+    recipe asks it in advance, it counts before training only. sampling: bytes of keys and values while answers are
+    drawn.
     """
     arithmetic = autocast_type(settings.train.precision)
     measured = partial(
@@ -102,6 +104,7 @@ def estimate_memory(
         converted=_converted(source, model) if on_cpu else 0,
         reference=0 if in_advance else compared,
         asked=compared if in_advance else 0,
+        sampling=sampling,
     )
     return at_its_fullest(
         sizes,

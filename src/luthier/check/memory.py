@@ -282,6 +282,7 @@ PARTS = {
     "gradients": "gradients",
     "optimizer": "optimizer states",
     "reference": "reference model",
+    "sampling": "keys and values of answers",
     "activations": "activations of the longest pass",
     "logits": "logits and loss, one chunk",
     "workspace": "gradients of activations, one layer",
@@ -298,7 +299,8 @@ class Sizes:
 
     `transient` is the larger of what the head and a layer's backward need for a moment; `converted` is the size of
     weight files whose type is not that of the weights, `copied` what a checkpoint copies to host memory. `reference`
-    stays beside the policy; `asked` is that of a reference that is gone when training begins.
+    stays beside the policy; `asked` is that of a reference that is gone when training begins. `sampling` are the keys
+    and values of the answers that are drawn between steps.
     """
 
     process: int
@@ -314,6 +316,7 @@ class Sizes:
     converted: int = 0
     reference: int = 0
     asked: int = 0
+    sampling: int = 0
 
 
 def at_its_fullest(sizes: Sizes, limit: int, *, several_passes: bool, copies_remain: bool) -> Memory:
@@ -335,6 +338,8 @@ def at_its_fullest(sizes: Sizes, limit: int, *, several_passes: bool, copies_rem
         | {"gradients": sizes.gradients, "logits": 2 * sizes.head_gradient, "allocator": sizes.allocator},
         "saving": kept | copies | {"allocator": sizes.allocator},
     }
+    if sizes.sampling:
+        moments["sampling"] = training | {"sampling": sizes.sampling, "allocator": sizes.allocator}
     if sizes.asked:
         moments["asking the reference"] = base | {"reference": sizes.asked}
     totals = {name: sum(parts.values()) for name, parts in moments.items()}

@@ -86,8 +86,9 @@ def sample_text(sample: ShownSample) -> str:
     answers continue stands once, and each answer under its name."""
     where = f"  {escape(sample.dataset)}, row {sample.row}"
     if not sample.answers:
-        counts = f"{sample.learnt} of {len(sample.tokens)} tokens are learnt"
-        return f"{where}: {counts}, in ⟦ ⟧\n{_clipped(sample.tokens, MOST_TOKENS)}"
+        counts = f"{sample.learnt} of {len(sample.tokens)} tokens are learnt, in ⟦ ⟧"
+        counts = counts if sample.learnt else f"a prompt of {len(sample.tokens)} tokens"
+        return f"{where}: {counts}\n{_clipped(sample.tokens, MOST_TOKENS)}"
     most = MOST_TOKENS // (1 + len(sample.answers))
     parts = [
         f"{where}: a prompt of {len(sample.tokens)} tokens, answers in ⟦ ⟧\n{_clipped(sample.tokens, most)}"

@@ -73,7 +73,7 @@ def _reward(flat: Flat) -> dict[str, Any]:
     used: tuple[str, ...] = ("reward_model", "reward_model_type")
     reward: dict[str, Any] = {"type": "model", "path": model}
     if kind == "api":
-        reward = {"type": "http", "url": model}
+        reward = {"type": "http", "url": model, "form": "text"}
     elif kind == "full":
         used = REWARD_KEYS
         reward |= _whole_model(flat, model)

@@ -22,13 +22,15 @@ class _Weighted(Spec):
     type: str
     weight: float = 1.0
     """Of this reward in the sum; negative for a penalty."""
-    name: str | None = Field(default=None, pattern=r"^[\w.-]+$")
-    """In logs; absent, its type, or of a function its own name."""
+    name: str | None = None
+    """In logs; absent, its type, numbered from its second on."""
 
-    @property
-    def label(self) -> str:
-        """What its column in logs is called; no two rewards of a run have the same."""
-        return self.name or self.type
+    @field_validator("name")
+    @classmethod
+    def _one_word(cls, value: str | None) -> str | None:
+        if value is not None and not re.fullmatch(r"[\w.-]+", value):
+            raise ValueError(f"write one word of letters, digits and _ . -, found the text {value!r}")
+        return value
 
 
 class ModelRewardSpec(_Weighted):
@@ -46,7 +48,7 @@ class HttpRewardSpec(_Weighted):
     """A service that is asked with {"model", "messages"} and answers {"scores"}, one for each conversation."""
 
     type: Literal["http"] = "http"
-    url: str = Field(pattern=r"^https?://\S+$")
+    url: str
     model: str = "model"
     """What the service is told under `model`."""
     timeout: float = Field(default=60.0, gt=0)
@@ -57,6 +59,13 @@ class HttpRewardSpec(_Weighted):
     """Of each request, beside Content-Type. `${NAME}` in a value stands for a variable of the environment."""
     form: Literal["messages", "text"] = "messages"
     """What a conversation is sent as: a list of {role, content}, or the text of its tokens, as LLaMA-Factory does."""
+
+    @field_validator("url")
+    @classmethod
+    def _whole_address(cls, value: str) -> str:
+        if not re.fullmatch(r"https?://\S+", value):
+            raise ValueError(f"write the whole address, http://... or https://..., found the text {value!r}")
+        return value
 
 
 class FunctionRewardSpec(_Weighted):
@@ -73,10 +82,6 @@ class FunctionRewardSpec(_Weighted):
         if not (module and colon and function.isidentifier()):
             raise ValueError(f"write package.module:name or file.py:name, found the text {value!r}")
         return value
-
-    @property
-    def label(self) -> str:
-        return self.name or self.path.rpartition(":")[2]
 
 
 class ExactMatchSpec(_Weighted):
@@ -161,19 +166,20 @@ RewardSpec = Annotated[
 
 
 def reward_names(rewards: Sequence[RewardSpec]) -> tuple[str, ...]:
-    """Of the columns of logs: what the recipe calls each reward, else its type; a second one of a name is numbered."""
+    """Of the columns of logs: what the recipe calls each reward, else its type, numbered where that is taken."""
+    given = [reward.name for reward in rewards if reward.name is not None]
     names: list[str] = []
     for reward in rewards:
-        plain = reward.name or reward.type
-        numbered = (f"{plain}_{number}" for number in range(2, len(rewards) + 2))
-        names.append(plain if plain not in names else next(name for name in numbered if name not in names))
+        numbered = (f"{reward.type}_{number}" for number in range(2, 2 * len(rewards) + 2))
+        free = (name for name in (reward.type, *numbered) if name not in (*names, *given))
+        names.append(reward.name or next(free))
     return tuple(names)
 
 
 class KlSpec(Spec):
     """How the policy is held to the reference."""
 
-    coefficient: float = Field(default=0.0, ge=0)
+    coefficient: float = Field(default=0.05, ge=0)
     """0: not at all, and no reference is kept."""
     estimator: Literal["k1", "k2", "k3"] = "k3"
     """Of the divergence from samples (Schulman, 2020), with r = reference / policy: -log r, (log r)^2 / 2,
@@ -193,16 +199,10 @@ class KlSpec(Spec):
 
     @model_validator(mode="after")
     def _options_of_a_penalty(self) -> KlSpec:
-        fields = type(self).model_fields
-        if not self.coefficient:
-            others = [name for name in ("target", "estimator", "horizon") if name in self.model_fields_set]
-            meant = [name for name in others if getattr(self, name) not in (None, fields[name].default)]
-            if meant:
-                raise ValueError(
-                    f"stage.kl.{meant[0]} has no effect with stage.kl.coefficient: 0; give a coefficient above 0"
-                )
-        elif self.target is None and self.horizon != fields["horizon"].default:
-            raise ValueError("stage.kl.horizon is that of an adapted coefficient: give stage.kl.target too")
+        if self.target is not None and not self.coefficient:
+            raise ValueError(
+                "stage.kl.target has no effect with stage.kl.coefficient: 0; give a coefficient above 0"
+            )
         return self
 
 
@@ -222,7 +222,7 @@ class OnlineSpec(Spec):
     """What ppo and grpo have in common."""
 
     type: str
-    rewards: tuple[RewardSpec, ...] = Field(min_length=1)
+    rewards: tuple[RewardSpec, ...]
     prompts_per_rollout: int = Field(default=8, gt=0)
     """Prompts that are answered before the policy is updated, all processes together."""
     epochs: int = Field(default=1, gt=0)
@@ -242,7 +242,7 @@ class OnlineSpec(Spec):
     target_kl: float | None = Field(default=None, gt=0)
     """Leave out the rest of a rollout's steps once the policy is this far from where they began."""
     reference: Reference = "start"
-    kl: KlSpec = KlSpec()
+    kl: KlSpec = KlSpec(coefficient=0.0)
     samples_every: int | None = Field(default=10, gt=0)
     """Rollouts between entries of samples.jsonl; null for none."""
     max_samples: int = Field(default=8, gt=0)
@@ -268,11 +268,13 @@ class OnlineSpec(Spec):
 
     @model_validator(mode="after")
     def _rewards_apart(self) -> OnlineSpec:
-        labels = Counter(reward.label for reward in self.rewards)
-        twins = [label for label, number in labels.items() if number > 1]
+        if not self.rewards:
+            raise ValueError("stage.rewards is empty: name at least one reward")
+        names = Counter(reward.name for reward in self.rewards if reward.name is not None)
+        twins = [name for name, number in names.items() if number > 1]
         if twins:
             raise ValueError(
-                f"stage.rewards: {labels[twins[0]]} rewards are called {twins[0]!r} in logs; give each a name"
+                f"stage.rewards: two are called {twins[0]!r}, and logs could not tell them apart; rename one"
             )
         if not any(reward.weight for reward in self.rewards):
             raise ValueError(
@@ -291,11 +293,6 @@ class OnlineSpec(Spec):
             raise ValueError(
                 "stage.target_kl leaves out later steps of a rollout, and with stage.epochs: 1 and "
                 "stage.minibatches: 1 there is one; leave it out"
-            )
-        if self.clip_high is not None and self.clip_high < self.clip:
-            raise ValueError(
-                f"stage.clip_high ({self.clip_high:g}) is below stage.clip ({self.clip:g}): it is there to let "
-                "probabilities rise further; give more, or leave it out"
             )
         return self
 
@@ -351,7 +348,7 @@ class GrpoSpec(OnlineSpec):
     answer's as one action (rloo)."""
     loss: Literal["clip", "cispo"] = "clip"
     """The clipped surrogate, or REINFORCE with a clipped weight (arXiv:2506.13585)."""
-    kl: KlSpec = KlSpec()
+    kl: KlSpec = KlSpec(coefficient=0.0)
     """In the loss of each token."""
     kl_correction: bool = False
     """Multiply each token's estimate by its ratio, so that its gradient is that of the divergence itself, off-policy
@@ -366,6 +363,8 @@ class GrpoSpec(OnlineSpec):
     def _of_variant(cls, given: Any) -> Any:
         if not isinstance(given, dict):
             return given
-        if isinstance(rewards := given.get("rewards"), list):  # JSON's lists are Python's once they come by here
+        if isinstance(
+            rewards := given.get("rewards"), list
+        ):  # JSON's lists are Python's once they come by here
             given = {**given, "rewards": tuple(rewards)}
         return filled(given) if given.get("variant") is not None else given

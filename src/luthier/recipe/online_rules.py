@@ -83,10 +83,10 @@ def _evaluations(train: TrainSpec, name: str) -> Iterator[str]:
             f"train.metrics does not go with {name}: its evaluations answer the prompts and report rewards; write "
             "what you want to measure as one of stage.rewards, with weight: 0 to log it alone"
         )
-    if train.best_metric == "eval_loss":
+    if train.best_metric in ("loss", "eval_loss"):
         yield (
-            f"train.best_metric: eval_loss does not go with {name}, whose loss says nothing of how good answers are; "
-            "give eval_reward, or leave it out"
+            f"train.best_metric: {train.best_metric} does not go with {name}, whose loss does not say how good answers "
+            "are; give eval_reward, or leave it out"
         )
 
 

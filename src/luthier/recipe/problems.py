@@ -183,7 +183,7 @@ def _unknown(path: KeyPath, document: Document, root: type[Spec]) -> str:
     keys = [known for known in all_keys(root) if "type" not in known]
     elsewhere = [known for known in keys if known[-1] == key]
     if elsewhere:
-        return f"unknown key; did you mean {dotted(elsewhere[0])}?"
+        return f"unknown key; did you mean {dotted(_likeliest(elsewhere, document, root))}?"
     if foreign is not None and foreign.rule is Rule.REFUSED:
         return f"unknown key; {foreign.text}"
     if foreign is not None and foreign.rule is Rule.EXTRA:
@@ -193,10 +193,17 @@ def _unknown(path: KeyPath, document: Document, root: type[Spec]) -> str:
         return f"unknown key; did you mean {dotted((*section, near))}?"
     near = nearest(key, [str(known[-1]) for known in keys])
     if near is not None:
-        return f"unknown key; did you mean {next(dotted(known) for known in keys if known[-1] == near)}?"
+        named = [known for known in keys if known[-1] == near]
+        return f"unknown key; did you mean {dotted(_likeliest(named, document, root))}?"
     whole_file = f"a {root.__name__.removesuffix('Spec').lower()} has"
     where = f"{dotted(section)} has" if section else whole_file
     return f"unknown key; {where} {', '.join(names)}"
+
+
+def _likeliest(keys: list[KeyPath], document: Document, root: type[Spec]) -> KeyPath:
+    """Of several keys the first that goes with the kinds that the document has chosen."""
+    fitting = [key for key in keys if annotation_at(key, document.tree, root) is not None]
+    return (fitting or keys)[0]
 
 
 def _kinds(owners: list[type[Spec]]) -> str:

@@ -18,6 +18,7 @@ from luthier.data.collate import flat_batch, rows_of
 from luthier.data.formats import to_row
 from luthier.data.read import read_rows
 from luthier.data.registry import resolve_datasets
+from luthier.generation import Generation
 from luthier.model.load import ModelSource, locate
 from luthier.model.logprobs import ModelPolicy
 from luthier.model.probes import coarsest
@@ -25,8 +26,9 @@ from luthier.model.reference import Reference, StartingPoint
 from luthier.model.vocabulary import VocabularyChange
 from luthier.recipe.load import LoadedRecipe
 from luthier.recipe.resolve import Hardware
-from luthier.recipe.schema import Recipe
+from luthier.recipe.schema import OnlineSpec, Recipe
 from luthier.references import build_reference
+from luthier.selfcheck.rollout_checks import drawn
 from luthier.show import Say
 from luthier.types import DataError, Method, Row, Sample, Stage
 
@@ -147,8 +149,20 @@ class Bench:
         return GRADIENT_BOUNDS[self.arithmetic]
 
     @cached_property
+    def _drawn(self) -> tuple[list[Sample], list[Generation]]:
+        return drawn(self, self.material.data.train)
+
+    @property
+    def answers(self) -> list[Generation]:
+        """Of a stage that learns from answers of its own: those of `samples`, in their order."""
+        return self._drawn[1]
+
+    @cached_property
     def samples(self) -> list[Sample]:
-        """Supervised samples from all over the training data, `MAX_TOKENS` in all, two at least."""
+        """Supervised samples from all over the training data, `MAX_TOKENS` in all, two at least; of a stage that learns
+        from answers of its own, a few prompts with such answers."""
+        if isinstance(self.settings.stage, OnlineSpec):
+            return self._drawn[0]
         spec = self.settings.data
         table = samples_of(self.material.stage, self.material.data.train, spec.max_length)
         chosen: list[Sample] = []

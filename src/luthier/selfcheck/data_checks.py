@@ -9,9 +9,11 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from luthier.data.collate import rows_of
 from luthier.data.partners import Mismatched
+from luthier.data.prompts import posed_part
 from luthier.data.template import ChatTemplate, load_template
 from luthier.selfcheck.bench import Bench
 from luthier.selfcheck.outcome import Outcome, left_out
+from luthier.selfcheck.rollout_checks import chosen_tokens
 from luthier.types import IGNORE_INDEX, Conversation, Encoded, Row, RowError, Sample
 
 
@@ -27,11 +29,14 @@ def prompts(bench: Bench) -> Outcome:
     checked, wrong = 0, []
     for row in bench.rows:
         try:
-            parts = [
-                _where_they_part(bench.material.template, served, conversation)
-                for conversation in (row.conversation, row.rejected)
-                if conversation is not None
-            ]
+            if bench.material.stage.kind == "prompt":
+                parts = [_where_prompts_part(bench, served, row)]
+            else:
+                parts = [
+                    _where_they_part(bench.material.template, served, conversation)
+                    for conversation in (row.conversation, row.rejected)
+                    if conversation is not None
+                ]
             apart = next(filter(None, parts), "")
         except RowError:
             continue  # the data report counts it as dropped
@@ -67,6 +72,17 @@ def _where_they_part(trained: ChatTemplate, served: ChatTemplate, conversation: 
     return ""
 
 
+def _where_prompts_part(bench: Bench, served: ChatTemplate, row: Row) -> str:
+    """Where the prompt that is answered in training and the one that serving makes part; "" where they do not."""
+    encoded = bench.material.stage.encode(row, bench.material.template)
+    if not encoded.samples or encoded.lost.tokens or row.conversation is None:
+        raise RowError("not used whole")
+    asked, shown = served.prompt(posed_part(row.conversation)[0]), encoded.samples[0].input_ids.tolist()
+    if asked == shown:
+        return ""
+    return f"serving asks {served.decode(asked)[-40:]!r}, training answers {served.decode(shown)[-40:]!r}"
+
+
 def learnt(bench: Bench) -> Outcome:
     """The targets of a batch are the answers as the model is to generate them, each with its stop token.
 
@@ -75,6 +91,8 @@ def learnt(bench: Bench) -> Outcome:
     samples come, are left out.
     """
     claim = "learnt tokens = the answers"
+    if bench.material.stage.kind == "prompt":
+        return _learnt_of_drawn(bench, claim)
     compares = bench.material.stage.kind in ("pair", "feedback")
     checked, wrong = 0, []
     for row in bench.rows:
@@ -94,6 +112,18 @@ def learnt(bench: Bench) -> Outcome:
             )
             wrong.append(f"row {row.index} of {row.source}: {apart}")
     return _counted("learnt", claim, checked, wrong)
+
+
+def _learnt_of_drawn(bench: Bench, claim: str) -> Outcome:
+    """The same of answers that the model drew: every token that it chose is learnt, and nothing else."""
+    wrong, each = [], len(bench.answers) // len(bench.samples)
+    for number, sample in enumerate(bench.samples):
+        answers = bench.answers[number * each : (number + 1) * each]
+        expected = [token for answer in answers for token in chosen_tokens(answer)]
+        found = _targets(bench, [sample])
+        if found != expected:
+            wrong.append(f"row {sample.index} of {sample.source}: {_apart(bench, found, expected)}")
+    return _counted("learnt", claim, len(bench.samples), wrong)
 
 
 def _targets(bench: Bench, samples: Sequence[Sample]) -> list[int]:

@@ -9,9 +9,11 @@ import torch
 from safetensors.torch import load_file
 
 from luthier.recipe.optim import AT_EVALUATIONS
+from luthier.recipe.schema import OnlineSpec
 from luthier.run import train
 from luthier.selfcheck.bench import Bench
 from luthier.selfcheck.outcome import Outcome
+from luthier.selfcheck.rollout_checks import LONGEST
 from luthier.trainer.plugins import anywhere
 
 STEPS, AT = 4, 2
@@ -47,6 +49,13 @@ def _short(bench: Bench, name: str, resume: str = "never") -> dict[str, Any]:
     elif bench.settings.optim.schedule in AT_EVALUATIONS:  # of which there are none here
         tree["optim"] |= {"schedule": "constant", "schedule_options": {}}
     tree["data"] |= {"eval": [], "dev_split": 0.0, "max_lost": None}
+    online = isinstance(bench.settings.stage, OnlineSpec)
+    if online:  # what is drawn must come back, and needs not be long for that
+        longest = bench.settings.generation.max_new_tokens or LONGEST
+        tree["generation"]["max_new_tokens"] = min(longest, LONGEST)
+        for reward in tree["stage"]["rewards"]:
+            if reward["type"] == "function":
+                reward["path"] = anywhere(reward["path"], bench.beside)
     tree["train"] |= {
         "output": str(bench.folder / name),
         "resume": resume,
@@ -65,7 +74,7 @@ def _short(bench: Bench, name: str, resume: str = "never") -> dict[str, Any]:
         "report_to": [],
         "plots": False,
         "push_to_hub": None,
-        "neftune_alpha": bench.settings.train.neftune_alpha or NOISE,
+        "neftune_alpha": 0.0 if online else bench.settings.train.neftune_alpha or NOISE,
     }
     return tree
 

@@ -14,7 +14,7 @@ from luthier.arrange import training_steps
 from luthier.assemble import fitted
 from luthier.data.collate import rows_of
 from luthier.model.logprobs import chosen_rows
-from luthier.recipe.schema import DpoSpec, KtoSpec, PtSpec, RmSpec, SftSpec
+from luthier.recipe.schema import DpoSpec, KtoSpec, OnlineSpec, PtSpec, RmSpec, SftSpec
 from luthier.selfcheck.bench import Bench, relative_difference
 from luthier.selfcheck.model_checks import alone_numbers
 from luthier.selfcheck.outcome import Outcome, left_out
@@ -23,9 +23,14 @@ from luthier.trainer.plugins import load_schedule
 from luthier.trainer.trainer import PeftTrainer
 from luthier.types import Sample
 
+_NEEDS_A_ROLLOUT = "a step of this stage learns from a rollout and its rewards, which these rows are not"
+
 
 def accumulation(bench: Bench) -> Outcome:
     """The gradient of a step does not depend on how it is cut into passes: all at once, or row by row."""
+    claim = "1 pass = many passes"
+    if isinstance(bench.settings.stage, OnlineSpec):
+        return left_out("accumulation", claim, _NEEDS_A_ROLLOUT)
     trainer = _trainer(bench)
     collate = bench.stage.collate
     cuts = {"one pass": [collate(bench.samples)], "row by row": [collate([one]) for one in bench.samples]}
@@ -37,7 +42,6 @@ def accumulation(bench: Bench) -> Outcome:
     measured = relative_difference(found["row by row"], found["one pass"])
     apart = abs(losses["row by row"] - losses["one pass"]) / max(abs(losses["one pass"]), 1e-12)
     detail = f"{len(bench.samples)} passes against 1: losses {losses['row by row']:.8g} and {losses['one pass']:.8g}"
-    claim = "1 pass = many passes"
     return Outcome("accumulation", claim, max(measured, apart), bench.gradient_bound, "of its norm", detail)
 
 
@@ -68,6 +72,8 @@ def _claim(bench: Bench) -> str:
 def _unknown(bench: Bench) -> str:
     """Why there is no formula for this loss here; "" where there is one."""
     spec = bench.settings.stage
+    if isinstance(spec, OnlineSpec):
+        return _NEEDS_A_ROLLOUT
     if isinstance(spec, PtSpec | SftSpec) and spec.label_smoothing:
         return "not with label smoothing"
     if isinstance(spec, SftSpec) and spec.loss != "cross_entropy":

@@ -22,6 +22,7 @@ from luthier.selfcheck.data_checks import learnt, prompts
 from luthier.selfcheck.model_checks import chunked, gradients, packed, saved, shared
 from luthier.selfcheck.outcome import Outcome
 from luthier.selfcheck.resume_check import resumed
+from luthier.selfcheck.rollout_checks import sampled
 from luthier.selfcheck.step_checks import accumulation, mean
 from luthier.show import quiet_libraries, speaker
 from luthier.types import RecipeError
@@ -35,6 +36,7 @@ CHECKS: dict[str, Callable[[Bench], Outcome]] = {
     "chunked": chunked,
     "mean": mean,
     "accumulation": accumulation,
+    "sampled": sampled,
     "saved": saved,
     "resumed": resumed,
 }
