@@ -9,6 +9,7 @@ model's own generation_config.json says: what is learnt from has to be what the 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -34,10 +35,11 @@ from luthier.recipe.resolve import TOKENS_PER_BATCH
 from luthier.recipe.schema import Recipe
 from luthier.rewards.build import Rewards, build_rewards
 from luthier.trainer.bad_numbers import BadNumbersError
+from luthier.trainer.before_update import Layout
 from luthier.trainer.evaluation import Answers, EvalSet
 from luthier.trainer.memory import FitMemory
 from luthier.trainer.rollout_steps import RolloutSteps, answer_seed
-from luthier.trainer.rollouts import Ask, Layout, Rollouts, SamplingInterrupted
+from luthier.trainer.rollouts import Ask, Rollouts, SamplingInterrupted
 from luthier.trainer.sample_record import SampleRecord
 from luthier.trainer.steps import StepDataset
 from luthier.types import DataError
@@ -74,14 +76,14 @@ class LiveSampler:
     def __call__(self, asked: Sequence[Ask], *, interruptible: bool) -> list[Completion]:
         requests = [Request(prompt.ids, replace(self._settings, seed=seed)) for prompt, seed in asked]
         found: dict[int, Completion] = {}
-        answers = self._engine.answers(requests)
         self.told(0, len(asked))
-        for number, generation in answers:
-            if interruptible and self.interrupted():
-                answers.close()  # type: ignore[attr-defined]
-                raise SamplingInterrupted("stopped while answers were sampled")
-            found[number] = self._completion(asked[number][0], generation)
-            self.told(len(found), len(asked))
+        answers: Any = self._engine.answers(requests)
+        with closing(answers):  # which frees the engine, however this ends
+            for number, generation in answers:
+                if interruptible and self.interrupted():
+                    raise SamplingInterrupted("stopped while answers were sampled")
+                found[number] = self._completion(asked[number][0], generation)
+                self.told(len(found), len(asked))
         return [found[number] for number in range(len(asked))]
 
     def _completion(self, prompt: Prompt, generation: Generation) -> Completion:
@@ -228,7 +230,9 @@ def online_supply(
 def _sampler(settings: Recipe, source: ModelSource, model: nn.Module, material: Material) -> LiveSampler:
     """The model in training as what answers."""
     generation, template = settings.generation, material.template
-    engine = HfEngine(model, rows=generation.rows, memory=generation.memory, decode=template.decode)
+    engine = HfEngine(
+        model, rows=generation.rows, memory=generation.memory, decode=template.decode, pack=True
+    )
     drawn = rollout_settings(
         generation.model_dump(),
         stop_ids=template.stop_ids,

@@ -26,6 +26,7 @@ from luthier.online import LiveSampler
 from luthier.recipe.online import GrpoSpec, KlSpec, LengthSpec, PpoSpec
 from luthier.stages import build_stage
 from luthier.trainer.bad_numbers import BadNumbersError
+from luthier.trainer.before_update import Asking, Layout
 from luthier.trainer.experience_passes import (
     Piece,
     cut_passes,
@@ -37,7 +38,7 @@ from luthier.trainer.experience_passes import (
     to_arrays,
 )
 from luthier.trainer.rollout_steps import RolloutStep, RolloutSteps, answer_seed, other_prompts
-from luthier.trainer.rollouts import Asking, Layout, Rollouts, SamplingInterrupted
+from luthier.trainer.rollouts import Rollouts, SamplingInterrupted
 from luthier.types import Sample, Term
 from tests.tiny import FAMILIES, VOCAB, tiny_model
 
