@@ -53,7 +53,7 @@ Told = Callable[[int, int], None]
 
 
 class LiveSampler:
-    """Answers prompts with the model as it is. `told` hears of the progress, `interrupted` says whether to give up."""
+    """Answers prompts with the model as it is. `told`, `interrupted` and `settle` are those of `Supply.watch`."""
 
     def __init__(
         self,
@@ -64,6 +64,7 @@ class LiveSampler:
         self._engine, self._settings, self._text = engine, settings, text
         self.told: Told = lambda done, total: None
         self.interrupted: Callable[[], bool] = lambda: False
+        self.settle: Callable[[], None] = lambda: None
 
     def has_room(self, length: int) -> bool:
         """Whether a prompt of so many tokens leaves room for an answer."""
@@ -76,6 +77,7 @@ class LiveSampler:
     def __call__(self, asked: Sequence[Ask], *, interruptible: bool) -> list[Completion]:
         requests = [Request(prompt.ids, replace(self._settings, seed=seed)) for prompt, seed in asked]
         found: dict[int, Completion] = {}
+        self.settle()  # the engine puts packed weights in the place of layers
         self.told(0, len(asked))
         answers: Any = self._engine.answers(requests)
         with closing(answers):  # which frees the engine, however this ends
@@ -165,10 +167,11 @@ class Supply:
     rollouts: Rollouts | None = None
     sampler: LiveSampler | None = None
 
-    def watch(self, told: Told, interrupted: Callable[[], bool]) -> None:
-        """Tell of the answers that rollouts sample, and let them be interrupted."""
+    def watch(self, told: Told, interrupted: Callable[[], bool], settle: Callable[[], None]) -> None:
+        """Tell of the answers that are sampled, let rollouts be interrupted, and `settle` before any sampling what
+        looks at the model's modules meanwhile: a checkpoint that is written in the background."""
         if self.sampler is not None:
-            self.sampler.told, self.sampler.interrupted = told, interrupted
+            self.sampler.told, self.sampler.interrupted, self.sampler.settle = told, interrupted, settle
 
     def fit_memory(self, say: Callable[[str], None]) -> FitMemory | None:
         """What finds passes that fit into memory, where there is something to train."""

@@ -116,9 +116,8 @@ def _train(loaded: LoadedRecipe, hardware: Hardware, quiet: bool) -> TrainResult
     supply = _online(loaded, source, model, material, say)
     # Only now, when nothing of the input can be wrong any more, is anything written.
     resumed = _open_run(output, loaded, manifest["identity"], say, main=main)
-    count = _count(model, hardware, settings, say)
-    added = vocabulary.to_dict() if vocabulary.is_needed else None
-    manifest |= {"parameters": asdict(count), "vocabulary": added}
+    manifest["parameters"] = asdict(_count(model, hardware, settings, say))
+    manifest["vocabulary"] = vocabulary.to_dict() if vocabulary.is_needed else None
     manifest |= _model_record(settings, material, model, say)
     trackers = tracking(
         train_spec.report_to if main else (), output, run_name=arguments.run_name, resumed=resumed
@@ -127,7 +126,6 @@ def _train(loaded: LoadedRecipe, hardware: Hardware, quiet: bool) -> TrainResult
     # A signal ends what is computed here at once: there is no step yet to wait for, nor anything to save.
     supply = supply or _offline(settings, source, model, material, attach, arguments, say)
     with trackers as tracked, ProgressCallback(quiet=quiet) as progress, Interruption() as interruption:
-        supply.watch(progress.answered, lambda: interruption.received is not None)
         trainer = PeftTrainer(
             model=model,
             args=arguments,
@@ -150,6 +148,7 @@ def _train(loaded: LoadedRecipe, hardware: Hardware, quiet: bool) -> TrainResult
             reference=live_reference(settings, hardware, model, material),
             fit_memory=supply.fit_memory(say) if train_spec.fit_memory else None,
         )
+        supply.watch(progress.answered, lambda: interruption.received is not None, trainer.saver.writer.wait)
         metrics = _learn(trainer, settings, manifest, resumed, interruption, say)
     if main and not train_spec.eval_only:
         _show_result(settings, output, manifest, metrics, say)

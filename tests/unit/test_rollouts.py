@@ -156,7 +156,7 @@ def test_another_temperature_is_seen() -> None:
     """The comparison above could fail."""
     model = tiny_model("llama")
     install_target_forward(model)
-    rollouts = rollouts_of(model, grpo())
+    rollouts = rollouts_of(model, grpo(epochs=2))
     rollouts.sample = sampler_of(model, temperature=1.3)
     sampled: list[Rollout] = []
     rollouts.stage.after = lambda rollout, means: sampled.append(rollout)  # type: ignore[method-assign]

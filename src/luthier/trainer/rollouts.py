@@ -21,9 +21,7 @@ from safetensors.numpy import load_file
 
 from luthier.experience import Completion, Floats, OnlineStage, Prompt, Rollout
 from luthier.recipe.online import OnlineSpec
-from luthier.trainer.before_update import Asking as Asking
-from luthier.trainer.before_update import Layout as Layout
-from luthier.trainer.before_update import known
+from luthier.trainer.before_update import Asking as Asking, Layout as Layout, known
 from luthier.trainer.evaluation import without_dropout
 from luthier.trainer.experience_passes import (
     Piece,
