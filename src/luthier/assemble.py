@@ -281,15 +281,13 @@ def build_model(
     assert isinstance(model, PreTrainedModel | PeftModel)
     if isinstance(methods[-1], Lora) and isinstance(model, PeftModel):
         begin_adapter(settings, source, device, model, methods[-1], material, resumed, say)
-    method = methods[-1]
+    return model, _finish(settings, model, methods[-1], say)
+
+
+def _finish(settings: Recipe, model: PreTrainedModel | PeftModel, method: Method, say: Say) -> Method:
+    """What comes once it is known what trains: the critic, of a stage that has one; returns what saves all of it."""
     if isinstance(settings.stage, PpoSpec):
-        model, method = attach_critic(settings.stage, model, method, say)
-    _finish(settings, model, method)
-    return model, method
-
-
-def _finish(settings: Recipe, model: PreTrainedModel | PeftModel, method: Method) -> None:
-    """What comes once it is known what trains."""
+        _, method = attach_critic(settings.stage, model, method, say)
     # The trainer cuts them again; here nothing has been written yet.
     optim = settings.optim
     cut_groups(optim, method.parameter_groups(model, optim.weight_decay, optim.lr), model)
@@ -297,6 +295,7 @@ def _finish(settings: Recipe, model: PreTrainedModel | PeftModel, method: Method
         EmbeddingNoise(model, settings.train.neftune_alpha)
     if settings.train.compile is not None:
         compile_layers(model, settings.train.compile)
+    return method
 
 
 def begin_adapter(

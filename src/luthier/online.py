@@ -9,6 +9,7 @@ model's own generation_config.json says: what is learnt from has to be what the 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -34,10 +35,11 @@ from luthier.recipe.resolve import TOKENS_PER_BATCH
 from luthier.recipe.schema import Recipe
 from luthier.rewards.build import Rewards, build_rewards
 from luthier.trainer.bad_numbers import BadNumbersError
+from luthier.trainer.before_update import Layout
 from luthier.trainer.evaluation import Answers, EvalSet
 from luthier.trainer.memory import FitMemory
 from luthier.trainer.rollout_steps import RolloutSteps, answer_seed
-from luthier.trainer.rollouts import Ask, Layout, Rollouts, SamplingInterrupted
+from luthier.trainer.rollouts import Ask, Rollouts, SamplingInterrupted
 from luthier.trainer.sample_record import SampleRecord
 from luthier.trainer.steps import StepDataset
 from luthier.types import DataError
@@ -51,7 +53,7 @@ Told = Callable[[int, int], None]
 
 
 class LiveSampler:
-    """Answers prompts with the model as it is. `told` hears of the progress, `interrupted` says whether to give up."""
+    """Answers prompts with the model as it is. `told`, `interrupted` and `settle` are those of `Supply.watch`."""
 
     def __init__(
         self,
@@ -62,6 +64,7 @@ class LiveSampler:
         self._engine, self._settings, self._text = engine, settings, text
         self.told: Told = lambda done, total: None
         self.interrupted: Callable[[], bool] = lambda: False
+        self.settle: Callable[[], None] = lambda: None
 
     def has_room(self, length: int) -> bool:
         """Whether a prompt of so many tokens leaves room for an answer."""
@@ -74,14 +77,15 @@ class LiveSampler:
     def __call__(self, asked: Sequence[Ask], *, interruptible: bool) -> list[Completion]:
         requests = [Request(prompt.ids, replace(self._settings, seed=seed)) for prompt, seed in asked]
         found: dict[int, Completion] = {}
-        answers = self._engine.answers(requests)
+        self.settle()  # the engine puts packed weights in the place of layers
         self.told(0, len(asked))
-        for number, generation in answers:
-            if interruptible and self.interrupted():
-                answers.close()  # type: ignore[attr-defined]
-                raise SamplingInterrupted("stopped while answers were sampled")
-            found[number] = self._completion(asked[number][0], generation)
-            self.told(len(found), len(asked))
+        answers: Any = self._engine.answers(requests)
+        with closing(answers):  # which frees the engine, however this ends
+            for number, generation in answers:
+                if interruptible and self.interrupted():
+                    raise SamplingInterrupted("stopped while answers were sampled")
+                found[number] = self._completion(asked[number][0], generation)
+                self.told(len(found), len(asked))
         return [found[number] for number in range(len(asked))]
 
     def _completion(self, prompt: Prompt, generation: Generation) -> Completion:
@@ -163,10 +167,11 @@ class Supply:
     rollouts: Rollouts | None = None
     sampler: LiveSampler | None = None
 
-    def watch(self, told: Told, interrupted: Callable[[], bool]) -> None:
-        """Tell of the answers that rollouts sample, and let them be interrupted."""
+    def watch(self, told: Told, interrupted: Callable[[], bool], settle: Callable[[], None]) -> None:
+        """Tell of the answers that are sampled, let rollouts be interrupted, and `settle` before any sampling what
+        looks at the model's modules meanwhile: a checkpoint that is written in the background."""
         if self.sampler is not None:
-            self.sampler.told, self.sampler.interrupted = told, interrupted
+            self.sampler.told, self.sampler.interrupted, self.sampler.settle = told, interrupted, settle
 
     def fit_memory(self, say: Callable[[str], None]) -> FitMemory | None:
         """What finds passes that fit into memory, where there is something to train."""
@@ -228,7 +233,9 @@ def online_supply(
 def _sampler(settings: Recipe, source: ModelSource, model: nn.Module, material: Material) -> LiveSampler:
     """The model in training as what answers."""
     generation, template = settings.generation, material.template
-    engine = HfEngine(model, rows=generation.rows, memory=generation.memory, decode=template.decode)
+    engine = HfEngine(
+        model, rows=generation.rows, memory=generation.memory, decode=template.decode, pack=True
+    )
     drawn = rollout_settings(
         generation.model_dump(),
         stop_ids=template.stop_ids,

@@ -112,21 +112,20 @@ def _train(loaded: LoadedRecipe, hardware: Hardware, quiet: bool) -> TrainResult
     model, method = _model(settings, source, hardware, vocabulary, material, say)
     manifest = _manifest(settings, source, material)
     remember_base(model, _base_record(settings, manifest["base"]["fingerprint"]))
+    material = fitted(settings, material, model)
+    supply = _online(loaded, source, model, material, say)
     # Only now, when nothing of the input can be wrong any more, is anything written.
     resumed = _open_run(output, loaded, manifest["identity"], say, main=main)
-    count = _count(model, hardware, settings, say)
-    added = vocabulary.to_dict() if vocabulary.is_needed else None
-    manifest |= {"parameters": asdict(count), "vocabulary": added}
+    manifest["parameters"] = asdict(_count(model, hardware, settings, say))
+    manifest["vocabulary"] = vocabulary.to_dict() if vocabulary.is_needed else None
     manifest |= _model_record(settings, material, model, say)
-    material = fitted(settings, material, model)
     trackers = tracking(
         train_spec.report_to if main else (), output, run_name=arguments.run_name, resumed=resumed
     )
     attach = precomputation(settings, source, hardware, model, material, say)
     # A signal ends what is computed here at once: there is no step yet to wait for, nor anything to save.
-    supply = _supply(loaded, source, model, material, attach, arguments, say)
+    supply = supply or _offline(settings, source, model, material, attach, arguments, say)
     with trackers as tracked, ProgressCallback(quiet=quiet) as progress, Interruption() as interruption:
-        supply.watch(progress.answered, lambda: interruption.received is not None)
         trainer = PeftTrainer(
             model=model,
             args=arguments,
@@ -149,14 +148,29 @@ def _train(loaded: LoadedRecipe, hardware: Hardware, quiet: bool) -> TrainResult
             reference=live_reference(settings, hardware, model, material),
             fit_memory=supply.fit_memory(say) if train_spec.fit_memory else None,
         )
+        supply.watch(progress.answered, lambda: interruption.received is not None, trainer.saver.writer.wait)
         metrics = _learn(trainer, settings, manifest, resumed, interruption, say)
     if main and not train_spec.eval_only:
         _show_result(settings, output, manifest, metrics, say)
     return TrainResult(output, metrics)
 
 
-def _supply(
+def _online(
     loaded: LoadedRecipe,
+    source: ModelSource,
+    model: PreTrainedModel | PeftModel,
+    material: Material,
+    say: Say,
+) -> Supply | None:
+    """What a trainer gets whose stage learns from answers of its own; None for other stages."""
+    if not isinstance(loaded.recipe.stage, OnlineSpec):
+        return None
+    beside = loaded.path.parent if loaded.path is not None else None
+    return online_supply(loaded.recipe, source, model, material, beside, say)
+
+
+def _offline(
+    settings: Recipe,
     source: ModelSource,
     model: PreTrainedModel | PeftModel,
     material: Material,
@@ -164,11 +178,7 @@ def _supply(
     arguments: TrainingArguments,
     say: Say,
 ) -> Supply:
-    """What the trainer learns from and evaluates on."""
-    settings = loaded.recipe
-    if isinstance(settings.stage, OnlineSpec):
-        beside = loaded.path.parent if loaded.path is not None else None
-        return online_supply(settings, source, model, material, beside, say)
+    """What a trainer gets whose stage learns from data."""
     padded, world_size = chosen_rows(model).padded, arguments.world_size
     rank = arguments.process_index
     return Supply(
@@ -254,11 +264,12 @@ def _model_record(settings: Recipe, material: Material, model: nn.Module, say: S
             f"note: model.activation_offload moves nothing here: the memory of a {where} device is the host's"
         )
     if rows.padded:
-        share = padding_share(settings, material)
-        record["rows"]["padding_share"] = round(share, 4)
-        say(
-            f"note: rows are padded on the {rows.side} ({share:.0%} of all positions is padding): {rows.reason}"
-        )
+        amount = ""
+        if not isinstance(settings.stage, OnlineSpec):  # nobody knows how long answers will be
+            share = padding_share(settings, material)
+            record["rows"]["padding_share"] = round(share, 4)
+            amount = f" ({share:.0%} of all positions is padding)"
+        say(f"note: rows are padded on the {rows.side}{amount}: {rows.reason}")
     return record
 
 

@@ -26,6 +26,7 @@ from luthier.online import LiveSampler
 from luthier.recipe.online import GrpoSpec, KlSpec, LengthSpec, PpoSpec
 from luthier.stages import build_stage
 from luthier.trainer.bad_numbers import BadNumbersError
+from luthier.trainer.before_update import Asking, Layout
 from luthier.trainer.experience_passes import (
     Piece,
     cut_passes,
@@ -37,7 +38,7 @@ from luthier.trainer.experience_passes import (
     to_arrays,
 )
 from luthier.trainer.rollout_steps import RolloutStep, RolloutSteps, answer_seed, other_prompts
-from luthier.trainer.rollouts import Asking, Layout, Rollouts, SamplingInterrupted
+from luthier.trainer.rollouts import Rollouts, SamplingInterrupted
 from luthier.types import Sample, Term
 from tests.tiny import FAMILIES, VOCAB, tiny_model
 
@@ -155,7 +156,7 @@ def test_another_temperature_is_seen() -> None:
     """The comparison above could fail."""
     model = tiny_model("llama")
     install_target_forward(model)
-    rollouts = rollouts_of(model, grpo())
+    rollouts = rollouts_of(model, grpo(epochs=2))
     rollouts.sample = sampler_of(model, temperature=1.3)
     sampled: list[Rollout] = []
     rollouts.stage.after = lambda rollout, means: sampled.append(rollout)  # type: ignore[method-assign]
@@ -455,7 +456,32 @@ def test_an_answer_that_ends_at_once_is_its_stop_token() -> None:
     sampler = sampler_of(model, stop_ids=tuple(range(VOCAB)))
     (completion,) = sampler([(some_prompts(1)[0], 1)], interruptible=True)
     assert (len(completion), completion.finish, completion.text) == (1, "stop", "[]")
-    assert np.isfinite(completion.logprobs).all()
+    rollouts, asking = rollouts_of(model, grpo(minibatches=2)), asking_of(model)
+    rollouts.sample = sampler
+    for batch in rollouts.passes(RolloutStep(0, 0, (0, 1)), asking):
+        loss = rollouts.stage.loss(asking.policy, batch, {})
+        assert len(batch.signals["advantages"]) == 3
+        assert all(bool(term.total.isfinite()) for term in loss.terms.values())
+
+
+@pytest.mark.parametrize(
+    ("changes", "asked"),
+    [
+        ({}, False),
+        ({"epochs": 2}, True),
+        ({"importance_cap": 2.0}, True),
+        ({"kl": KlSpec(coefficient=0.1)}, True),
+    ],
+)
+def test_the_policy_is_asked_again_where_that_serves_something(changes: dict[str, Any], asked: bool) -> None:
+    model = flat_model()
+    asking, calls = asking_of(model, StartingPoint(model)), list[Any]()
+    said = asking.policy.logprobs
+    asking.policy.logprobs = lambda *a, **k: (calls.append(a), said(*a, **k))[1]  # type: ignore[method-assign]
+    passes = rollouts_of(model, grpo(**changes)).passes(RolloutStep(0, 0, (0, 1)), asking)
+    assert bool(calls) == asked
+    # What an update reads is never what the sampler rounded.
+    assert all(("logprobs" in batch.signals) <= asked for batch in passes)
 
 
 def test_room_is_what_prompt_and_answer_need() -> None:

@@ -10,8 +10,7 @@ The experience of the rollout under way is part of every checkpoint, so that a r
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
@@ -19,14 +18,13 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 from safetensors.numpy import load_file
-from torch import Tensor, nn
 
 from luthier.experience import Completion, Floats, OnlineStage, Prompt, Rollout
 from luthier.recipe.online import OnlineSpec
+from luthier.trainer.before_update import Asking as Asking, Layout as Layout, known
 from luthier.trainer.evaluation import without_dropout
 from luthier.trainer.experience_passes import (
     Piece,
-    cut_passes,
     from_arrays,
     learnt_samples,
     minibatch,
@@ -34,11 +32,10 @@ from luthier.trainer.experience_passes import (
     sources_of,
     to_arrays,
 )
-from luthier.trainer.memory import running_out
 from luthier.trainer.rollout_steps import RolloutStep, answer_seed, other_prompts
 from luthier.trainer.sample_record import SampleRecord
 from luthier.trainer.saving import EXPERIENCE_NAME
-from luthier.types import Batch, LuthierError, Policy, Sample, Term
+from luthier.types import Batch, LuthierError, Sample, Term
 
 
 class SamplingInterrupted(LuthierError):
@@ -69,31 +66,6 @@ class Scoring(Protocol):
     def totals(self, rewards: Floats) -> Floats:
         """(B,) the weighted sums of (B, K)."""
         ...
-
-
-@dataclass(frozen=True, slots=True)
-class Layout:
-    """How samples go through the model: tokens of a pass, whether rows are padded, whether prompts are shared."""
-
-    tokens_per_pass: int
-    shared: bool = False
-    padded: bool = False
-
-    def cut(self, samples: Sequence[Sample], pieces: Sequence[Piece]) -> list[list[Piece]]:
-        return cut_passes(samples, pieces, self.tokens_per_pass, shared=self.shared, padded=self.padded)
-
-
-@dataclass(frozen=True, slots=True)
-class Asking:
-    """What a step lends to a rollout: the policy, its module, the arithmetic of a forward pass, the device, sums over
-    all processes, and the number of the step (from 1)."""
-
-    policy: Policy
-    model: nn.Module
-    arithmetic: Callable[[], AbstractContextManager[Any]]
-    device: torch.device
-    total: Callable[[Tensor], Tensor]
-    step: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,6 +103,7 @@ class Rollouts:
     _number: int = field(init=False, default=-1)
     _update: int = field(init=False, default=0)
     _begun: float = field(init=False, default=0.0)
+    _spent: _Spent = field(init=False, default_factory=lambda: _Spent())
 
     @property
     def updates(self) -> int:
@@ -204,12 +177,12 @@ class Rollouts:
 
     def _begin(self, step: RolloutStep, asking: Asking) -> None:
         """Sample, reward, and ask what is known of the answers before the first update."""
-        self._samples, self._number = [], step.rollout
+        self._samples, self._number, self._spent = [], step.rollout, _Spent()
         begun = time.monotonic()
         with torch.random.fork_rng(), asking.arithmetic(), without_dropout(asking.model):
             groups, replaced = self._groups(step)
-        seconds = time.monotonic() - begun
         rollout = self._known(groups, asking)
+        seconds = time.monotonic() - begun
         signals = self.stage.signals(rollout, asking.total)
         arrays = {name: values.float().cpu().numpy() for name, values in signals.items()}
         self._samples = learnt_samples(rollout, self.stage.learnt(rollout), arrays)
@@ -217,9 +190,13 @@ class Rollouts:
         self.metrics = {name: _term(*sums) for name, sums in report.items()}
         if hasattr(self.spec, "dynamic_sampling"):
             self.metrics["groups_replaced"] = _term(replaced)
-        num_tokens = int(rollout.lengths.sum())
-        self.metrics["rollout_seconds"] = _term(seconds)
-        self.metrics["rollout_tokens_per_second"] = _term(num_tokens, seconds)
+        spent = self._spent
+        self.metrics |= {
+            "rollout_seconds": _term(seconds),
+            "rollout_tokens_per_second": _term(spent.tokens, seconds),
+            "sampling_seconds": _term(spent.sampling),
+            "reward_seconds": _term(spent.rewards),
+        }
         self.stage.after(rollout, self._means(report, asking))
         if self.record is not None:
             self.record.add(asking.step, step.rollout, rollout, self.score.names)
@@ -261,14 +238,22 @@ class Rollouts:
             asked += [
                 (prompt, answer_seed(self.seed, "answers", rollout, attempt, number, k)) for k in range(size)
             ]
+        begun = time.monotonic()
         completions = self.sample(asked, interruptible=True)
+        sampled = time.monotonic()
         rewards = self.score(completions)
         totals = self.score.totals(rewards)
+        self._spent.sampling += sampled - begun
+        self._spent.rewards += time.monotonic() - sampled
+        self._spent.tokens += sum(len(completion) for completion in completions)
         bounds = [slice(start, start + size) for start in range(0, len(completions), size)]
         return [_Group(tuple(completions[one]), rewards[one], totals[one]) for one in bounds]
 
     def _known(self, groups: Sequence[_Group], asking: Asking) -> Rollout:
-        """The rollout with the log-probabilities and values that the stage needs, before its first update."""
+        """What is known of the answers before the first update.
+
+        Where its one update is all that this would serve, the ratio is to the policy itself, and it is not asked.
+        """
         completions = tuple(completion for group in groups for completion in group.completions)
         sampled = np.concatenate([completion.logprobs for completion in completions]).astype(np.float32)
         rollout = Rollout(
@@ -279,47 +264,12 @@ class Rollouts:
             logprobs=sampled,
             sampled=sampled,
         )
-        everything = np.ones(len(completions), np.bool_)
-        samples = learnt_samples(rollout, everything, {})
-        found = _Found(len(sampled), self.stage.needs_reference, self.stage.needs_values)
-        starts = np.cumsum([0, *(len(sample) - sample.branches[0] for sample in samples)])
-        pieces = [Piece(k, 0, len(sample.branches)) for k, sample in enumerate(samples)]
-        with torch.no_grad(), asking.arithmetic(), without_dropout(asking.model):
-            for group in self.layout.cut(samples, pieces):
-                self._ask(samples, starts, group, found, asking)
-        return replace(rollout, logprobs=found.logprobs, reference=found.reference, values=found.values)
-
-    def _ask(
-        self,
-        samples: Sequence[Sample],
-        starts: np.ndarray[Any, Any],
-        group: Sequence[Piece],
-        found: _Found,
-        asking: Asking,
-    ) -> None:
-        """Fill in what one pass says, wherever the stage's batch puts its tokens."""
-        tokens, parts, taken = list[np.ndarray[Any, Any]](), list[Sample](), 0
-        for piece in group:
-            sample = samples[piece.sample]
-            ends = (*sample.branches, len(sample))
-            first = int(starts[piece.sample]) - sample.branches[0]
-            mine = np.arange(first + ends[piece.first], first + ends[piece.last])
-            places = np.arange(taken, taken + len(mine), dtype=np.float32)
-            taken += len(mine)
-            tokens.append(mine)
-            parts.append(replace(part_of(sample, piece), signals={"place": places}))
-        batch = self.stage.collate(parts).to(asking.device)
-        order = np.concatenate(tokens)[batch.signals["place"].long().cpu().numpy()]
-        temperature = self.stage.temperature
-        with running_out(batch):
-            said = asking.policy.logprobs(batch, values=found.values is not None, temperature=temperature)
-            found.logprobs[order] = said.logprobs.float().cpu().numpy()
-            if found.values is not None:
-                assert said.values is not None
-                found.values[order] = said.values.float().cpu().numpy()
-            if found.reference is not None:
-                reference = asking.policy.reference_logprobs(batch, temperature=temperature)
-                found.reference[order] = reference.float().cpu().numpy()
+        further = (
+            self.stage.needs_reference or self.stage.needs_values or self.spec.importance_cap is not None
+        )
+        if self.updates == 1 and not further:
+            return rollout
+        return known(rollout, self.stage, self.layout, asking)
 
     # ---- checkpoints -----------------------------------------------------------------------------------
 
@@ -348,22 +298,12 @@ class Rollouts:
 
 
 @dataclass(slots=True)
-class _Found:
-    """(N,) numbers of every token, filled in pass by pass."""
+class _Spent:
+    """Seconds of a rollout, and tokens sampled, those of groups that were replaced too."""
 
-    num_tokens: int
-    needs_reference: bool
-    needs_values: bool
-    logprobs: Floats = field(init=False)
-    reference: Floats | None = field(init=False, default=None)
-    values: Floats | None = field(init=False, default=None)
-
-    def __post_init__(self) -> None:
-        self.logprobs = np.zeros(self.num_tokens, np.float32)
-        if self.needs_reference:
-            self.reference = np.zeros(self.num_tokens, np.float32)
-        if self.needs_values:
-            self.values = np.zeros(self.num_tokens, np.float32)
+    sampling: float = 0.0
+    rewards: float = 0.0
+    tokens: int = 0
 
 
 def _term(total: float, weight: float = 1.0) -> Term:
