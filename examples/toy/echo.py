@@ -109,9 +109,13 @@ def returns(stage: str, seed: int = 0, steps: int = 120, *, quiet: bool = False)
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("stage", choices=STAGES)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--steps", type=int, default=120)
     options = parser.parse_args()
-    print(f"mean reward after training: {returns(options.stage, options.seed, options.steps):.3f} of at most 1")
+    print(
+        f"mean reward after training: {returns(options.stage, options.seed, options.steps):.3f} of at most 1"
+    )
