@@ -266,9 +266,9 @@ def test_an_adapter_says_the_same_on_the_policys_base(run: Run, home: Path) -> N
     name, folder = run
     completions = pairs(home)
     policy, _ = policy_on(home / "base", POLICIES["lora"])
-    policy.train()  # its dropout, and the reward adapter's own, are off while answers are scored
     heard: list[str] = []
     rewards = built(folder, policy=policy, policy_base=str(home / "base"), say=heard.append)
+    policy.train()  # its dropout, and the reward adapter's own, are off while answers are scored
     found = torch.from_numpy(rewards(completions)[:, 0])
     torch.testing.assert_close(found, expected(home, folder), atol=1e-5, rtol=0)
     judge = rewards._judges[0]
