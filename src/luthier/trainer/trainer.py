@@ -78,10 +78,10 @@ class PeftTrainer(Evaluation):
         answers: Answers | None = None,
         rollouts: Rollouts | None = None,
     ) -> None:
-        """`eval_arithmetic` is the type of evaluations (see `ModelPolicy`), without it that of training; `reference` is
-        the model that a stage compares with, where it needs one, `schedule` what `optim.schedule_function` names;
-        `answers` answers at evaluations, `rollouts` gives an online stage what it learns from."""
-        self._reference, self._schedule, self._answers, self._rollouts = reference, schedule, answers, rollouts
+        """`eval_arithmetic` is the type of evaluations, without it that of training; `reference` is what a stage compares
+        with, `schedule` what `optim.schedule_function` names; `answers` answers at evaluations; `rollouts`: ppo, grpo."""
+        self._reference, self._schedule = reference, schedule
+        self._answers, self._rollouts = answers, rollouts
         self.stage, self.method, self._optim = stage, method, optim
         self._steps, self._eval_sets = steps, dict(eval_sets)
         self.saver = CheckpointSaver(
