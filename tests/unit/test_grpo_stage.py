@@ -215,8 +215,8 @@ def test_report() -> None:
 
 
 def test_the_coefficient_follows_the_divergence() -> None:
-    """Per answer 0.75 nats with a target of 0.5: up by its share of six answers; then state travels as JSON."""
-    kl = {"coefficient": 0.1, "estimator": "k1", "target": 0.5, "horizon": 100}
+    """Per answer 0.75 nats with a target of 0.7: up in proportion, by its share of six answers; then state travels as JSON."""
+    kl = {"coefficient": 0.1, "estimator": "k1", "target": 0.7, "horizon": 100}
     rollout = made_rollout(
         [[1], [2]], [[5], [6, 7], [8], [9, 9, 9], [4], [3]], [0] * 6, logprobs=[-1] * 9, reference=[-1.5] * 9
     )
@@ -224,7 +224,7 @@ def test_the_coefficient_follows_the_divergence() -> None:
     stage.signals(rollout, alone)
     assert stage.kl_coefficient == 0.1
     stage.after(rollout, {})
-    assert stage.kl_coefficient == pytest.approx(0.1 * (1 + 0.2 * 6 / 100))
+    assert stage.kl_coefficient == pytest.approx(0.1 * (1 + (0.75 / 0.7 - 1) * 6 / 100))
     other = stage_of(kl=kl)
     other.restore(stage.state())
     assert other.kl_coefficient == stage.kl_coefficient
