@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification, set_seed
 
 from luthier.data.collate import branch_batch, flat_batch
+from luthier.exporting.merge import keep_value_head
 from luthier.methods import build_method
 from luthier.methods.adapter_files import attach_scorer
 from luthier.methods.critic import WithCritic, attach_critic
@@ -45,6 +46,7 @@ from luthier.recipe.schema import (
     ModelSpec,
     VeraSpec,
 )
+from luthier.trained.source import Trained
 from luthier.trainer.snapshot import HostCopies, model_state
 from luthier.types import IGNORE_INDEX, Batch, CheckpointError, ModelError
 from tests.tiny import FAMILIES, chat_model, random_pairs, random_samples, tiny_model
@@ -813,3 +815,15 @@ def test_noise_on_embeddings_stays_within_the_policy_and_its_critic(method: str,
     plain.load_state_dict(model.state_dict())
     for expected, found in zip(answers(plain.eval(), batch_of()), answers(model, batch_of()), strict=True):
         assert torch.equal(found, expected)
+
+
+@pytest.mark.parametrize("method", ["full", "lora"])
+def test_an_export_leaves_the_head_out(method: str, tmp_path: Path) -> None:
+    model, both = policy_with(method, "shared")
+    both.publish(model, tmp_path / "run")
+    path = ModelSpec(path=str(tmp_path / "run"))
+    adapters = (path.path,) if method == "lora" else ()
+    trained = Trained("run", path, adapters, path.path, "language")
+    (tmp_path / "out").mkdir()
+    keep_value_head(tiny_model("llama"), trained, tmp_path / "out")
+    assert (tmp_path / "run" / VALUE_HEAD_NAME).is_file() and not list((tmp_path / "out").iterdir())

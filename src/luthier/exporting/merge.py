@@ -63,11 +63,16 @@ def write_model(
 
 
 def keep_value_head(model: PreTrainedModel, trained: Trained, folder: Path) -> None:
-    """Write the head of a reward model in float32: the run's own file where it has one (it may hold a bias)."""
+    """Write the head of a reward model in float32: the run's own file where it has one (it may hold a bias).
+
+    A policy's file is its critic's, which is no part of what is exported.
+    """
+    if value_head(model) is None:
+        return
     saved = Path(trained.adapters[-1] if trained.adapters else trained.model.path) / VALUE_HEAD_NAME
     if saved.is_file():
         shutil.copyfile(saved, folder / VALUE_HEAD_NAME)
-    elif value_head(model) is not None:
+    else:
         write_value_head(folder, model.state_dict())
 
 
