@@ -65,8 +65,7 @@ def estimate_memory(
     """The memory of a run at its fullest. It runs three short forward passes (six with gradient checkpointing).
 
     process: what `memory_before` said before the model was loaded. reference: what the stage compares with; where the
-    recipe asks it in advance, it counts before training only. sampling: bytes of keys and values while answers are
-    drawn.
+    recipe asks it in advance, it counts before training only. sampling: keys and values while answers are drawn.
     """
     arithmetic = autocast_type(settings.train.precision)
     measured = partial(
@@ -85,8 +84,7 @@ def estimate_memory(
     if stage.model == "language":
         head, transient = head_bytes(model, shape, arithmetic=arithmetic, smoothed=smoothed)
     compared, in_advance = reference_bytes(reference, model), reference_spec(settings).precompute
-    optimizer = state_bytes(settings.optim, model)
-    on_cpu = hardware.device != "cuda"
+    optimizer, on_cpu = state_bytes(settings.optim, model), hardware.device != "cuda"
     moved = settings.model.activation_offload and not on_cpu
     sizes = Sizes(
         process=process,
