@@ -78,8 +78,8 @@ class PeftTrainer(Evaluation):
         answers: Answers | None = None,
         rollouts: Rollouts | None = None,
     ) -> None:
-        """`eval_arithmetic` is the type of evaluations, without it that of training; `reference` is what a stage compares
-        with, `schedule` what `optim.schedule_function` names; `answers` answers at evaluations; `rollouts`: ppo, grpo."""
+        """`eval_arithmetic` is the type of evaluations, without it that of training; `reference` is what a stage is
+        compared with, `schedule` what `optim.schedule_function` names; `answers` answers at evaluations."""
         self._reference, self._schedule = reference, schedule
         self._answers, self._rollouts = answers, rollouts
         self.stage, self.method, self._optim = stage, method, optim
