@@ -210,7 +210,7 @@ def test_only_http(url: str) -> None:
         (says({"scores": [1, None]}), "answered the score None, no number"),
         (says({"detail": "no model judge"}, 404), 'it answered 404 Not Found: {"detail": "no model judge"}'),
         (says(b"x" * 5000, 422), "x" * 200 + " ..."),
-        (says(b"", 307, Location="http://elsewhere/"), "it has moved to http://elsewhere/, name that"),
+        (says(b"", 302, Location="http://127.0.0.1:9/"), "it has moved to http://127.0.0.1:9/, name that"),
     ],
 )
 def test_a_wrong_answer_is_no_score_and_is_not_asked_for_again(
