@@ -15,8 +15,11 @@ def of(*overrides: str) -> Recipe:
     return load_recipe(BASE, list(overrides)).recipe
 
 
+GRPO = ("stage.type=grpo", "stage.rewards=[{type: length, most: 5}]")
+
+
 def test_every_free_key_exists() -> None:
-    forms = [of(), of("stage.type=dpo")]
+    forms = [of(), of("stage.type=dpo"), of(*GRPO)]
     for section, names in FREE.items():
         assert names <= {name for form in forms for name in type(getattr(form, section)).model_fields}, (
             section
@@ -63,3 +66,14 @@ def test_a_setting_that_an_older_version_lacked_is_no_change() -> None:
     before = identity(of(), "b", ["d"])
     del before["settings"]["train.neftune_alpha"]
     assert changes(before, identity(of(), "b", ["d"])) == []
+
+
+def test_what_is_drawn_decides_what_grpo_learns() -> None:
+    """Elsewhere the recipe's generation is that of evaluations alone."""
+    for given, differs in (("temperature=0.7", True), ("max_new_tokens=9", True), ("rows=3", False)):
+        assert not changes(identity(of(), "b", []), identity(of(f"generation.{given}"), "b", []))
+        found = changes(identity(of(*GRPO), "b", []), identity(of(*GRPO, f"generation.{given}"), "b", []))
+        assert bool(found) == differs, given
+    samples = identity(of(*GRPO, "stage.samples_every=3"), "b", [])
+    assert not changes(identity(of(*GRPO), "b", []), samples)
+    assert changes(identity(of(*GRPO), "b", []), identity(of(*GRPO, "stage.epochs=2"), "b", []))

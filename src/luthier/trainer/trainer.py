@@ -78,11 +78,10 @@ class PeftTrainer(Evaluation):
         answers: Answers | None = None,
         rollouts: Rollouts | None = None,
     ) -> None:
-        """`eval_arithmetic` is the type of evaluations (see `ModelPolicy`), without it that of training; `reference` is
-        the model that a stage compares with, where it needs one, `schedule` what `optim.schedule_function` names;
-        `answers` answers at evaluations, `rollouts` gives an online stage what it learns from."""
-        self._reference, self._schedule, self._answers = reference, schedule, answers
-        self._rollouts = rollouts
+        """`eval_arithmetic` is the type of evaluations, without it that of training; `reference` is what a stage is
+        compared with, `schedule` what `optim.schedule_function` names; `answers` answers at evaluations."""
+        self._reference, self._schedule = reference, schedule
+        self._answers, self._rollouts = answers, rollouts
         self.stage, self.method, self._optim = stage, method, optim
         self._steps, self._eval_sets = steps, dict(eval_sets)
         self.saver = CheckpointSaver(
@@ -94,15 +93,13 @@ class PeftTrainer(Evaluation):
             only_model=args.save_only_model,
             metadata=checkpoint_metadata or {},
         )
-        self._metrics = tuple(metrics)
-        self._eval_arithmetic, self._fit_memory = eval_arithmetic, fit_memory
+        self._metrics, self._eval_arithmetic, self._fit_memory = tuple(metrics), eval_arithmetic, fit_memory
         self.ledger = Ledger(NumberGuard(bad_numbers or BadNumbersSpec(), self.saver.run_dir))
         super().__init__(
             model=model,
             args=args,
             train_dataset=steps,
-            # transformers wants something to evaluate on; the prompts of an online stage are `answers`' own.
-            eval_dataset=self._eval_sets or (None if rollouts is None else {}),  # type: ignore[arg-type]
+            eval_dataset=self._eval_sets or (None if answers is None else {}),  # type: ignore[arg-type]
             processing_class=tokenizer,
             callbacks=[
                 *callbacks,
