@@ -28,7 +28,7 @@ def test_an_example_trains(
         "train.save_every=null",
         "train.plots=false",
         "train.log_every=1",
-        "data.max_samples=8",
+        "data.max_samples=3",
         "data.dev_split=0",
         "train.generate_at_eval=null",
         "train.eval_every=null",
