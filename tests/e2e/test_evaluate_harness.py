@@ -169,7 +169,9 @@ def test_unknown_tasks_are_refused(model: Path, tmp_path: Path) -> None:
 
 
 def test_without_lm_eval_the_line_that_installs_it(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "lm_eval", None)  # which is what Python keeps of a module that is not there
+    monkeypatch.setitem(
+        sys.modules, "lm_eval", None
+    )  # which is what Python keeps of a module that is not there
     with pytest.raises(
         RecipeError, match=r"--lm-eval needs the package lm-eval.*pip install 'luthier\[lm-eval\]'"
     ):
