@@ -6,7 +6,7 @@ PYTHON ?= python3
 VENV ?= .venv
 PIP_ARGS ?=
 # Two processes, each with its own files: tiny models gain nothing from a second thread.
-PYTEST_ARGS ?= -n 2 --dist loadfile
+PYTEST_ARGS ?= -n 2 --dist loadfile --no-loadscope-reorder
 
 # Without the peers' environments: LLaMA-Factory needs one of its own (--lf-python).
 BENCH_ARGS ?= --contenders luthier trl trl_packing trainer --results runs/bench.json

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 
 # Before any import of transformers or datasets: they read these once.
@@ -15,6 +16,12 @@ from pathlib import Path
 import pytest
 
 SHARED_DATA = Path(__file__).parents[2] / "shared" / "data"
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files with slow tests first, so that none of them is all that is left for one of several processes."""
+    slow = {item.path for item in items if item.get_closest_marker("slow")}
+    items.sort(key=lambda item: item.path not in slow)
 
 
 @pytest.fixture(scope="session")
@@ -34,6 +41,27 @@ def smollm2() -> Path:
     from luthier.recipe.schema import ModelSpec
 
     return Path(locate(ModelSpec(path="embedded")).path)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def unsynced() -> Iterator[None]:
+    """No waiting for the disk, several times for each checkpoint: a test ends before its machine does. What is synced,
+    and when, is asserted all the same, and programs that tests start wait as ever."""
+
+    def checked(descriptor: int) -> None:
+        os.fstat(descriptor)  # raises for one that is not open, as fsync does
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", checked)
+        yield
+
+
+@pytest.fixture(scope="module", autouse=True)
+def frozen() -> None:
+    """What imports and earlier files left is not looked through again: every training collects garbage at its start,
+    which takes half a second over the modules of the whole suite, as long as all the rest of a tiny training."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)

@@ -8,9 +8,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 BENCHMARK = Path(__file__).parents[2] / "benchmarks" / "crash.py"
 
 
+@pytest.mark.slow
 def test_six_killed_runs_end_as_if_nothing_had_happened(tmp_path: Path) -> None:
     results = tmp_path / "crash.json"
     done = subprocess.run(

@@ -26,7 +26,7 @@ from tests.parity.test_pair_losses import dpo_trainer, trl_loss
 
 def real_samples(stage: Stage, data: str, folder: Path, model: Path, cache: Path) -> list[Sample]:
     """The first four rows of a demonstration data set that are short, as a run would train on them."""
-    spec = DataSpec(train=(data,), directory=str(folder), max_samples=20, cache=str(cache))
+    spec = DataSpec(train=(data,), directory=str(folder), max_samples=60, cache=str(cache))
     source = ModelSpec(path=str(model))
     template = load_template(load_tokenizer(source, locate(source)), spec)
     how = Preparation(stage.encode, template, stage.kind, {"stage": stage.name}, seed=0)
@@ -40,7 +40,7 @@ def loaded(model: Path, attention: str, difference: float) -> PreTrainedModel:
     network = AutoModelForCausalLM.from_pretrained(model, attn_implementation=attention, dtype=torch.float32)
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
-        for parameter in network.parameters():
+        for parameter in network.parameters() if difference else ():
             parameter.mul_(1 + difference * torch.randn(parameter.shape, generator=generator))
     assert isinstance(network, PreTrainedModel)
     return network.eval()
@@ -59,7 +59,7 @@ def trl_models(model: Path) -> tuple[Any, Any, PreTrainedTokenizerFast]:
     return loaded(model, "sdpa", 0.0), loaded(model, "sdpa", 0.01), tokenizer
 
 
-OPTIONS = EncodeOptions(max_length=400, overflow="drop")
+OPTIONS = EncodeOptions(max_length=160, overflow="drop")
 
 
 @pytest.mark.slow

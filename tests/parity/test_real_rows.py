@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -49,7 +49,7 @@ def conversations(shared_data: Path) -> list[Messages]:
     return found
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def tokenizer(smollm2: Path) -> PreTrainedTokenizerFast:
     return AutoTokenizer.from_pretrained(smollm2)
 
@@ -79,17 +79,25 @@ def prepared(
     return read_material(recipe, tokenizer, lambda text: None).data.train
 
 
-def answers(tokenizer: PreTrainedTokenizerFast, row: Messages) -> Iterator[tuple[int, int, int]]:
-    """(message, first token, token after its stop token) of each answer, by templates of growing length."""
-    plain = [{"role": message["role"], "content": message["content"]} for message in row]
+Turns = tuple[tuple[str, str], ...]
+"""Role and content of each message."""
+
+
+@cache
+def answers(tokenizer: PreTrainedTokenizerFast, turns: Turns) -> tuple[int, list[tuple[int, int, int]]]:
+    """How many tokens there are, and (message, first token, token after its stop token) of each answer, by templates
+    of growing length. Kept, because several tests ask it of the same rows."""
+    plain = [{"role": role, "content": content} for role, content in turns]
     whole = tokenizer.apply_chat_template(plain, return_dict=False)
     stop = tokenizer.convert_tokens_to_ids("<|im_end|>")
+    found = []
     for k, message in enumerate(plain):
         if message["role"] == "assistant":
             start = len(
                 tokenizer.apply_chat_template(plain[:k], add_generation_prompt=True, return_dict=False)
             )
-            yield k, start, whole.index(stop, start) + 1
+            found.append((k, start, whole.index(stop, start) + 1))
+    return len(whole), found
 
 
 def masks(table: SampleTable) -> list[list[float]]:
@@ -99,9 +107,9 @@ def masks(table: SampleTable) -> list[list[float]]:
 def expected(
     tokenizer: PreTrainedTokenizerFast, row: Messages, weights: dict[int, float], rest: float = 0.0
 ) -> list[float]:
-    plain = [{"role": message["role"], "content": message["content"]} for message in row]
-    mask = np.full(len(tokenizer.apply_chat_template(plain, return_dict=False)), rest)
-    for k, start, stop in answers(tokenizer, row):
+    num_tokens, found = answers(tokenizer, tuple((message["role"], message["content"]) for message in row))
+    mask = np.full(num_tokens, rest)
+    for k, start, stop in found:
         mask[start:stop] = weights.get(k, 0.0)
     return mask.tolist()
 
