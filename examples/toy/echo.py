@@ -1,4 +1,4 @@
-"""A policy of two layers learns by PPO or GRPO to say a letter back and then to stop: the smallest run that can be right.
+"""A policy of two layers learns by PPO or GRPO to say a letter back and then to stop: the smallest run that can end.
 
     python examples/toy/echo.py grpo            # or ppo
     python examples/toy/echo.py ppo --seed 1

@@ -287,14 +287,14 @@ class Policy(Protocol):
         self,
         batch: Batch,
         *,
-        entropy: bool = False,
+        entropy: bool | Literal["value"] = False,
         mean_logprobs: bool = False,
         top_entropy: bool = False,
         divergence: bool = False,
         values: bool = False,
         temperature: float = 1.0,
     ) -> TokenLogprobs:
-        """Statistics of the targets; logits are divided by `temperature` first, as they are in sampling."""
+        """Statistics of the targets, of logits divided by `temperature`; "value": the entropy without a gradient."""
         ...
 
     def reference_logprobs(self, batch: Batch, *, temperature: float = 1.0) -> Tensor:

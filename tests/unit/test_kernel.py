@@ -140,6 +140,18 @@ def test_alone(name: str, trains: bool) -> None:
     torch.testing.assert_close(p.hidden.grad, plain.hidden.grad)
 
 
+@pytest.mark.parametrize("trains", [False, True], ids=["frozen", "trains"])
+def test_the_number_of_the_entropy_alone(trains: bool) -> None:
+    """It has no gradient, and those of the others are what they are without it."""
+    p, plain = problem(trains=trains), problem(trains=trains)
+    answers, without = p.answers(entropy="value"), plain.answers(entropy=False)
+    assert not answers["entropy"].requires_grad
+    torch.testing.assert_close(answers["entropy"], p.answers()["entropy"].detach())
+    for said in (answers, without):
+        torch.stack([said[name].sum() for name in DIFFERENTIABLE if name != "entropy"]).sum().backward()
+    assert torch.equal(p.hidden.grad, plain.hidden.grad)
+
+
 def test_divergence_from_itself_is_nothing() -> None:
     """A run that starts at its reference is pulled nowhere."""
     p = problem(trains=False)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -53,9 +53,10 @@ class Anchor:
 
 @dataclass(frozen=True, slots=True)
 class _Wanted:
-    """What is asked for besides the log-probabilities."""
+    """What is asked for besides the log-probabilities; `entropy_slope`: the entropy with its gradient."""
 
     entropy: bool
+    entropy_slope: bool
     mean_logprobs: bool
     top_entropy: bool
     predictions: bool
@@ -65,13 +66,20 @@ class _Wanted:
     @property
     def differentiable(self) -> tuple[str, ...]:
         """Names of the statistics that have gradients, in the order of `_statistics`."""
-        flags = (("entropy", self.entropy), ("mean_logprobs", self.mean_logprobs))
+        flags = (
+            ("entropy", self.entropy and self.entropy_slope),
+            ("mean_logprobs", self.mean_logprobs),
+        )
         names = ("logprobs", *(name for name, flag in flags if flag))
         return names if self.anchor is None else (*names, "divergence")
 
     @property
     def names(self) -> tuple[str, ...]:
-        flags = (("top_entropy", self.top_entropy), ("predictions", self.predictions))
+        flags = (
+            ("entropy", self.entropy and not self.entropy_slope),
+            ("top_entropy", self.top_entropy),
+            ("predictions", self.predictions),
+        )
         return (*self.differentiable, *(name for name, flag in flags if flag))
 
     def anchored(self, start: int, stop: int) -> Tensor | None:
@@ -84,7 +92,7 @@ def token_logprobs(
     targets_N: Tensor,
     *,
     vocab_size: int,
-    entropy: bool,
+    entropy: bool | Literal["value"],
     mean_logprobs: bool,
     head_trains: bool,
     predictions: bool = False,
@@ -95,15 +103,17 @@ def token_logprobs(
     """Log-probabilities of `targets_N` under p = softmax(`logits_of(hidden)` / t), each (N,) float32; differentiable.
 
     t is `temperature`, > 0; everything said here, the anchor's q too, is of logits divided by it, in float32.
-    `entropy` is -sum p log p of each position; `mean_logprobs` is the mean log-probability of the vocabulary;
-    with an anchor, whose distribution is q, `divergence` is KL(q || p) = sum q (log q - log p).
+    `entropy` is -sum p log p of each position, with "value" its number without a gradient;
+    `mean_logprobs` is the mean log-probability of the vocabulary; with an anchor, whose distribution is q, `divergence`
+    is KL(q || p) = sum q (log q - log p).
     Without a gradient: `top_entropy` is the entropy of the softmax over the `TOP` largest logits alone (all of a
     smaller vocabulary); `predictions` is the most likely token, (N,) int64.
     Where the head does not train, each row's gradient with respect to its own hidden state is computed
     together with its value, because a log-probability depends on no other row: the logits are then computed
     once. Where the head trains, every chunk is checkpointed and its logits are computed again in backward.
     """
-    wanted = _Wanted(entropy, mean_logprobs, top_entropy, predictions, anchor, temperature)
+    slope = entropy != "value"
+    wanted = _Wanted(bool(entropy), slope, mean_logprobs, top_entropy, predictions, anchor, temperature)
     kinds = 1 if anchor is None else 2  # of logits that exist at one time
     rows = chunk_rows(len(targets_N), kinds * vocab_size, hidden_ND.device)
     bounds = [(start, min(start + rows, len(targets_N))) for start in range(0, len(targets_N), rows)]
@@ -139,20 +149,27 @@ def _statistics(
     """Everything that is wanted of each row, in the order of `wanted.names`."""
     normaliser_C = logits_CV.logsumexp(dim=-1)
     outputs = [logits_CV.gather(-1, targets_C[:, None])[:, 0] - normaliser_C]
-    if wanted.entropy:
-        probabilities = (logits_CV - normaliser_C[:, None]).exp()
-        outputs.append(normaliser_C - (probabilities * logits_CV).sum(-1))
+    if wanted.entropy and wanted.entropy_slope:
+        outputs.append(_entropy(logits_CV, normaliser_C))
     if wanted.mean_logprobs:
         outputs.append(logits_CV.mean(dim=-1) - normaliser_C)
     if anchored_CV is not None:
         # Differences first: sum q log q - sum q log p would lose a small divergence in rounding.
         differences = anchored_CV - (logits_CV - normaliser_C[:, None])
         outputs.append((anchored_CV.exp() * differences).sum(-1))
+    if wanted.entropy and not wanted.entropy_slope:
+        outputs.append(_entropy(logits_CV.detach(), normaliser_C.detach()))
     if wanted.top_entropy:
         outputs.append(_top_entropy(logits_CV.detach()))
     if wanted.predictions:
         outputs.append(logits_CV.argmax(dim=-1))
     return tuple(outputs)
+
+
+def _entropy(logits_CV: Tensor, normaliser_C: Tensor) -> Tensor:
+    """(C,) H = log Z - sum p z."""
+    probabilities = (logits_CV - normaliser_C[:, None]).exp()
+    return normaliser_C - (probabilities * logits_CV).sum(-1)
 
 
 def _top_entropy(logits_CV: Tensor) -> Tensor:
@@ -219,7 +236,7 @@ def _slopes(
     normaliser_C = logits_CV.gather(-1, targets_C[:, None])[:, 0] - values[0]
     probabilities = logits_CV.sub_(normaliser_C[:, None])
     slopes: list[Tensor] = []
-    if wanted.entropy:
+    if wanted.entropy and wanted.entropy_slope:
         # dH/dz_v = -p_v (log p_v + H)
         slopes.append(-probabilities.exp() * (probabilities + values[1][:, None]))
     probabilities = probabilities.exp_()

@@ -13,7 +13,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable
 from functools import cache
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from accelerate.utils import extract_model_from_parallel
@@ -264,7 +264,7 @@ class ModelPolicy:
         self,
         batch: Batch,
         *,
-        entropy: bool = False,
+        entropy: bool | Literal["value"] = False,
         mean_logprobs: bool = False,
         predictions: bool = False,
         top_entropy: bool = False,

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -165,7 +165,11 @@ class OnlineLearning(Separable):
     # ---- the loss --------------------------------------------------------------------------------------
 
     def _answered(self, policy: Policy, batch: Batch) -> Answered:
-        answers = policy.logprobs(batch, entropy=True, values=self.needs_values, temperature=self.temperature)
+        # For the log its number is enough; its gradient would be a second backward pass of the head.
+        entropy: bool | Literal["value"] = True if self._spec.entropy else "value"
+        answers = policy.logprobs(
+            batch, entropy=entropy, values=self.needs_values, temperature=self.temperature
+        )
         assert answers.entropy is not None
         logprobs_N = answers.logprobs.float()
         before_N = batch.signals.get("logprobs", logprobs_N.detach())

@@ -120,7 +120,7 @@ class RecordingPolicy:
     def scores(self, batch: Batch) -> torch.Tensor:
         return self._policy.scores(batch)
 
-    def logprobs(self, batch: Batch, *, temperature: float = 1.0, **wanted: bool) -> TokenLogprobs:
+    def logprobs(self, batch: Batch, *, temperature: float = 1.0, **wanted: Any) -> TokenLogprobs:
         answers = self._policy.logprobs(batch, predictions=True, temperature=temperature, **wanted)
         self.rows += evaluated_rows(batch, answers)
         return answers
