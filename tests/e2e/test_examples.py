@@ -13,8 +13,8 @@ from luthier.recipe.schema import OnlineSpec
 
 ROOT = Path(__file__).parents[2]
 NEEDS_RUNS = {"sft_stacked_adapters.yaml", "llamafactory_ppo.yaml"}
-NUM_ROWS = {"sft_eva": 8}
-"""Fewer rows would be looked at for longer, until their directions stand still."""
+NUM_ROWS = {"sft_eva": 8, "llamafactory_pt": 8}
+"""Of fewer rows, EVA would look at each for longer, and LLaMA-Factory's blocks of tokens would not fill one."""
 EXAMPLES = [path for path in sorted((ROOT / "examples").glob("*.yaml")) if path.name not in NEEDS_RUNS]
 
 
