@@ -11,6 +11,7 @@ from luthier.recipe.load import LoadedRecipe, dump_recipe, load_recipe
 from luthier.recipe.online import reward_names
 from luthier.recipe.resolve import Hardware, resolve
 from luthier.recipe.schema import (
+    FunctionRewardSpec,
     GrpoSpec,
     KlSpec,
     LengthSpec,
@@ -81,6 +82,20 @@ def test_rewards_are_called_by_their_name_or_their_type() -> None:
     assert reward_names([plain, named, plain]) == ("numeric_2", "numeric", "numeric_3")
     same = RegexSpec(pattern="a", name="numeric_2")
     assert reward_names([plain, plain, same]) == ("numeric", "numeric_3", "numeric_2")
+
+
+def test_a_function_is_called_by_its_own_name() -> None:
+    of_file, of_module = (FunctionRewardSpec(path=path) for path in ("some/file.py:brevity", "a.b:length"))
+    assert reward_names([of_file]) == ("brevity",)
+    assert reward_names([of_file.model_copy(update={"name": "short"}), of_file]) == ("short", "brevity")
+    # Two files may have functions of one name, and one may be called like a type.
+    other = FunctionRewardSpec(path="other.py:brevity")
+    assert reward_names([of_file, other, of_module, LengthSpec(most=3)]) == (
+        "brevity",
+        "brevity_2",
+        "length",
+        "length_2",
+    )
 
 
 @pytest.mark.parametrize(

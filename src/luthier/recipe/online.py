@@ -23,7 +23,7 @@ class _Weighted(Spec):
     weight: float = 1.0
     """Of this reward in the sum; negative for a penalty."""
     name: str | None = None
-    """In logs; absent, its type, numbered from its second on."""
+    """In logs; absent, its type or the function's own name, numbered from the second on that has it."""
 
     @field_validator("name")
     @classmethod
@@ -31,6 +31,11 @@ class _Weighted(Spec):
         if value is not None and not re.fullmatch(r"[\w.-]+", value):
             raise ValueError(f"write one word of letters, digits and _ . -, found the text {value!r}")
         return value
+
+    @property
+    def kind(self) -> str:
+        """What it is called where the recipe gives no name."""
+        return self.type
 
 
 class ModelRewardSpec(_Weighted):
@@ -82,6 +87,10 @@ class FunctionRewardSpec(_Weighted):
         if not (module and colon and function.isidentifier()):
             raise ValueError(f"write package.module:name or file.py:name, found the text {value!r}")
         return value
+
+    @property
+    def kind(self) -> str:
+        return self.path.rpartition(":")[2]
 
 
 class ExactMatchSpec(_Weighted):
@@ -166,12 +175,13 @@ RewardSpec = Annotated[
 
 
 def reward_names(rewards: Sequence[RewardSpec]) -> tuple[str, ...]:
-    """Of the columns of logs: what the recipe calls each reward, else its type, numbered where that is taken."""
+    """What each is called in logs, in samples.jsonl and in messages: its name in the recipe, else the function's own or
+    its type, numbered where that is taken."""
     given = [reward.name for reward in rewards if reward.name is not None]
     names: list[str] = []
     for reward in rewards:
-        numbered = (f"{reward.type}_{number}" for number in range(2, 2 * len(rewards) + 2))
-        free = (name for name in (reward.type, *numbered) if name not in (*names, *given))
+        numbered = (f"{reward.kind}_{number}" for number in range(2, 2 * len(rewards) + 2))
+        free = (name for name in (reward.kind, *numbered) if name not in (*names, *given))
         names.append(reward.name or next(free))
     return tuple(names)
 
