@@ -189,7 +189,7 @@ def reward_names(rewards: Sequence[RewardSpec]) -> tuple[str, ...]:
 class KlSpec(Spec):
     """How the policy is held to the reference."""
 
-    coefficient: float = Field(default=0.05, ge=0)
+    coefficient: float = Field(default=0.0, ge=0)
     """0: not at all, and no reference is kept."""
     estimator: Literal["k1", "k2", "k3"] = "k3"
     """Of the divergence from samples (Schulman, 2020), with r = reference / policy: -log r, (log r)^2 / 2,
@@ -252,7 +252,7 @@ class OnlineSpec(Spec):
     target_kl: float | None = Field(default=None, gt=0)
     """Leave out the rest of a rollout's steps once the policy is this far from where they began."""
     reference: Reference = "start"
-    kl: KlSpec = KlSpec(coefficient=0.0)
+    kl: KlSpec = KlSpec()
     samples_every: int | None = Field(default=10, gt=0)
     """Rollouts between entries of samples.jsonl; null for none."""
     max_samples: int = Field(default=8, gt=0)
@@ -358,8 +358,8 @@ class GrpoSpec(OnlineSpec):
     answer's as one action (rloo)."""
     loss: Literal["clip", "cispo"] = "clip"
     """The clipped surrogate, or REINFORCE with a clipped weight (arXiv:2506.13585)."""
-    kl: KlSpec = KlSpec(coefficient=0.0)
-    """In the loss of each token."""
+    kl: KlSpec = KlSpec()
+    """In the loss of each token. Off unless the coefficient is given, by the recipe or the variant."""
     kl_correction: bool = False
     """Multiply each token's estimate by its ratio, so that its gradient is that of the divergence itself, off-policy
     too (DeepSeek-V3.2, arXiv:2512.02556, section 3.1)."""
@@ -377,4 +377,10 @@ class GrpoSpec(OnlineSpec):
             rewards := given.get("rewards"), list
         ):  # JSON's lists are Python's once they come by here
             given = {**given, "rewards": tuple(rewards)}
+        own, kl = given.get("kl"), filled(given).get("kl")
+        if isinstance(own, dict) and own and "coefficient" not in own and not (kl or {}).get("coefficient"):
+            raise ValueError(
+                f"stage.kl.{next(iter(own))} has no effect with stage.kl.coefficient: 0, its default here; give a "
+                "coefficient (0.04 in the paper of GRPO)"
+            )
         return filled(given) if given.get("variant") is not None else given
