@@ -326,7 +326,7 @@ class PpoSpec(OnlineSpec):
     """A value head on the policy's trunk, or a trunk of its own (an adapter on the same base, where there are
     adapters)."""
     value_start: str | None = None
-    """A reward model (a run of stage rm) whose value head the critic starts from."""
+    """A reward model (a run of stage rm) whose value head the critic starts from, and one of its own the trunk too."""
     whiten_advantages: bool = True
     whiten_rewards: bool = False
     """Bring the rewards of tokens to variance 1 around their mean."""
