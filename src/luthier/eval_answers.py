@@ -80,6 +80,10 @@ def answers_at_eval(
     wanted, spec, template = recipe.train.generate_at_eval, recipe.generation, material.template
     if wanted is None:
         return None
+    if spec.engine != "hf":
+        say(
+            f"note: generation.engine: {spec.engine}: evaluations are answered by the model in training, by engine: hf"
+        )
     engine = HfEngine(
         model,
         rows=spec.rows,

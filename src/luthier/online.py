@@ -42,7 +42,7 @@ from luthier.trainer.rollout_steps import RolloutSteps, answer_seed
 from luthier.trainer.rollouts import Ask, Rollouts, SamplingInterrupted
 from luthier.trainer.sample_record import SampleRecord
 from luthier.trainer.steps import StepDataset
-from luthier.types import DataError
+from luthier.types import DataError, RecipeError
 
 Told = Callable[[int, int], None]
 """Is told how many of how many answers are there."""
@@ -231,8 +231,13 @@ def online_supply(
 
 
 def _sampler(settings: Recipe, source: ModelSource, model: nn.Module, material: Material) -> LiveSampler:
-    """The model in training as what answers."""
+    """The model in training as what answers. Raises RecipeError for another engine, whose weights are its own."""
     generation, template = settings.generation, material.template
+    if generation.engine != "hf":
+        raise RecipeError(
+            f"generation.engine: {generation.engine}: it would answer with weights of its own, which do not learn; "
+            f"stage: {settings.stage.type} draws its answers by engine: hf, so leave it out"
+        )
     engine = HfEngine(
         model, rows=generation.rows, memory=generation.memory, decode=template.decode, pack=True
     )

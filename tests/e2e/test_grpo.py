@@ -55,10 +55,9 @@ def test_a_run_logs_rewards_samples_and_evaluations(
         assert ("reward" in line) == (number % 2 == 0)
     first = lines[0]
     names = [name for name in first if name.startswith("reward/")]
-    assert len(names) == 2
+    assert sorted(names) == ["reward/low", "reward/short"]
     # The sum of both is what is learnt from.
-    own = next(name for name in names if name != "reward/short")
-    assert first["reward"] == pytest.approx(first[own] + 0.5 * first["reward/short"], abs=1e-6)
+    assert first["reward"] == pytest.approx(first["reward/low"] + 0.5 * first["reward/short"], abs=1e-6)
     raw = [json.loads(line) for line in (run / "trainer_log.jsonl").read_text().splitlines()]
     for name in (
         "rollout_seconds",
@@ -74,7 +73,7 @@ def test_a_run_logs_rewards_samples_and_evaluations(
         low = sum(ord(character) < limit for character in line["completion"]) / 10
         assert line["prompt"].startswith(f"<|im_start|>user\nSay {line['row']}.")
         rewards = line["rewards"]
-        assert rewards["low" if "low" in rewards else "function"] == pytest.approx(low)
+        assert rewards["low"] == pytest.approx(low)
         assert rewards["short"] == pytest.approx(-min(max(line["tokens"] - 4, 0) / 64, 1))
         assert line["reward"] == pytest.approx(low + 0.5 * rewards["short"])
         assert line["finish"] in ("stop", "length")

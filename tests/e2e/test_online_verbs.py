@@ -11,6 +11,8 @@ from typer.testing import CliRunner
 
 import luthier
 from luthier.check.check import check
+from luthier.check.page import page
+from luthier.check.text import sample_text
 from luthier.cli import app
 from luthier.run import prepare
 from luthier.selfcheck.verb import CHECKS, selfcheck
@@ -42,6 +44,9 @@ def test_check_plans_rollouts_at_their_longest(
     assert "sampling" in memory.moments
     assert any(note.startswith("answers are taken to have 8 tokens") for note in found.notes)
     assert [sample.learnt for sample in found.samples] == [0, 0, 0]
+    for written in (page(found, "check"), sample_text(found.samples[0])):
+        assert f"a prompt of {len(found.samples[0].tokens)} tokens" in written
+        assert "are learnt" not in written
     assert not (tmp_path / "run").exists()
 
 

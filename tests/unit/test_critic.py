@@ -415,8 +415,8 @@ def test_the_reference_between_forward_and_backward(method: str, kind: Any, crit
 @pytest.mark.parametrize("critic", CRITICS)
 def test_the_reference_is_no_copy_of_the_critic(critic: str) -> None:
     model, _ = policy_with("full", critic)
-    policys = sum(one.numel() for name, one in model.named_parameters() if not is_critics(name))
-    assert sum(copy.numel() for copy in StartingPoint(model)._copies) == policys
+    policy_names = sum(one.numel() for name, one in model.named_parameters() if not is_critics(name))
+    assert sum(copy.numel() for copy in StartingPoint(model)._copies) == policy_names
 
 
 def reward_folder(folder: Path, method: str, seed: int = 5) -> Any:

@@ -88,10 +88,10 @@ def test_a_variant_fills_what_is_not_said(variant: str) -> None:
             assert {key: getattr(spec.kl, key) for key in value} == value
         else:
             assert getattr(spec, name) == value, name
-    said = {"aggregation": "constant", "clip": 0.5, "kl": {"horizon": 77}}
+    said = {"aggregation": "constant", "clip": 0.5, "kl": {"coefficient": 0.3, "horizon": 77}}
     own = GrpoSpec.model_validate({"rewards": [EXACT], "variant": variant, **said})
     assert (own.aggregation, own.clip, own.kl.horizon) == ("constant", 0.5, 77)
-    assert own.kl.coefficient == preset["kl"].get("coefficient", 0.0)
+    assert (own.kl.coefficient, own.kl.estimator) == (0.3, preset["kl"].get("estimator", "k3"))
     # What was resolved and written down reads back as the same recipe.
     assert GrpoSpec.model_validate(own.model_dump(mode="json")) == own
 

@@ -11,6 +11,7 @@ from luthier.recipe.load import LoadedRecipe, dump_recipe, load_recipe
 from luthier.recipe.online import reward_names
 from luthier.recipe.resolve import Hardware, resolve
 from luthier.recipe.schema import (
+    FunctionRewardSpec,
     GrpoSpec,
     KlSpec,
     LengthSpec,
@@ -57,9 +58,24 @@ def test_a_penalty_that_is_given_in_part_keeps_the_rest_of_its_stage() -> None:
     ppo = load("ppo", stage={"type": "ppo", "rewards": [NUMERIC], "kl": {"coefficient": 0.1}}).recipe.stage
     assert isinstance(ppo, PpoSpec)
     assert ppo.kl == RewardKlSpec(coefficient=0.1, estimator="k1", target=6.0)
-    grpo = load(stage={"kl": {"estimator": "k2"}}).recipe.stage
+    grpo = load(stage={"kl": {"coefficient": 0.1}}).recipe.stage
     assert isinstance(grpo, GrpoSpec)
-    assert grpo.kl == KlSpec(coefficient=0.05, estimator="k2", target=None)
+    assert grpo.kl == KlSpec(coefficient=0.1, estimator="k3", target=None)
+    preset = load(stage={"variant": "grpo", "kl": {"estimator": "k2"}}).recipe.stage
+    assert isinstance(preset, GrpoSpec)
+    assert preset.kl == KlSpec(coefficient=0.04, estimator="k2", target=None)
+
+
+@pytest.mark.parametrize("variant", [None, "dr_grpo", "rloo"])
+@pytest.mark.parametrize("kl", [{"estimator": "k2"}, {"target": 0.5}, {"horizon": 100}])
+def test_a_penalty_of_grpo_has_its_coefficient(variant: str | None, kl: dict[str, Any]) -> None:
+    """It is off there, so that a field of it alone would say nothing; a 0 that is given is meant so."""
+    (field,) = kl
+    message = f"stage.kl.{field} has no effect with stage.kl.coefficient: 0, its default here"
+    assert message in problem(stage={"variant": variant, "kl": kl})
+    off = load(stage={"variant": variant, "kl": {"coefficient": 0, "estimator": "k2"}}).recipe.stage
+    assert isinstance(off, GrpoSpec)
+    assert (off.kl.coefficient, off.kl.estimator) == (0, "k2")
 
 
 def test_without_a_penalty_there_is_no_target_either() -> None:
@@ -81,6 +97,20 @@ def test_rewards_are_called_by_their_name_or_their_type() -> None:
     assert reward_names([plain, named, plain]) == ("numeric_2", "numeric", "numeric_3")
     same = RegexSpec(pattern="a", name="numeric_2")
     assert reward_names([plain, plain, same]) == ("numeric", "numeric_3", "numeric_2")
+
+
+def test_a_function_is_called_by_its_own_name() -> None:
+    of_file, of_module = (FunctionRewardSpec(path=path) for path in ("some/file.py:brevity", "a.b:length"))
+    assert reward_names([of_file]) == ("brevity",)
+    assert reward_names([of_file.model_copy(update={"name": "short"}), of_file]) == ("short", "brevity")
+    # Two files may have functions of one name, and one may be called like a type.
+    other = FunctionRewardSpec(path="other.py:brevity")
+    assert reward_names([of_file, other, of_module, LengthSpec(most=3)]) == (
+        "brevity",
+        "brevity_2",
+        "length",
+        "length_2",
+    )
 
 
 @pytest.mark.parametrize(

@@ -150,6 +150,7 @@ def _sample(sample: ShownSample) -> str:
         count = f"a prompt of {len(sample.tokens)} tokens, and its answers"
     else:
         count = f"{sample.learnt} of {len(sample.tokens)} tokens are learnt"
+        count = count if sample.learnt else f"a prompt of {len(sample.tokens)} tokens"
     answers = "".join(
         f"<h4>{escape(answer.name)} <small>{len(answer.tokens)} tokens</small></h4>{_tokens(answer.tokens)}"
         for answer in sample.answers

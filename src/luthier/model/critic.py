@@ -112,5 +112,5 @@ def critic_parameters(model: nn.Module) -> set[nn.Parameter]:
     if critic_of(model) is None:
         return set()
     named = list(model.named_parameters(remove_duplicate=False))
-    policys = {parameter for name, parameter in named if not is_critics(name)}
-    return {parameter for name, parameter in named if is_critics(name)} - policys
+    of_policy = {parameter for name, parameter in named if not is_critics(name)}
+    return {parameter for name, parameter in named if is_critics(name)} - of_policy

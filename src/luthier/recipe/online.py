@@ -23,7 +23,7 @@ class _Weighted(Spec):
     weight: float = 1.0
     """Of this reward in the sum; negative for a penalty."""
     name: str | None = None
-    """In logs; absent, its type, numbered from its second on."""
+    """In logs; absent, its type or the function's own name, numbered from the second on that has it."""
 
     @field_validator("name")
     @classmethod
@@ -31,6 +31,11 @@ class _Weighted(Spec):
         if value is not None and not re.fullmatch(r"[\w.-]+", value):
             raise ValueError(f"write one word of letters, digits and _ . -, found the text {value!r}")
         return value
+
+    @property
+    def kind(self) -> str:
+        """What it is called where the recipe gives no name."""
+        return self.type
 
 
 class ModelRewardSpec(_Weighted):
@@ -82,6 +87,10 @@ class FunctionRewardSpec(_Weighted):
         if not (module and colon and function.isidentifier()):
             raise ValueError(f"write package.module:name or file.py:name, found the text {value!r}")
         return value
+
+    @property
+    def kind(self) -> str:
+        return self.path.rpartition(":")[2]
 
 
 class ExactMatchSpec(_Weighted):
@@ -166,12 +175,13 @@ RewardSpec = Annotated[
 
 
 def reward_names(rewards: Sequence[RewardSpec]) -> tuple[str, ...]:
-    """Of the columns of logs: what the recipe calls each reward, else its type, numbered where that is taken."""
+    """What each is called in logs, in samples.jsonl and in messages: its name in the recipe, else the function's own or
+    its type, numbered where that is taken."""
     given = [reward.name for reward in rewards if reward.name is not None]
     names: list[str] = []
     for reward in rewards:
-        numbered = (f"{reward.type}_{number}" for number in range(2, 2 * len(rewards) + 2))
-        free = (name for name in (reward.type, *numbered) if name not in (*names, *given))
+        numbered = (f"{reward.kind}_{number}" for number in range(2, 2 * len(rewards) + 2))
+        free = (name for name in (reward.kind, *numbered) if name not in (*names, *given))
         names.append(reward.name or next(free))
     return tuple(names)
 
@@ -179,7 +189,7 @@ def reward_names(rewards: Sequence[RewardSpec]) -> tuple[str, ...]:
 class KlSpec(Spec):
     """How the policy is held to the reference."""
 
-    coefficient: float = Field(default=0.05, ge=0)
+    coefficient: float = Field(default=0.0, ge=0)
     """0: not at all, and no reference is kept."""
     estimator: Literal["k1", "k2", "k3"] = "k3"
     """Of the divergence from samples (Schulman, 2020), with r = reference / policy: -log r, (log r)^2 / 2,
@@ -242,7 +252,7 @@ class OnlineSpec(Spec):
     target_kl: float | None = Field(default=None, gt=0)
     """Leave out the rest of a rollout's steps once the policy is this far from where they began."""
     reference: Reference = "start"
-    kl: KlSpec = KlSpec(coefficient=0.0)
+    kl: KlSpec = KlSpec()
     samples_every: int | None = Field(default=10, gt=0)
     """Rollouts between entries of samples.jsonl; null for none."""
     max_samples: int = Field(default=8, gt=0)
@@ -316,7 +326,7 @@ class PpoSpec(OnlineSpec):
     """A value head on the policy's trunk, or a trunk of its own (an adapter on the same base, where there are
     adapters)."""
     value_start: str | None = None
-    """A reward model (a run of stage rm) whose value head the critic starts from."""
+    """A reward model (a run of stage rm) whose value head the critic starts from, and one of its own the trunk too."""
     whiten_advantages: bool = True
     whiten_rewards: bool = False
     """Bring the rewards of tokens to variance 1 around their mean."""
@@ -348,8 +358,8 @@ class GrpoSpec(OnlineSpec):
     answer's as one action (rloo)."""
     loss: Literal["clip", "cispo"] = "clip"
     """The clipped surrogate, or REINFORCE with a clipped weight (arXiv:2506.13585)."""
-    kl: KlSpec = KlSpec(coefficient=0.0)
-    """In the loss of each token."""
+    kl: KlSpec = KlSpec()
+    """In the loss of each token. Off unless the coefficient is given, by the recipe or the variant."""
     kl_correction: bool = False
     """Multiply each token's estimate by its ratio, so that its gradient is that of the divergence itself, off-policy
     too (DeepSeek-V3.2, arXiv:2512.02556, section 3.1)."""
@@ -367,4 +377,10 @@ class GrpoSpec(OnlineSpec):
             rewards := given.get("rewards"), list
         ):  # JSON's lists are Python's once they come by here
             given = {**given, "rewards": tuple(rewards)}
+        own, kl = given.get("kl"), filled(given).get("kl")
+        if isinstance(own, dict) and own and "coefficient" not in own and not (kl or {}).get("coefficient"):
+            raise ValueError(
+                f"stage.kl.{next(iter(own))} has no effect with stage.kl.coefficient: 0, its default here; give a "
+                "coefficient (0.04 in the paper of GRPO)"
+            )
         return filled(given) if given.get("variant") is not None else given
