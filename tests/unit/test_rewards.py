@@ -67,8 +67,6 @@ def test_names_are_told_apart() -> None:
         ExactMatchSpec(), ExactMatchSpec(name="exact_match_2"), ExactMatchSpec(), RegexSpec(pattern="a")
     )
     assert rewards.names == ("exact_match", "exact_match_2", "exact_match_3", "regex")
-    with pytest.raises(RecipeError, match="two are called 'a'"):
-        built(ExactMatchSpec(name="a"), NumericSpec(name="a"))
 
 
 # --------------------------------------------------------------------------------------------------
@@ -158,18 +156,12 @@ def test_regex() -> None:
     whole = RegexSpec(pattern=r"<think>.*</think>\s*\d+")
     assert scores(whole, ["<think>a\nb</think>\n7", "say <think></think>7", "7"]) == [1, 0, 0]
     assert scores(RegexSpec(pattern=r"\d", whole=False), ["a7b", "ab"]) == [1, 0]
-    with pytest.raises(
-        RecipeError, match=re.escape("stage.rewards.0.pattern: '(a' is no regular expression")
-    ):
-        built(RegexSpec(pattern="(a"))
 
 
 def test_length() -> None:
     rewards = built(LengthSpec(least=4, most=6, slack=4))
     found = rewards([completion("x", length=n) for n in (1, 3, 4, 6, 7, 10, 50)])
     np.testing.assert_array_equal(found[:, 0], np.float32([-0.75, -0.25, 0, 0, -0.25, -1, -1]))
-    with pytest.raises(RecipeError, match=r"stage\.rewards\.0: most=3 is less than least=4"):
-        built(LengthSpec(least=4, most=3))
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,6 @@ from __future__ import annotations
 import numbers
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,7 @@ import numpy as np
 from torch import nn
 
 from luthier.experience import Completion, Floats, Prompt, RewardError
-from luthier.recipe.online import RewardSpec
+from luthier.recipe.online import RewardSpec, reward_names
 from luthier.rewards.base import Judge
 from luthier.rewards.function import own_function
 from luthier.rewards.models import scored_by_model
@@ -21,7 +20,6 @@ from luthier.rewards.rules import ExactMatch, Length, Numeric, Pattern
 from luthier.rewards.service import Decode, Service
 from luthier.rewards.verifiers import MathVerify, ReasoningGym
 from luthier.trainer.plugins import describe
-from luthier.types import RecipeError
 
 Say = Callable[[str], None]
 
@@ -50,8 +48,8 @@ REWARDS: dict[str, Callable[[Any, str, str, Surroundings], Judge]] = {
     "function": lambda spec, name, key, around: own_function(spec, name, key, around.beside),
     "exact_match": lambda spec, name, key, around: ExactMatch(spec, name),
     "numeric": lambda spec, name, key, around: Numeric(spec, name),
-    "regex": lambda spec, name, key, around: Pattern(spec, name, key),
-    "length": lambda spec, name, key, around: Length(spec, name, key),
+    "regex": lambda spec, name, key, around: Pattern(spec, name),
+    "length": lambda spec, name, key, around: Length(spec, name),
     "reasoning_gym": lambda spec, name, key, around: ReasoningGym(spec, name, key),
     "math_verify": lambda spec, name, key, around: MathVerify(spec, name, key),
 }
@@ -116,25 +114,12 @@ def build_rewards(
     reward model.
     """
     around = Surroundings(decode, beside, policy, policy_base, say)
-    names = _names(specs)
+    names = reward_names(specs)
     judges = [
         REWARDS[spec.type](spec, name, f"stage.rewards.{number}", around)
         for number, (spec, name) in enumerate(zip(specs, names, strict=True))
     ]
     return Rewards(judges, [spec.weight for spec in specs])
-
-
-def _names(specs: Sequence[RewardSpec]) -> list[str]:
-    """Those that the recipe gives, else the type, numbered from its second on. Raises RecipeError for two alike."""
-    taken = [spec.name for spec in specs if spec.name is not None]
-    for name in taken:
-        if taken.count(name) > 1:
-            raise RecipeError(f"stage.rewards: two are called {name!r}; logs could not tell them apart")
-    names: list[str] = []
-    for spec in specs:
-        made = (spec.type if number == 1 else f"{spec.type}_{number}" for number in count(1))
-        names.append(spec.name or next(name for name in made if name not in (*names, *taken)))
-    return names
 
 
 def _number(judge: Judge, completion: Completion, value: Any) -> float:

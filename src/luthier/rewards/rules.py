@@ -8,7 +8,6 @@ from luthier.experience import Completion, Prompt
 from luthier.recipe.online import ExactMatchSpec, LengthSpec, NumericSpec, RegexSpec
 from luthier.rewards.base import EachAlone, gold
 from luthier.rewards.numerals import Number, last_number
-from luthier.types import RecipeError
 
 
 class ExactMatch(EachAlone):
@@ -53,13 +52,9 @@ class Numeric(EachAlone):
 class Pattern(EachAlone):
     """1 where the answer matches a regular expression, in which a dot matches the end of a line too; else 0."""
 
-    def __init__(self, spec: RegexSpec, name: str, key: str) -> None:
-        """`key` is the recipe's, for messages. Raises RecipeError for what is no regular expression."""
+    def __init__(self, spec: RegexSpec, name: str) -> None:
         super().__init__(name)
-        try:
-            self._pattern = re.compile(spec.pattern, re.DOTALL)
-        except re.error as error:
-            raise RecipeError(f"{key}.pattern: {spec.pattern!r} is no regular expression: {error}") from error
+        self._pattern = re.compile(spec.pattern, re.DOTALL)
         self._whole = spec.whole
 
     def score(self, completion: Completion) -> float:
@@ -71,11 +66,8 @@ class Length(EachAlone):
     """0 where the answer has `least` to `most` tokens, the stop token among them; outside less by 1 / `slack` for each
     token, and never below -1."""
 
-    def __init__(self, spec: LengthSpec, name: str, key: str) -> None:
-        """`key` is the recipe's, for messages. Raises RecipeError for bounds that no length is between."""
+    def __init__(self, spec: LengthSpec, name: str) -> None:
         super().__init__(name)
-        if spec.most is not None and spec.most < spec.least:
-            raise RecipeError(f"{key}: most={spec.most} is less than least={spec.least}")
         self.spec = spec
 
     def score(self, completion: Completion) -> float:
