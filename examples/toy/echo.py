@@ -30,8 +30,8 @@ TEMPLATE = (
 
 
 def reward(prompt: str, completion: str, row: Mapping[str, Any]) -> float:
-    """Half for the first letter, the other half where nothing follows it."""
-    return 0.5 * completion.startswith(row["output"]) + 0.5 * (completion == row["output"])
+    """1 for the letter at the beginning, and a quarter off for each letter after the first."""
+    return float(completion.startswith(row["output"])) - 0.25 * max(0, len(completion) - 1)
 
 
 def make_policy(folder: Path, seed: int) -> None:

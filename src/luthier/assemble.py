@@ -28,6 +28,7 @@ from luthier.methods import build_method
 from luthier.methods.critic import attach_critic
 from luthier.methods.lora import Lora
 from luthier.model.calibration import Calibration
+from luthier.model.dropout import drop_nothing
 from luthier.model.faults import require_token_rows
 from luthier.model.load import ModelSource, load_config, load_model, load_tokenizer
 from luthier.model.logprobs import chosen_rows
@@ -55,7 +56,7 @@ from luthier.optim.groups import cut_groups
 from luthier.optim.schedule import Factor
 from luthier.publish import require_hub
 from luthier.recipe.load import LoadedRecipe
-from luthier.recipe.online import PpoSpec
+from luthier.recipe.online import OnlineSpec, PpoSpec
 from luthier.recipe.resolve import Hardware
 from luthier.recipe.schema import AdapterSpec, Recipe, RmSpec
 from luthier.show import Say
@@ -288,6 +289,8 @@ def _finish(settings: Recipe, model: PreTrainedModel | PeftModel, method: Method
     """What comes once it is known what trains: the critic, of a stage that has one; returns what saves all of it."""
     if isinstance(settings.stage, PpoSpec):
         _, method = attach_critic(settings.stage, model, method, say)
+    if isinstance(settings.stage, OnlineSpec):
+        drop_nothing(model)  # answers are drawn without; the probability ratio would not begin at 1
     # The trainer cuts them again; here nothing has been written yet.
     optim = settings.optim
     cut_groups(optim, method.parameter_groups(model, optim.weight_decay, optim.lr), model)

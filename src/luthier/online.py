@@ -255,7 +255,7 @@ def _steps(settings: Recipe, num_prompts: int, spec: OnlineSpec) -> RolloutSteps
     return RolloutSteps(
         num_prompts,
         prompts_per_rollout=spec.prompts_per_rollout,
-        updates=spec.epochs * spec.minibatches,
+        updates=spec.updates,
         seed=train.seed if train.data_seed is None else train.data_seed,
         shuffle=settings.data.shuffle,
     )

@@ -68,3 +68,15 @@ def test_ppo_moves_what_trains(tmp_path: Path) -> None:
     assert not any("critic" in name for name in trained)
     assert float(load_file(run / "value_head.safetensors")["v_head.summary.weight"].abs().max()) > 0
     assert all(torch.isfinite(tensor).all() for tensor in trained.values())
+
+
+@pytest.mark.parametrize("stage", ["ppo", "grpo"])
+def test_the_first_ratio_is_one_whatever_the_models_dropout(stage: str, tmp_path: Path) -> None:
+    """Answers are drawn, and asked about, without dropout: what learns from them has none either."""
+    chosen = PPO if stage == "ppo" else {"type": "grpo", "group_size": 4, "minibatches": 2}
+    base = online_recipe(tmp_path, chosen, num_rows=8, attention_dropout=0.5)
+    lines = steps(luthier.train(base, quiet=True).output)
+    first = [line for line in lines if "reward" in line]
+    assert first
+    assert all(line["approx_kl"] == pytest.approx(0, abs=1e-6) for line in first)
+    assert all(line["ratio/max"] == pytest.approx(1, abs=1e-4) for line in first)

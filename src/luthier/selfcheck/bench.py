@@ -19,6 +19,7 @@ from luthier.data.formats import to_row
 from luthier.data.read import read_rows
 from luthier.data.registry import resolve_datasets
 from luthier.generation import Generation
+from luthier.model.dropout import drop_nothing
 from luthier.model.load import ModelSource, locate
 from luthier.model.logprobs import ModelPolicy
 from luthier.model.probes import coarsest
@@ -107,7 +108,7 @@ class Bench:
         if self.material.stage.needs_reference:
             reference = build_reference(self.settings, self.hardware, model)
         _shake(model, AWAY if isinstance(reference, StartingPoint) else 0.0)
-        _without_dropout(model)
+        drop_nothing(model)
         model.eval()
         if self.material.stage.needs_mismatched:
             _favour(model, [rows_of(sample)[1] for sample in self.samples])
@@ -231,16 +232,6 @@ def _favour(model: nn.Module, rows: Sequence[Sample]) -> None:
         for parameter, gradient in moved:
             parameter.add_(gradient, alpha=len(rows) / size if size else 0.0)
             parameter.grad = None
-
-
-def _without_dropout(model: nn.Module) -> None:
-    """Two forms of the same computation are compared, and one of them runs in training mode."""
-    for module in model.modules():
-        if isinstance(module, nn.Dropout):
-            module.p = 0.0
-        for name in ("attention_dropout", "dropout", "hidden_dropout"):
-            if isinstance(getattr(module, name, None), float):
-                setattr(module, name, 0.0)
 
 
 def relative_difference(found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> float:

@@ -16,7 +16,7 @@ from torch import Tensor
 from luthier.data.encode import EncodeOptions
 from luthier.experience import Rollout
 from luthier.recipe.online import GrpoSpec
-from luthier.stages.advantages import ADVANTAGES, Moments, Total, equal_groups
+from luthier.stages.advantages import ADVANTAGES, Moments, Total, alone, equal_groups
 from luthier.stages.divergence import estimated
 from luthier.stages.online import (
     Answered,
@@ -60,7 +60,7 @@ class GroupRelative(OnlineLearning):
 
     def signals(self, rollout: Rollout, total: Total) -> dict[str, Tensor]:
         signals = self._common_signals(rollout, total)
-        if self.spec.epochs * self.spec.minibatches == 1 and self.spec.importance_cap is None:
+        if self.spec.updates == 1 and self.spec.importance_cap is None:
             # One update alone: the policy before it is the policy, and the ratio is 1 to the last bit.
             del signals["logprobs"]
         if self.needs_reference:
@@ -78,7 +78,7 @@ class GroupRelative(OnlineLearning):
         deviation over the answers."""
         totals = torch.from_numpy(rollout.totals)
         equal = equal_groups(totals, rollout.group_size)
-        advantages = Moments.of(self._advantages(rollout, lambda sums: sums))
+        advantages = Moments.of(self._advantages(rollout, alone))
         return super().report(rollout) | {
             "group/zero_variance": (float(equal.sum()), float(len(equal))),
             "advantage/std": (advantages.std * advantages.count, advantages.count),

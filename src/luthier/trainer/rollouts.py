@@ -105,11 +105,6 @@ class Rollouts:
     _begun: float = field(init=False, default=0.0)
     _spent: _Spent = field(init=False, default_factory=lambda: _Spent())
 
-    @property
-    def updates(self) -> int:
-        """Optimizer steps of each rollout."""
-        return self.spec.epochs * self.spec.minibatches
-
     # ---- a step ----------------------------------------------------------------------------------------
 
     def passes(self, step: RolloutStep, asking: Asking) -> list[Batch]:
@@ -124,7 +119,7 @@ class Rollouts:
         self._update, self._begun = step.update, time.monotonic()
         if self._samples and self._number == step.rollout:
             self.current = self._cut(step.update)
-        if not self.current and step.update == self.updates - 1:
+        if not self.current and step.update == self.spec.updates - 1:
             self._samples = []
         if self.spec.target_kl is not None or not self.current:
             self.metrics["updates_left_out"] = _term(not self.current)
@@ -145,7 +140,7 @@ class Rollouts:
             and float(moved.weight) > 0
             and float(moved.total / moved.weight) > limit
         )
-        if too_far or self._update == self.updates - 1:
+        if too_far or self._update == self.spec.updates - 1:
             self._samples = []
         speed = {"update_seconds": _term(seconds), "update_tokens_per_second": _term(tokens, seconds)}
         return {**self.metrics, **speed}
@@ -267,7 +262,7 @@ class Rollouts:
         further = (
             self.stage.needs_reference or self.stage.needs_values or self.spec.importance_cap is not None
         )
-        if self.updates == 1 and not further:
+        if self.spec.updates == 1 and not further:
             return rollout
         return known(rollout, self.stage, self.layout, asking)
 
