@@ -7,6 +7,7 @@ import json
 import platform
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -51,7 +52,7 @@ from luthier.show import Say, example_text, quiet_libraries, speaker
 from luthier.trainer.arguments import training_arguments
 from luthier.trainer.bad_numbers import Rewind
 from luthier.trainer.callbacks import LogCallback, ProgressCallback
-from luthier.trainer.checkpoint import hash_file, resolve_resume, sweep_temporary
+from luthier.trainer.checkpoint import hash_file, resolve_resume
 from luthier.trainer.interruption import Interruption
 from luthier.trainer.kernels import kernel_rules
 from luthier.trainer.plots import plot_run
@@ -59,7 +60,7 @@ from luthier.trainer.precision import AUTOCAST
 from luthier.trainer.processes import Processes
 from luthier.trainer.retention import what_is_left
 from luthier.trainer.rollouts import SamplingInterrupted
-from luthier.trainer.run_directory import published_files, run_guard
+from luthier.trainer.run_directory import begin_run, published_files, run_guard
 from luthier.trainer.same_run import differences
 from luthier.trainer.trackers import tracking
 from luthier.trainer.trainer import PeftTrainer
@@ -95,12 +96,12 @@ def train(
 
 
 def _train(loaded: LoadedRecipe, hardware: Hardware, quiet: bool) -> TrainResult:
-    settings = loaded.recipe
-    output = Path(settings.train.output)
+    settings, output = loaded.recipe, Path(loaded.recipe.train.output)
     require_one_process(hardware)
     arguments = training_arguments(settings, use_cpu=hardware.device == "cpu")
     processes = Processes.of(arguments)
-    say = speaker(quiet or not processes.is_first)
+    main = processes.is_first
+    say = speaker(quiet or not main)
     for note in loaded.notes:
         say(f"note: {note}")
     train_spec, attached = settings.train, attachments(loaded)
@@ -121,10 +122,7 @@ def _train(loaded: LoadedRecipe, hardware: Hardware, quiet: bool) -> TrainResult
     manifest["vocabulary"] = vocabulary.to_dict() if vocabulary.is_needed else None
     manifest |= _model_record(settings, material, model, say)
     trackers = tracking(
-        train_spec.report_to if processes.is_first else (),
-        output,
-        run_name=arguments.run_name,
-        resumed=resumed,
+        train_spec.report_to if main else (), output, run_name=arguments.run_name, resumed=resumed
     )
     attach = precomputation(settings, source, hardware, model, material, say)
     # A signal ends what is computed here at once: there is no step yet to wait for, nor anything to save.
@@ -155,7 +153,7 @@ def _train(loaded: LoadedRecipe, hardware: Hardware, quiet: bool) -> TrainResult
         )
         supply.watch(progress.answered, lambda: interruption.received is not None, trainer.saver.writer.wait)
         metrics = _learn(trainer, settings, manifest, resumed, interruption, say)
-    if processes.is_first and not train_spec.eval_only:
+    if main and not train_spec.eval_only:
         _show_result(settings, output, manifest, metrics, say)
     return TrainResult(output, metrics)
 
@@ -286,11 +284,8 @@ def _open_run(
     Raises CheckpointError where the checkpoint is of a run with other settings, base or data.
     """
     train_spec = loaded.recipe.train
-    if processes.is_first:
-        run_guard(output, overwrite=train_spec.overwrite, resume=train_spec.resume)
-        output.mkdir(parents=True, exist_ok=True)
-        sweep_temporary(output)
-    processes.exchange(None)  # nobody looks for a checkpoint before
+    # Nobody looks for a checkpoint before the first process has swept.
+    processes.together(partial(begin_run, output, train_spec) if processes.is_first else bool)
     resumed, skipped = resolve_resume(output, train_spec.resume)
     for folder, reason in skipped:
         say(f"checkpoint {folder.name} is not used: {reason}")
