@@ -100,7 +100,7 @@ def _train(loaded: LoadedRecipe, hardware: Hardware, quiet: bool) -> TrainResult
     require_one_process(hardware)
     arguments = training_arguments(settings, use_cpu=hardware.device == "cpu")
     processes = Processes.of(arguments)
-    main = processes.is_first
+    main, interruption = processes.is_first, Interruption(processes)
     say = speaker(quiet or not main)
     for note in loaded.notes:
         say(f"note: {note}")
@@ -127,7 +127,6 @@ def _train(loaded: LoadedRecipe, hardware: Hardware, quiet: bool) -> TrainResult
     attach = precomputation(settings, source, hardware, model, material, say)
     # A signal ends what is computed here at once: there is no step yet to wait for, nor anything to save.
     supply = supply or _offline(settings, source, model, material, attach, processes, say)
-    interruption = Interruption(processes)
     with trackers as tracked, ProgressCallback(quiet=quiet) as progress, interruption:
         trainer = PeftTrainer(
             model=model,
