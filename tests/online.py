@@ -18,6 +18,10 @@ def low(prompt, completion, row):
     return sum(ord(character) < limit for character in completion) / 10
 
 
+def low_or_same(prompt, completion, row):
+    return 1.0 if row["limit"] % 2 else low(prompt, completion, row)
+
+
 def broken(prompt, completion, row):
     if row["limit"] == 103:
         raise ValueError("no such thing")

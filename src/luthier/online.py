@@ -38,6 +38,7 @@ from luthier.trainer.bad_numbers import BadNumbersError
 from luthier.trainer.before_update import Layout
 from luthier.trainer.evaluation import Answers, EvalSet
 from luthier.trainer.memory import FitMemory
+from luthier.trainer.processes import ALONE, Processes
 from luthier.trainer.rollout_steps import RolloutSteps, answer_seed
 from luthier.trainer.rollouts import Ask, Rollouts, SamplingInterrupted
 from luthier.trainer.sample_record import SampleRecord
@@ -104,10 +105,20 @@ class LiveSampler:
 # Evaluation
 
 
+@dataclass(frozen=True, slots=True)
+class _Judged:
+    """What is counted of an answer: (K,) rewards, its tokens, and whether it was cut."""
+
+    rewards: Floats
+    length: int
+    truncated: bool
+
+
 class EvalRewards:
     """Answers the prompts of the evaluation sets, and tells the rewards.
 
-    One answer to each, drawn as in rollouts, with seeds that are the same at every evaluation.
+    One answer to each, drawn as in rollouts, with seeds that are the same at every evaluation. Each process answers
+    its share, and all know the numbers.
     """
 
     def __init__(
@@ -116,36 +127,47 @@ class EvalRewards:
         sample: LiveSampler,
         score: Rewards,
         seed: int,
+        processes: Processes = ALONE,
     ) -> None:
         self._prompts, self._sample, self._score, self._seed = dict(prompts), sample, score, seed
+        self._processes = processes
 
     def __call__(self, prefix: str) -> dict[str, float]:
         """Means over all answers as `<prefix>_<name>`; of several sets also as `<prefix>_<set>_<name>`."""
         asked = [(name, prompt) for name, prompts in self._prompts.items() for prompt in prompts]
         seeds = [answer_seed(self._seed, "evaluation", number) for number in range(len(asked))]
+        pairs = [(prompt, seed) for (_, prompt), seed in zip(asked, seeds, strict=True)]
         with torch.random.fork_rng():
-            pairs = [(prompt, seed) for (_, prompt), seed in zip(asked, seeds, strict=True)]
-            completions = self._sample(pairs, interruptible=False)
-            rewards = self._score(completions)
+            own = self._processes.together(lambda: self._judged(self._processes.share(pairs)))
+        answers = self._processes.joined(own)
         report: dict[str, float] = {}
         if len(self._prompts) > 1:
             for name in self._prompts:
                 rows = [number for number, (of, _) in enumerate(asked) if of == name]
                 if rows:
-                    report |= self._means(
-                        f"{prefix}_{name}", [completions[row] for row in rows], rewards[rows]
-                    )
-        return report | self._means(prefix, completions, rewards)
+                    report |= self._means(f"{prefix}_{name}", [answers[row] for row in rows])
+        return report | self._means(prefix, answers)
 
-    def _means(self, prefix: str, completions: Sequence[Completion], rewards: Floats) -> dict[str, float]:
+    def _judged(self, asked: Sequence[Ask]) -> list[_Judged]:
+        if not asked:
+            return []
+        completions = self._sample(asked, interruptible=False)
+        rewards = self._score(completions)
+        return [
+            _Judged(one, len(completion), completion.truncated)
+            for one, completion in zip(rewards, completions, strict=True)
+        ]
+
+    def _means(self, prefix: str, answers: Sequence[_Judged]) -> dict[str, float]:
+        rewards = np.stack([answer.rewards for answer in answers])
         totals = self._score.totals(rewards).astype(np.float64)
         by_name = zip(self._score.names, rewards.astype(np.float64).mean(axis=0), strict=True)
         numbers = {
             "reward": float(totals.mean()),
             "reward_std": float(totals.std()),
             **{f"reward/{name}": float(mean) for name, mean in by_name},
-            "completion/length": float(np.mean([len(completion) for completion in completions])),
-            "completion/truncated": float(np.mean([completion.truncated for completion in completions])),
+            "completion/length": float(np.mean([answer.length for answer in answers])),
+            "completion/truncated": float(np.mean([answer.truncated for answer in answers])),
         }
         return {f"{prefix}_{name}": value for name, value in numbers.items()}
 
@@ -186,6 +208,7 @@ def online_supply(
     material: Material,
     beside: Path | None,
     say: Callable[[str], None],
+    processes: Processes = ALONE,
 ) -> Supply:
     """Of a stage that learns from answers of its own; `beside` is the recipe's folder.
 
@@ -218,14 +241,14 @@ def online_supply(
     limit = settings.train.tokens_per_pass or TOKENS_PER_BATCH
     layout = Layout(limit, stage.share_prompts, chosen_rows(model).padded)
     record = None
-    if spec.samples_every is not None:
+    if spec.samples_every is not None and processes.is_first:
         folder, decode = Path(settings.train.output), material.template.decode
         record = SampleRecord(folder, spec.samples_every, spec.max_samples, decode)
     return Supply(
         steps=None if settings.train.eval_only else _steps(settings, len(prompts), spec),
         eval_sets={},
-        answers=EvalRewards(held_out, sampler, score, seed) if held_out else None,
-        rollouts=Rollouts(stage, spec, prompts, sampler, score, layout, seed, record),
+        answers=EvalRewards(held_out, sampler, score, seed, processes) if held_out else None,
+        rollouts=Rollouts(stage, spec, prompts, sampler, score, layout, seed, record, processes),
         sampler=sampler,
     )
 

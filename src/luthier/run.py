@@ -7,6 +7,7 @@ import json
 import platform
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from typing import Any
 from peft import PeftModel
 from rich.markup import escape
 from torch import nn
-from transformers import PreTrainedModel, TrainingArguments
+from transformers import PreTrainedModel
 
 from luthier import __version__
 from luthier.arrange import Attach, Material, eval_sets, padding_share, training_steps
@@ -51,14 +52,15 @@ from luthier.show import Say, example_text, quiet_libraries, speaker
 from luthier.trainer.arguments import training_arguments
 from luthier.trainer.bad_numbers import Rewind
 from luthier.trainer.callbacks import LogCallback, ProgressCallback
-from luthier.trainer.checkpoint import hash_file, resolve_resume, sweep_temporary
+from luthier.trainer.checkpoint import hash_file, resolve_resume
 from luthier.trainer.interruption import Interruption
 from luthier.trainer.kernels import kernel_rules
 from luthier.trainer.plots import plot_run
 from luthier.trainer.precision import AUTOCAST
+from luthier.trainer.processes import Processes
 from luthier.trainer.retention import what_is_left
 from luthier.trainer.rollouts import SamplingInterrupted
-from luthier.trainer.run_directory import published_files, run_guard
+from luthier.trainer.run_directory import begin_run, published_files, run_guard
 from luthier.trainer.same_run import differences
 from luthier.trainer.trackers import tracking
 from luthier.trainer.trainer import PeftTrainer
@@ -94,11 +96,11 @@ def train(
 
 
 def _train(loaded: LoadedRecipe, hardware: Hardware, quiet: bool) -> TrainResult:
-    settings = loaded.recipe
-    output = Path(settings.train.output)
+    settings, output = loaded.recipe, Path(loaded.recipe.train.output)
     require_one_process(hardware)
     arguments = training_arguments(settings, use_cpu=hardware.device == "cpu")
-    main = arguments.process_index == 0
+    processes = Processes.of(arguments)
+    main, interruption = processes.is_first, Interruption(processes)
     say = speaker(quiet or not main)
     for note in loaded.notes:
         say(f"note: {note}")
@@ -113,9 +115,9 @@ def _train(loaded: LoadedRecipe, hardware: Hardware, quiet: bool) -> TrainResult
     manifest = _manifest(settings, source, material)
     remember_base(model, _base_record(settings, manifest["base"]["fingerprint"]))
     material = fitted(settings, material, model)
-    supply = _online(loaded, source, model, material, say)
+    supply = _online(loaded, source, model, material, say, processes)
     # Only now, when nothing of the input can be wrong any more, is anything written.
-    resumed = _open_run(output, loaded, manifest["identity"], say, main=main)
+    resumed = _open_run(output, loaded, manifest["identity"], say, processes)
     manifest["parameters"] = asdict(_count(model, hardware, settings, say))
     manifest["vocabulary"] = vocabulary.to_dict() if vocabulary.is_needed else None
     manifest |= _model_record(settings, material, model, say)
@@ -124,8 +126,8 @@ def _train(loaded: LoadedRecipe, hardware: Hardware, quiet: bool) -> TrainResult
     )
     attach = precomputation(settings, source, hardware, model, material, say)
     # A signal ends what is computed here at once: there is no step yet to wait for, nor anything to save.
-    supply = supply or _offline(settings, source, model, material, attach, arguments, say)
-    with trackers as tracked, ProgressCallback(quiet=quiet) as progress, Interruption() as interruption:
+    supply = supply or _offline(settings, source, model, material, attach, processes, say)
+    with trackers as tracked, ProgressCallback(quiet=quiet) as progress, interruption:
         trainer = PeftTrainer(
             model=model,
             args=arguments,
@@ -161,12 +163,13 @@ def _online(
     model: PreTrainedModel | PeftModel,
     material: Material,
     say: Say,
+    processes: Processes,
 ) -> Supply | None:
     """What a trainer gets whose stage learns from answers of its own; None for other stages."""
     if not isinstance(loaded.recipe.stage, OnlineSpec):
         return None
     beside = loaded.path.parent if loaded.path is not None else None
-    return online_supply(loaded.recipe, source, model, material, beside, say)
+    return online_supply(loaded.recipe, source, model, material, beside, say, processes)
 
 
 def _offline(
@@ -175,15 +178,14 @@ def _offline(
     model: PreTrainedModel | PeftModel,
     material: Material,
     attach: Attach | None,
-    arguments: TrainingArguments,
+    processes: Processes,
     say: Say,
 ) -> Supply:
     """What a trainer gets whose stage learns from data."""
-    padded, world_size = chosen_rows(model).padded, arguments.world_size
-    rank = arguments.process_index
+    padded, count = chosen_rows(model).padded, processes.count
     return Supply(
-        training_steps(settings, material, world_size, rank, padded=padded, attach=attach),
-        eval_sets(settings, material, world_size, padded=padded, attach=attach),
+        training_steps(settings, material, count, processes.rank, padded=padded, attach=attach),
+        eval_sets(settings, material, count, padded=padded, attach=attach),
         answers_at_eval(settings, source, model, material, say),
     )
 
@@ -274,26 +276,23 @@ def _model_record(settings: Recipe, material: Material, model: nn.Module, say: S
 
 
 def _open_run(
-    output: Path, loaded: LoadedRecipe, now: Mapping[str, Any], say: Say, *, main: bool
+    output: Path, loaded: LoadedRecipe, now: Mapping[str, Any], say: Say, processes: Processes
 ) -> Path | None:
     """Make the run directory, or find the checkpoint to go on from; writes `recipe.yaml` for the workers.
 
     Raises CheckpointError where the checkpoint is of a run with other settings, base or data.
     """
     train_spec = loaded.recipe.train
-    if main:
-        run_guard(output, overwrite=train_spec.overwrite, resume=train_spec.resume)
-        output.mkdir(parents=True, exist_ok=True)
-        sweep_temporary(output)
+    # Nobody looks for a checkpoint before the first process has swept.
+    processes.together(partial(begin_run, output, train_spec) if processes.is_first else bool)
     resumed, skipped = resolve_resume(output, train_spec.resume)
-    if resumed is not None:
-        for text in differences(resumed, now, allowed=train_spec.allow_changes):
-            say(f"changed since {resumed.name}: {text}")
     for folder, reason in skipped:
         say(f"checkpoint {folder.name} is not used: {reason}")
     if resumed is not None:
+        for text in differences(resumed, now, allowed=train_spec.allow_changes):
+            say(f"changed since {resumed.name}: {text}")
         say(f"resuming from {resumed}")
-    if main:
+    if processes.is_first:
         (output / "recipe.yaml").write_text(dump_recipe(loaded), encoding="utf-8")
     return resumed
 
@@ -311,9 +310,9 @@ def _learn(
     if not settings.train.eval_only:
         trained = _train_through(trainer, resumed, say)
         trained["train_tokens"] = trainer.state.num_input_tokens_seen
-        if interruption.received is not None:
+        if (received := interruption.agree()) is not None:
             raise RunInterrupted(
-                f"{interruption.received.name}: stopped after step {trainer.state.global_step} of "
+                f"{received.name}: stopped after step {trainer.state.global_step} of "
                 f"{trainer.state.max_steps}; {what_is_left(trainer.saver.run_dir, then='')}"
             )
         trainer.save_metrics("train", trained)
@@ -340,7 +339,7 @@ def _train_through(trainer: PeftTrainer, resumed: Path | None, say: Say) -> dict
                 resumed = trainer.rewind(request)
                 say(f"{request.reason}. Going on from {resumed.name}, without the rows since then")
             else:
-                trainer.saver.writer.wait()
+                trainer.saver.wait()
                 return dict(output.metrics)
     finally:
         trainer.saver.writer.finish()

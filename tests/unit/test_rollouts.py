@@ -109,7 +109,6 @@ def asking_of(model: Any, reference: Any = None) -> Asking:
         model=model,
         arithmetic=nullcontext,
         device=torch.device("cpu"),
-        total=lambda sums: sums,
         step=1,
     )
 

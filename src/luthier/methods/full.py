@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from luthier.methods.groups import checkpoints_activations, decay_groups
 from luthier.methods.patterns import matched
 from luthier.model.norms import write_type
-from luthier.model.value_head import VALUE_HEAD_NAME, value_head, write_value_head
+from luthier.model.value_head import value_head, write_value_head
 from luthier.model.vocabulary import VocabularyChange, token_modules
 from luthier.recipe.schema import FreezeSpec, FullSpec
 from luthier.types import CheckpointError, ModelError
@@ -73,9 +73,9 @@ class Full:
 
     def load(self, model: PreTrainedModel, folder: Path) -> None:
         """Put the weights of `folder` into `model`. Raises CheckpointError where they do not fit exactly."""
-        files = sorted(file for file in folder.glob("*.safetensors") if file.name != VALUE_HEAD_NAME)
+        files = sorted(folder.glob("model*.safetensors"))  # beside which a critic or a rollout may lie
         if not files:
-            raise CheckpointError(f"{folder} holds no model weights (*.safetensors)")
+            raise CheckpointError(f"{folder} holds no model weights (model*.safetensors)")
         state = {name: tensor for file in files for name, tensor in load_file(file).items()}
         own = model.state_dict()
         wrong = [name for name in state.keys() & own.keys() if state[name].shape != own[name].shape]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+from collections.abc import Mapping
 from typing import Any
 
 from transformers import Seq2SeqTrainingArguments
@@ -86,9 +87,18 @@ def training_arguments(recipe: Recipe, *, use_cpu: bool) -> Seq2SeqTrainingArgum
             hint = f"; did you mean {near[0]}?" if near else ""
             raise RecipeError(f"train.extra.{key}: transformers' TrainingArguments has no such key{hint}")
     try:
-        return Seq2SeqTrainingArguments(**owned, **train.extra)
+        return Seq2SeqTrainingArguments(**owned, **_many_processes(train.extra))
     except (TypeError, ValueError) as error:
         raise RecipeError(f"train: transformers refuses these settings: {error}") from error
+
+
+def _many_processes(extra: Mapping[str, Any]) -> dict[str, Any]:
+    """No buffer is sent around: they are alike, and a process with fewer passes would be waited for in vain."""
+    if extra.get("ddp_broadcast_buffers"):
+        raise RecipeError(
+            "train.extra.ddp_broadcast_buffers: processes have passes of unequal number here; remove it"
+        )
+    return {**extra, "ddp_broadcast_buffers": False}
 
 
 def _strategy(every: int | str | None) -> str:

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from luthier.experience import Floats, OnlineStage, Rollout
 from luthier.trainer.evaluation import without_dropout
@@ -36,14 +36,13 @@ class Layout:
 
 @dataclass(frozen=True, slots=True)
 class Asking:
-    """What a step lends to a rollout: the policy, its module, the arithmetic of a forward pass, the device, sums over
-    all processes, and the number of the step (from 1)."""
+    """What a step lends to a rollout: the policy, its module, the arithmetic of a forward pass, the device, and the
+    number of the step (from 1)."""
 
     policy: Policy
     model: nn.Module
     arithmetic: Callable[[], AbstractContextManager[Any]]
     device: torch.device
-    total: Callable[[Tensor], Tensor]
     step: int
 
 

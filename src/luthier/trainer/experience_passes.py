@@ -18,6 +18,9 @@ from luthier.experience import Floats, Rollout
 from luthier.trainer.rollout_steps import shuffled
 from luthier.types import Sample
 
+IDLE = Sample(np.zeros(1, np.int32), np.zeros(1, np.float32), "", 0)
+"""One token that teaches nothing, for a process that has nothing to do while others work."""
+
 Arrays = Mapping[str, np.ndarray[Any, Any]]
 _SIGNAL = "signals."
 
@@ -92,6 +95,24 @@ def minibatch(
     order = shuffled(len(pieces), seed, "minibatches", rollout, epoch)
     chosen = sorted(np.array_split(np.asarray(order, np.int64), minibatches)[number].tolist())
     return [pieces[k] for k in chosen]
+
+
+def shared_out(samples: Sequence[Sample], pieces: Sequence[Piece], processes: int) -> list[list[Piece]]:
+    """The pieces of each process, so that all have about as many tokens: the longest first, each to whoever has least.
+
+    Fewer pieces than processes are taken apart into completions.
+    """
+    if processes == 1:
+        return [list(pieces)]
+    if len(pieces) < processes:
+        pieces = [Piece(one.sample, k, k + 1) for one in pieces for k in range(one.first, one.last)]
+    sizes = [_size(samples[piece.sample], piece) for piece in pieces]
+    shares, loads = [list[int]() for _ in range(processes)], [0] * processes
+    for k in sorted(range(len(pieces)), key=lambda k: (-sizes[k], k)):
+        least = loads.index(min(loads))
+        shares[least].append(k)
+        loads[least] += sizes[k]
+    return [[pieces[k] for k in sorted(share)] for share in shares]
 
 
 def cut_passes(

@@ -9,6 +9,8 @@ from typing import Any, Self
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from luthier.trainer.processes import ALONE, Processes
+
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
@@ -16,11 +18,13 @@ class Interruption(TrainerCallback):
     """While it is entered, the first signal asks training to stop after the step in progress.
 
     A second signal does what it did before: the handler that was there is put back with the first one.
-    Outside of the main thread signals cannot be handled, and nothing changes.
+    Outside of the main thread signals cannot be handled, and nothing changes. Of several processes all stop after the
+    same step, whichever of them it reached.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, processes: Processes = ALONE) -> None:
         self.received: signal.Signals | None = None
+        self._processes = processes
         self._before: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> Self:
@@ -42,8 +46,13 @@ class Interruption(TrainerCallback):
             signal.signal(number, handler)
         self._before = {}
 
+    def agree(self) -> signal.Signals | None:
+        """The signal that any process has received until now, the same on all, which call this at the same point."""
+        told = self._processes.exchange(self.received)
+        return next((number for number in told if number is not None), None)
+
     def _stop(self, control: TrainerControl) -> None:
-        if self.received is not None:
+        if self.agree() is not None:
             control.should_save = True
             control.should_training_stop = True
 

@@ -13,14 +13,18 @@ from typing import Any
 import torch
 
 from luthier.trainer.bad_numbers import NumberGuard
+from luthier.trainer.processes import ALONE, Processes
 from luthier.types import Term
 
 
 class Ledger:
-    """Follows the steps of a run; `guard` says which of them are bad."""
+    """Follows the steps of a run; `guard` says which of them are bad.
 
-    def __init__(self, guard: NumberGuard) -> None:
-        self.guard = guard
+    Sums of metrics are those of this process; what a checkpoint keeps is of all.
+    """
+
+    def __init__(self, guard: NumberGuard, processes: Processes = ALONE) -> None:
+        self.guard, self._processes = guard, processes
         self.metrics: dict[str, Term] = {}
         self.window_steps = self.window_bad = 0
         self.loss_sum, self.loss_steps = 0.0, 0
@@ -90,14 +94,19 @@ class Ledger:
     # ---- checkpoints -----------------------------------------------------------------------------------
 
     def state(self, window_loss: float) -> dict[str, Any]:
-        """JSON values; `window_loss` is the sum of losses since the last line."""
+        """JSON values; `window_loss` is this process's part of the losses since the last line. All processes ask."""
+        (loss,) = self._processes.total([window_loss])
+        metrics = {
+            name: self._processes.total((float(term.total), float(term.weight)))
+            for name, term in self.metrics.items()
+        }
         return {
-            "window_loss": window_loss,
+            "window_loss": loss / self._processes.count,  # parts are averaged
             "window_steps": self.window_steps,
             "window_bad": self.window_bad,
             "loss_sum": self.loss_sum,
             "loss_steps": self.loss_steps,
-            "metrics": {name: [float(term.total), float(term.weight)] for name, term in self.metrics.items()},
+            "metrics": metrics,
             "guard": self.guard.state(),
         }
 
@@ -105,9 +114,10 @@ class Ledger:
         """Go on from `state`; returns the sum of losses since the last line."""
         self.window_steps, self.window_bad = state["window_steps"], state["window_bad"]
         self.loss_sum, self.loss_steps = state["loss_sum"], state["loss_steps"]
+        share = 1.0 if self._processes.is_first else 0.0
         self.metrics = {
-            name: Term(torch.tensor(total, dtype=torch.float64), torch.tensor(weight, dtype=torch.float64))
-            for name, (total, weight) in state["metrics"].items()
+            name: Term(*(torch.tensor(share * number, dtype=torch.float64) for number in sums))
+            for name, sums in state["metrics"].items()
         }
         self.guard.restore(state["guard"])
         return float(state["window_loss"])

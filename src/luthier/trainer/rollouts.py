@@ -4,6 +4,10 @@ At the first update of a rollout the policy as it is answers the prompts, the an
 reference and critic are asked about their tokens once more by the numeric kernel of training, because a sampler rounds
 otherwise. Then come epochs x minibatches optimizer steps on what the stage makes of that. Nothing here knows a loss.
 
+Several processes answer a share of the prompts each, and tell each other what came of it: every one of them knows the
+whole rollout, so its statistics, what is replaced or left out, the log and the checkpoint are those of one process.
+Of an update each goes through its share of the passes.
+
 The experience of the rollout under way is part of every checkpoint, so that a run goes on in the middle of one.
 """
 
@@ -24,14 +28,17 @@ from luthier.recipe.online import OnlineSpec
 from luthier.trainer.before_update import Asking as Asking, Layout as Layout, known
 from luthier.trainer.evaluation import without_dropout
 from luthier.trainer.experience_passes import (
+    IDLE,
     Piece,
     from_arrays,
     learnt_samples,
     minibatch,
     part_of,
+    shared_out,
     sources_of,
     to_arrays,
 )
+from luthier.trainer.processes import ALONE, Processes
 from luthier.trainer.rollout_steps import RolloutStep, answer_seed, other_prompts
 from luthier.trainer.sample_record import SampleRecord
 from luthier.trainer.saving import EXPERIENCE_NAME
@@ -81,6 +88,15 @@ class _Group:
         """Whether there is nothing to tell the answers apart by."""
         return bool(np.ptp(self.totals) == 0)
 
+    def told(self) -> tuple[Any, ...]:
+        """What another process needs to know, which has the prompts itself; `of` reads it."""
+        answers = [(one.ids, one.logprobs, one.text, one.finish) for one in self.completions]
+        return answers, self.rewards, self.totals
+
+    @classmethod
+    def of(cls, prompt: Prompt, answers: Sequence[Any], rewards: Floats, totals: Floats) -> _Group:
+        return cls(tuple(Completion(prompt, *one) for one in answers), rewards, totals)
+
 
 @dataclass(slots=True)
 class Rollouts:
@@ -94,6 +110,8 @@ class Rollouts:
     layout: Layout
     seed: int
     record: SampleRecord | None = None
+    """Of the process that writes files."""
+    processes: Processes = ALONE
     current: list[Batch] = field(init=False, default_factory=list)
     """The passes of the update under way."""
     metrics: dict[str, Term] = field(init=False, default_factory=dict)
@@ -134,23 +152,28 @@ class Rollouts:
         tokens = sum(batch.num_tokens for batch in self.current)
         moved = metrics.get("approx_kl")
         limit = self.spec.target_kl
-        too_far = (
-            limit is not None
-            and moved is not None
-            and float(moved.weight) > 0
-            and float(moved.total / moved.weight) > limit
-        )
+        too_far = False
+        if limit is not None and moved is not None:
+            total, weight = self.processes.total((float(moved.total), float(moved.weight)))
+            too_far = weight > 0 and total / weight > limit
         if too_far or self._update == self.spec.updates - 1:
             self._samples = []
-        speed = {"update_seconds": _term(seconds), "update_tokens_per_second": _term(tokens, seconds)}
+        rate = _term(tokens, seconds / self.processes.count)  # the tokens of all in the time of each
+        speed = {"update_seconds": _term(seconds), "update_tokens_per_second": rate}
         return {**self.metrics, **speed}
 
     def _cut(self, update: int) -> list[Batch]:
+        """This process's passes; one of a token that teaches nothing where only others have any."""
         pieces = minibatch(self._samples, update, self.spec.minibatches, self.seed, self._number)
-        return [self._collated(self._samples, group) for group in self.layout.cut(self._samples, pieces)]
+        if not pieces:
+            return []
+        own = shared_out(self._samples, pieces, self.processes.count)[self.processes.rank]
+        if not own:
+            return [self.stage.collate([IDLE])]
+        return [self._collated(group) for group in self.layout.cut(self._samples, own)]
 
-    def _collated(self, samples: Sequence[Sample], group: Sequence[Piece]) -> Batch:
-        return self.stage.collate([part_of(samples[piece.sample], piece) for piece in group])
+    def _collated(self, group: Sequence[Piece]) -> Batch:
+        return self.stage.collate([part_of(self._samples[piece.sample], piece) for piece in group])
 
     # ---- smaller passes (`train.fit_memory`)
 
@@ -178,7 +201,7 @@ class Rollouts:
             groups, replaced = self._groups(step)
         rollout = self._known(groups, asking)
         seconds = time.monotonic() - begun
-        signals = self.stage.signals(rollout, asking.total)
+        signals = self.stage.signals(rollout, _as_it_is)
         arrays = {name: values.float().cpu().numpy() for name, values in signals.items()}
         self._samples = learnt_samples(rollout, self.stage.learnt(rollout), arrays)
         report = self.stage.report(rollout)
@@ -188,20 +211,15 @@ class Rollouts:
         spent = self._spent
         self.metrics |= {
             "rollout_seconds": _term(seconds),
-            "rollout_tokens_per_second": _term(spent.tokens, seconds),
+            "rollout_tokens_per_second": _term(spent.tokens, seconds / self.processes.count),
             "sampling_seconds": _term(spent.sampling),
             "reward_seconds": _term(spent.rewards),
         }
-        self.stage.after(rollout, self._means(report, asking))
+        self.stage.after(
+            rollout, {name: total / weight for name, (total, weight) in report.items() if weight}
+        )
         if self.record is not None:
             self.record.add(asking.step, step.rollout, rollout, self.score.names)
-
-    def _means(self, report: Mapping[str, tuple[float, float]], asking: Asking) -> dict[str, float]:
-        sums = {
-            name: asking.total(torch.tensor(pair, dtype=torch.float64)).tolist()
-            for name, pair in report.items()
-        }
-        return {name: total / weight for name, (total, weight) in sums.items() if weight}
 
     def _groups(self, step: RolloutStep) -> tuple[list[_Group], int]:
         """The answers to the step's prompts, and how many groups were replaced.
@@ -226,13 +244,21 @@ class Rollouts:
         return groups, replaced
 
     def _answered(self, numbers: Sequence[int], rollout: int, attempt: int) -> list[_Group]:
-        size = self.stage.group_size
-        asked = []
+        """The answers to these prompts, of which this process samples and rewards its share."""
+        own = self.processes.share(numbers)
+        groups = self.processes.together(lambda: self._own_groups(own, rollout, attempt))
+        told = self.processes.joined([group.told() for group in groups])
+        return [_Group.of(self.prompts[number], *group) for number, group in zip(numbers, told, strict=True)]
+
+    def _own_groups(self, numbers: Sequence[int], rollout: int, attempt: int) -> list[_Group]:
+        size, asked = self.stage.group_size, list[Ask]()
         for number in numbers:
             prompt = self.prompts[number]
             asked += [
                 (prompt, answer_seed(self.seed, "answers", rollout, attempt, number, k)) for k in range(size)
             ]
+        if not asked:
+            return []
         begun = time.monotonic()
         completions = self.sample(asked, interruptible=True)
         sampled = time.monotonic()
@@ -249,9 +275,35 @@ class Rollouts:
 
         Where its one update is all that this would serve, the ratio is to the policy itself, and it is not asked.
         """
+        rollout = self._rollout(groups)
+        further = (
+            self.stage.needs_reference or self.stage.needs_values or self.spec.importance_cap is not None
+        )
+        if self.spec.updates == 1 and not further:
+            return rollout
+        own = self.processes.share(groups)
+        said = self.processes.joined(self.processes.together(lambda: self._asked(own, asking)))
+        logprobs, reference, values = (
+            None if parts[0] is None else np.concatenate(parts) for parts in zip(*said, strict=True)
+        )
+        assert logprobs is not None
+        return replace(rollout, logprobs=logprobs, reference=reference, values=values)
+
+    def _asked(self, groups: Sequence[_Group], asking: Asking) -> list[tuple[Floats | None, ...]]:
+        """Log-probabilities, the reference's, and values of each group's tokens."""
+        if not groups:
+            return []
+        said = known(self._rollout(groups), self.stage, self.layout, asking)
+        ends = np.cumsum([sum(map(len, group.completions)) for group in groups])[:-1]
+        columns = (said.logprobs, said.reference, said.values)
+        parts = [[None] * len(groups) if one is None else np.split(one, ends) for one in columns]
+        return list(zip(*parts, strict=True))
+
+    def _rollout(self, groups: Sequence[_Group]) -> Rollout:
+        """These answers, as the sampler knows them."""
         completions = tuple(completion for group in groups for completion in group.completions)
         sampled = np.concatenate([completion.logprobs for completion in completions]).astype(np.float32)
-        rollout = Rollout(
+        return Rollout(
             completions,
             self.stage.group_size,
             np.concatenate([group.rewards for group in groups]),
@@ -259,12 +311,6 @@ class Rollouts:
             logprobs=sampled,
             sampled=sampled,
         )
-        further = (
-            self.stage.needs_reference or self.stage.needs_values or self.spec.importance_cap is not None
-        )
-        if self.spec.updates == 1 and not further:
-            return rollout
-        return known(rollout, self.stage, self.layout, asking)
 
     # ---- checkpoints -----------------------------------------------------------------------------------
 
@@ -299,6 +345,11 @@ class _Spent:
     sampling: float = 0.0
     rewards: float = 0.0
     tokens: int = 0
+
+
+def _as_it_is(sums: torch.Tensor) -> torch.Tensor:
+    """Sums over all processes, of each of which has the whole rollout."""
+    return sums
 
 
 def _term(total: float, weight: float = 1.0) -> Term:

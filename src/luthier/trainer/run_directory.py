@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from fnmatch import fnmatchcase
 from pathlib import Path
 
+from luthier.recipe.schema import TrainSpec
 from luthier.trainer.checkpoint import MANIFEST_NAME, discard, is_temporary, sweep_temporary
 from luthier.types import CheckpointError
 
@@ -44,6 +45,13 @@ RUN_FILES = (
 
 RUN_FOLDERS = (TRACKERS,)
 """The folders of it, checkpoints aside."""
+
+
+def begin_run(output: Path, train: TrainSpec) -> None:
+    """Make the run directory and remove what a killed run left half-written. Raises what `run_guard` raises."""
+    run_guard(output, overwrite=train.overwrite, resume=train.resume)
+    output.mkdir(parents=True, exist_ok=True)
+    sweep_temporary(output)
 
 
 def run_guard(output: Path, *, overwrite: bool, resume: str, remove: bool = True) -> None:

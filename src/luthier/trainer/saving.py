@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Protocol
@@ -21,8 +21,16 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase, TrainerState
 
 from luthier.trainer.checkpoint import atomic_folder
+from luthier.trainer.processes import ALONE, Processes
 from luthier.trainer.retention import require_space, rotate, what_is_left
-from luthier.trainer.snapshot import HostCopies, TrainingState, model_state, num_bytes, training_state
+from luthier.trainer.snapshot import (
+    HostCopies,
+    TrainingState,
+    model_state,
+    num_bytes,
+    random_state,
+    training_state,
+)
 from luthier.trainer.writer import CheckpointWriter
 from luthier.types import CheckpointError, Method
 
@@ -74,12 +82,13 @@ class CheckpointSaver:
         limit: int | None,
         only_model: bool,
         metadata: Mapping[str, Any],
+        processes: Processes = ALONE,
     ) -> None:
         self.run_dir = run_dir
         self._method, self._tokenizer = method, tokenizer
         self._limit, self._only_model = limit, only_model
         self._metadata = dict(metadata)
-        self._copies = HostCopies()
+        self._copies, self._processes = HostCopies(), processes
         self.writer = CheckpointWriter(asynchronous=asynchronous)
 
     def save(
@@ -93,14 +102,34 @@ class CheckpointSaver:
         loop: Mapping[str, Any],
         rollouts: Ongoing | None = None,
     ) -> None:
-        """A checkpoint of this moment, with what is under way in `rollouts`.
+        """A checkpoint of this moment, with what is under way in `rollouts`. The first process writes it, and all of
+        them call this.
 
         Raises CheckpointError where it, or the one before, cannot be written.
         """
+        generators = self._processes.exchange(random_state())
+        companions = (optimizer, scheduler, scaler, generators)
+        self._processes.together(lambda: self._save(model, state, companions, loop, rollouts))
+
+    def wait(self) -> None:
+        """Until the last checkpoint is written, on every process."""
+        self._processes.together(self.writer.wait)
+
+    def _save(
+        self,
+        model: nn.Module,
+        state: TrainerState,
+        companions: tuple[Any, Any, Any, Sequence[dict[str, Any]]],
+        loop: Mapping[str, Any],
+        rollouts: Ongoing | None,
+    ) -> None:
+        if not self._processes.is_first:
+            return
         self.writer.wait()  # the buffers are its until then
+        optimizer, scheduler, scaler, generators = companions
         training = None
         if not self._only_model:
-            training = training_state(optimizer, scheduler, scaler, self._copies)
+            training = training_state(optimizer, scheduler, scaler, self._copies, generators)
         weights = model_state(model, self._copies, optimizer)
         self._copies.finish()
         best = state.best_model_checkpoint

@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import random
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -109,7 +109,8 @@ class TrainingState:
     optimizer: State
     scheduler: State
     scaler: State | None
-    generators: State
+    generators: Sequence[State]
+    """Of each process."""
 
     def write(self, folder: Path) -> None:
         torch.save(self.optimizer, folder / "optimizer.pt")
@@ -119,11 +120,15 @@ class TrainingState:
             torch.save(self.scheduler, folder / "scheduler.pt")
         if self.scaler is not None:
             torch.save(self.scaler, folder / "scaler.pt")
-        torch.save(self.generators, folder / "rng_state.pth")
+        for rank, state in enumerate(self.generators):
+            number = "" if len(self.generators) == 1 else f"_{rank}"
+            torch.save(state, folder / f"rng_state{number}.pth")
 
 
-def training_state(optimizer: Any, scheduler: Any, scaler: Any, copies: HostCopies) -> TrainingState:
-    """A copy of all that the optimizer and its companions hold."""
+def training_state(
+    optimizer: Any, scheduler: Any, scaler: Any, copies: HostCopies, generators: Sequence[State] = ()
+) -> TrainingState:
+    """A copy of all that the optimizer and its companions hold; `generators` are those of several processes."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Please also save or load the state of the optimizer")
         schedule = copy.deepcopy(scheduler.state_dict())
@@ -131,7 +136,7 @@ def training_state(optimizer: Any, scheduler: Any, scaler: Any, copies: HostCopi
         optimizer=copies.tree("optimizer", optimizer.state_dict()),
         scheduler=schedule,
         scaler=None if scaler is None else dict(scaler.state_dict()),
-        generators=random_state(),
+        generators=generators or [random_state()],
     )
 
 

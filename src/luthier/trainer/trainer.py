@@ -43,6 +43,7 @@ from luthier.trainer.ledger import Ledger, add_terms
 from luthier.trainer.memory import FitMemory, running_out
 from luthier.trainer.metrics import Metric
 from luthier.trainer.precision import loss_scaling
+from luthier.trainer.processes import Processes
 from luthier.trainer.retention import reading
 from luthier.trainer.rollout_steps import RolloutSteps
 from luthier.trainer.rollouts import Asking, Rollouts
@@ -83,6 +84,7 @@ class PeftTrainer(Evaluation):
         self._reference, self._schedule = reference, schedule
         self._answers, self._rollouts = answers, rollouts
         self.stage, self.method, self._optim = stage, method, optim
+        processes = Processes.of(args)
         self._steps, self._eval_sets = steps, dict(eval_sets)
         self.saver = CheckpointSaver(
             Path(str(args.output_dir)),
@@ -92,9 +94,10 @@ class PeftTrainer(Evaluation):
             limit=save_total_limit,
             only_model=args.save_only_model,
             metadata=checkpoint_metadata or {},
+            processes=processes,
         )
         self._metrics, self._eval_arithmetic, self._fit_memory = tuple(metrics), eval_arithmetic, fit_memory
-        self.ledger = Ledger(NumberGuard(bad_numbers or BadNumbersSpec(), self.saver.run_dir))
+        self.ledger = Ledger(NumberGuard(bad_numbers or BadNumbersSpec(), self.saver.run_dir), processes)
         super().__init__(
             model=model,
             args=args,
@@ -199,7 +202,6 @@ class PeftTrainer(Evaluation):
             model=model,
             arithmetic=self.compute_loss_context_manager,
             device=self.args.device,
-            total=partial(self.accelerator.reduce, reduction="sum"),
             step=self.state.global_step + 1,
         )
 
@@ -246,7 +248,7 @@ class PeftTrainer(Evaluation):
 
     def rewind(self, request: Rewind) -> Path:
         """Prepare to train on from the last checkpoint, without what led to `request`; returns the checkpoint."""
-        self.saver.writer.wait()
+        self.saver.wait()
         checkpoint, _ = newest_valid(self.saver.run_dir, resumable=True)
         if checkpoint is None:
             raise BadNumbersError(f"{request.reason}. There is no checkpoint to go back to")
@@ -370,7 +372,7 @@ class PeftTrainer(Evaluation):
 
     def _load_best_model(self) -> None:
         self.to_evaluated_weights()  # or saving would take what is loaded for the point where gradients are taken
-        self.saver.writer.wait()
+        self.saver.wait()
         self._load_from_checkpoint(str(self.state.best_model_checkpoint))
 
 

@@ -1,0 +1,81 @@
+"""The processes that train one model together: what each of them takes, and what all of them know."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import torch.distributed
+from transformers import TrainingArguments
+
+from luthier.types import LuthierError
+
+Item = TypeVar("Item")
+
+
+@dataclass(frozen=True, slots=True)
+class Processes:
+    """`count` processes as number `rank` of them sees them.
+
+    Each method that speaks with the others has to be called by all of them, in the same order.
+    """
+
+    rank: int = 0
+    count: int = 1
+
+    @classmethod
+    def of(cls, args: TrainingArguments) -> Processes:
+        return cls(args.process_index, args.world_size)
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this is the one that writes files."""
+        return self.rank == 0
+
+    def share(self, items: Sequence[Item]) -> Sequence[Item]:
+        """This process's part of what all have alike; `joined` puts the parts together again."""
+        return items[self.rank :: self.count]
+
+    def exchange(self, own: Item) -> list[Item]:
+        """What each process gave, in their order."""
+        if self.count == 1:
+            return [own]
+        found: list[Any] = [None] * self.count
+        torch.distributed.all_gather_object(found, own)
+        return found
+
+    def joined(self, own: Sequence[Item]) -> list[Item]:
+        """The whole whose `share` is `own` here, on every process."""
+        parts = self.exchange(list(own))
+        return [parts[k % self.count][k // self.count] for k in range(sum(map(len, parts)))]
+
+    def total(self, numbers: Iterable[float]) -> list[float]:
+        """Sums over all processes, the same to the last bit on each."""
+        return [sum(column) for column in zip(*self.exchange(list(numbers)), strict=True)]
+
+    def together(self, work: Callable[[], Item]) -> Item:
+        """What `work` gives here, once it is done everywhere.
+
+        Where it raises a LuthierError on one process, every other raises one of that kind and text, instead of waiting
+        for what will never come.
+        """
+        if self.count == 1:
+            return work()
+        failure: LuthierError | None = None
+        result: Item | None = None
+        try:
+            result = work()
+        except LuthierError as error:
+            failure = error
+        failures = self.exchange(None if failure is None else (type(failure), str(failure)))
+        if failure is not None:
+            raise failure
+        for rank, told in enumerate(failures):
+            if told is not None:
+                kind, text = told
+                raise kind.__new__(kind, f"process {rank}: {text}")
+        return result  # type: ignore[return-value]
+
+
+ALONE = Processes()
