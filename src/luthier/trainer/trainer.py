@@ -81,11 +81,14 @@ class PeftTrainer(Evaluation):
     ) -> None:
         """`eval_arithmetic` is the type of evaluations, without it that of training; `reference` is what a stage is
         compared with, `schedule` what `optim.schedule_function` names; `answers` answers at evaluations."""
-        self._reference, self._schedule = reference, schedule
-        self._answers, self._rollouts = answers, rollouts
+        self._reference, self._schedule, self._answers, self._rollouts = (
+            reference,
+            schedule,
+            answers,
+            rollouts,
+        )
         self.stage, self.method, self._optim = stage, method, optim
-        processes = Processes.of(args)
-        self._steps, self._eval_sets = steps, dict(eval_sets)
+        self._steps, self._eval_sets, processes = steps, dict(eval_sets), Processes.of(args)
         self.saver = CheckpointSaver(
             Path(str(args.output_dir)),
             method,
