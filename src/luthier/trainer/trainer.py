@@ -81,13 +81,8 @@ class PeftTrainer(Evaluation):
     ) -> None:
         """`eval_arithmetic` is the type of evaluations, without it that of training; `reference` is what a stage is
         compared with, `schedule` what `optim.schedule_function` names; `answers` answers at evaluations."""
-        self._reference, self._schedule, self._answers, self._rollouts = (
-            reference,
-            schedule,
-            answers,
-            rollouts,
-        )
-        self.stage, self.method, self._optim = stage, method, optim
+        self._reference, self._schedule, self._answers = reference, schedule, answers
+        self.stage, self.method, self._optim, self._rollouts = stage, method, optim, rollouts
         self._steps, self._eval_sets, processes = steps, dict(eval_sets), Processes.of(args)
         self.saver = CheckpointSaver(
             Path(str(args.output_dir)),
