@@ -68,7 +68,7 @@ class HttpRewardSpec(_Weighted):
     @field_validator("url")
     @classmethod
     def _whole_address(cls, value: str) -> str:
-        if not re.fullmatch(r"https?://\S+", value):
+        if not re.fullmatch(r"https?://[^/\s]\S*", value):
             raise ValueError(f"write the whole address, http://... or https://..., found the text {value!r}")
         return value
 

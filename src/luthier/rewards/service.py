@@ -48,11 +48,9 @@ class Service(Judge):
         decode: Decode,
         wait: Callable[[float], None] = time.sleep,
     ) -> None:
-        """`key` is the recipe's, for messages. Raises RecipeError for a URL that is none of http or https, and for a
-        variable in `headers` that the environment lacks."""
+        """`key` is the recipe's, for messages. Raises RecipeError for a variable in `headers` that the environment
+        lacks."""
         super().__init__(name)
-        if not re.match(r"https?://[^/\s]", spec.url):
-            raise RecipeError(f"{key}.url: {spec.url!r}: write http://host:port/path")
         self.spec, self._decode, self._wait = spec, decode, wait
         self._headers = {"Content-Type": "application/json", "Accept": "application/json"}
         for header, value in spec.headers.items():
