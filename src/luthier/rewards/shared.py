@@ -21,6 +21,7 @@ from peft.utils import load_peft_weights
 from torch import Tensor, nn
 
 from luthier.methods.adapter_files import ADAPTER
+from luthier.model.active_adapters import keeping_adapters
 from luthier.model.base_record import BaseRecord, differences, read_base, remembered_base
 from luthier.model.faults import LOAD_ERRORS, reason
 from luthier.model.logprobs import model_inputs
@@ -192,21 +193,11 @@ def _names() -> Iterator[str]:
 
 @contextmanager
 def _left_as_it_was(model: PeftModel) -> Iterator[None]:
-    """Whatever happens inside: the same parameters train, the same adapters are active in every layer, and every module
-    is in its mode. PEFT's own switch lets every matrix of an adapter train that it makes active."""
-    trains = {parameter: parameter.requires_grad for parameter in model.parameters()}
-    active = {
-        module: module._active_adapter for module in model.modules() if hasattr(module, "_active_adapter")
-    }
+    """As `keeping_adapters`, and every module is in its mode again."""
     modes = {module: module.training for module in model.modules()}
-    outer, inner = model.active_adapter, model.base_model.active_adapter
     try:
-        yield
+        with keeping_adapters(model):
+            yield
     finally:
-        for parameter, wanted in trains.items():
-            parameter.requires_grad_(wanted)
-        for module, names in active.items():
-            module._active_adapter = names
         for module, training in modes.items():
             module.training = training
-        model.active_adapter, model.base_model.active_adapter = outer, inner
