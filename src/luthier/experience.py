@@ -66,6 +66,8 @@ class Completion:
     logprobs: Floats
     text: str
     finish: Finish
+    bad_scores: int = 0
+    """Its steps at which the policy's scores had NaN or infinity among them."""
 
     @property
     def truncated(self) -> bool:

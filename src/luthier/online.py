@@ -98,7 +98,8 @@ class LiveSampler:
                 "checkpoints are whole. A lower optim.lr or train.precision=bf16 in place of fp16 often helps"
             )
         ids = np.array([choice.token for choice in choices], np.int32)
-        return Completion(prompt, ids, logprobs, self._text(generation), generation.finish)
+        text = self._text(generation)
+        return Completion(prompt, ids, logprobs, text, generation.finish, generation.bad_scores)
 
 
 # --------------------------------------------------------------------------------------------------

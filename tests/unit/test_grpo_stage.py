@@ -212,6 +212,9 @@ def test_report() -> None:
     # The first group: 1, 0, 0.5 have deviation 0.5, so advantages of 1, -1 and 0; the second of 0.
     assert found["advantage/std"] == pytest.approx(math.sqrt(2 / 5), rel=1e-3)
     assert set(found) == {*expected, "advantage/std"}
+    bad = dataclasses.replace(rollout.completions[0], bad_scores=3)
+    marred = dataclasses.replace(rollout, completions=(bad, *rollout.completions[1:]))
+    assert build_stage(spec, OPTIONS).report(marred)["completion/bad_scores"] == (3.0, 6)
 
 
 def test_the_coefficient_follows_the_divergence() -> None:

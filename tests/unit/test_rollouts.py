@@ -450,6 +450,14 @@ def test_scores_that_are_no_numbers_stop_the_run_with_the_row() -> None:
         sampler_of(model)([(some_prompts(3)[2], 1)], interruptible=True)
 
 
+def test_single_scores_that_are_no_numbers_are_counted() -> None:
+    model = flat_model()
+    with torch.no_grad():
+        model.lm_head.weight[7].fill_(float("nan"))
+    (completion,) = sampler_of(model)([(some_prompts(1)[0], 1)], interruptible=True)
+    assert completion.bad_scores == len(completion) > 0 and 7 not in completion.ids
+
+
 def test_an_answer_that_ends_at_once_is_its_stop_token() -> None:
     model = flat_model()
     sampler = sampler_of(model, stop_ids=tuple(range(VOCAB)))

@@ -141,7 +141,8 @@ class OnlineLearning(Separable):
     def report(self, rollout: Rollout) -> Reported:
         """Means over answers, and of a deviation or a maximum that of this process's answers.
 
-        `reward` is the weighted sum, `reward/NAME` one function before its weight; lengths are in tokens; `kl` is in
+        `reward` is the weighted sum, `reward/NAME` one function before its weight; lengths are in tokens;
+        `completion/bad_scores` is there where scores were no numbers; `kl` is in
         nats per token and `kl/answer` per answer, which the target holds.
         """
         answers = len(rollout.completions)
@@ -155,6 +156,8 @@ class OnlineLearning(Separable):
         }
         for column, name in enumerate(reward_names(self._spec.rewards)):
             numbers[f"reward/{name}"] = (float(rollout.rewards[:, column].astype(np.float64).sum()), answers)
+        if bad := sum(completion.bad_scores for completion in rollout.completions):
+            numbers["completion/bad_scores"] = (float(bad), answers)
         if self.needs_reference:
             divergence = float(self._divergences(rollout).double().sum())
             numbers["kl"] = (divergence, float(lengths.sum()))
