@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
+from datetime import timedelta
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ import torch
 from peft import PeftModel
 from safetensors.torch import load_file
 from torch import Tensor, nn
+from torch.multiprocessing import start_processes  # type: ignore[attr-defined]
 from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification, set_seed
 
 from luthier.data.collate import branch_batch, flat_batch
@@ -688,27 +690,48 @@ def test_apply_attaches_too() -> None:
     assert critic_of(model) is not None and "critic" in model.peft_config
 
 
-@pytest.mark.parametrize(
-    ("method", "critic"), [("full", "shared"), ("full", "own"), ("lora", "shared"), ("lora", "own")]
-)
-def test_inside_ddp(method: str, critic: str, tmp_path: Path) -> None:
-    """One forward reaches every parameter, so nothing has to be looked for; gradients are those without it."""
-    plain, wrapped = (stir(policy_with(method, critic)[0]) for _ in range(2))
-    store = torch.distributed.FileStore(str(tmp_path / "store"), 1)
-    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
-    try:
+PARALLEL = [("full", "shared"), ("full", "own"), ("lora", "shared"), ("lora", "own")]
+
+
+def _gradients_in_ddp(rank: int, folder: str) -> None:
+    """One of two processes. It writes its gradients by DDP, and those of both rows of texts without it."""
+    store = torch.distributed.FileStore(f"{folder}/store", 2)
+    torch.distributed.init_process_group(
+        "gloo", store=store, rank=rank, world_size=2, timeout=timedelta(minutes=2)
+    )
+    torch.set_num_threads(1)
+    for method, critic in PARALLEL:
+        plain, wrapped = (stir(policy_with(method, critic)[0]) for _ in range(2))
         parallel = nn.parallel.DistributedDataParallel(wrapped)
-        for lengths in ((9, 5), (4, 11)):
-            for model in (plain, parallel):
-                with torch.no_grad():
-                    answers(model, batch_of(lengths))
-                logprobs, values = answers(model, batch_of(lengths))
-                (logprobs.square().sum() + values.square().sum()).backward()
-    finally:
-        torch.distributed.destroy_process_group()
-    other = grads(wrapped)
-    for name, grad in grads(plain).items():
-        torch.testing.assert_close(other[name], grad, rtol=1e-5, atol=1e-5, msg=name)
+        for model, rows in ((plain, (0, 1)), (parallel, (rank,))):
+            for lengths in (((9, 5), (4, 11)), ((7,), (3, 8))):
+                for row in rows:
+                    with torch.no_grad():
+                        answers(model, batch_of(lengths[row]))
+                    logprobs, values = answers(model, batch_of(lengths[row]))
+                    # DDP takes the mean of both processes
+                    ((logprobs.square().sum() + values.square().sum()) / len(rows)).backward()
+        torch.save((grads(wrapped), grads(plain)), f"{folder}/{method}-{critic}-{rank}")
+    torch.distributed.barrier()
+    torch.distributed.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def in_ddp(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """In processes of their own: what a process group leaves behind in one can hold up the next."""
+    folder = tmp_path_factory.mktemp("ddp")
+    start_processes(_gradients_in_ddp, (str(folder),), nprocs=2, start_method="spawn")  # type: ignore[no-untyped-call]
+    return folder
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize(("method", "critic"), PARALLEL)
+def test_inside_ddp(method: str, critic: str, rank: int, in_ddp: Path) -> None:
+    """One forward reaches every parameter, so nothing has to be looked for; gradients are those without it."""
+    found, plain = torch.load(in_ddp / f"{method}-{critic}-{rank}")
+    assert found.keys() == plain.keys() and found
+    for name, grad in plain.items():
+        torch.testing.assert_close(found[name], grad, rtol=1e-5, atol=1e-5, msg=name)
 
 
 def test_generation_is_the_policys(tmp_path: Path) -> None:
