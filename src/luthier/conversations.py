@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 
 @dataclass(frozen=True, slots=True)
@@ -14,6 +14,19 @@ class ToolCall:
     name: str
     arguments: Mapping[str, Any] | str
     id: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Media:
+    """An image, a film or a sound in a message.
+
+    `source` is the path of its file, or those of a film's frames in order; nothing is opened before a sample is
+    collated. `at` is the number of characters of the message's content that stand before it.
+    """
+
+    kind: Literal["image", "video", "audio"]
+    source: str | tuple[str, ...]
+    at: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,6 +42,11 @@ class Message:
     reasoning: str | None = None
     tool_calls: tuple[ToolCall, ...] = ()
     weight: float | None = None
+    spans: tuple[tuple[int, int, float], ...] = ()
+    """Loss weights of parts of the content of an answer: characters [start, stop) and their weight; the rest has
+    `weight`."""
+    media: tuple[Media, ...] = ()
+    """In the order in which they stand in the content."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,6 +7,10 @@ from typing import Literal
 from pydantic import Field, field_validator, model_validator
 
 from luthier.recipe.base import Spec
+from luthier.recipe.media import MediaSpec
+from luthier.recipe.mixture import MixSpec
+from luthier.recipe.streaming import StreamSpec
+from luthier.recipe.thinking import ThinkingSpec
 
 
 class ColumnSpec(Spec):
@@ -102,6 +106,16 @@ class DataSpec(Spec):
     """A named template, a .jinja file or four strings; the tokenizer's own chat template if absent."""
     default_system: str | None = None
     """System prompt for conversations that have none."""
+    tool_format: str | None = None
+    """How tools and calls are written, by name, where it is not the template's own way (`luthier templates`)."""
+    thinking: ThinkingSpec = ThinkingSpec()
+    """What becomes of reasoning."""
+    mix: MixSpec = MixSpec()
+    """How several training sets become one."""
+    stream: StreamSpec | None = None
+    """Read and tokenize while training, for files larger than memory; needs `train.max_steps`."""
+    media: MediaSpec = MediaSpec()
+    """Images, films and sounds."""
     max_length: int = Field(default=2048, gt=1)
     """Longest sample in tokens."""
     overflow: Literal["drop", "truncate", "split", "error"] | None = None
