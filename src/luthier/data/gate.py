@@ -37,6 +37,8 @@ def gate(template: ChatTemplate, rows: Iterable[Row]) -> int:
 def _check(template: ChatTemplate, conversation: Conversation) -> None:
     encoded = template.encode(conversation)
     ids = encoded.input_ids
+    if template.exactly(conversation) != ids:
+        raise DataError("the tokenizer gives other tokens than remembered words; this is an error in Luthier")
     saved = template.tokenizer.apply_chat_template(
         chat_messages(conversation), tools=[dict(tool) for tool in conversation.tools] or None, tokenize=False
     )

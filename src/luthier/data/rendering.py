@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import Any, cast
 
 import jinja2
-from transformers.utils.chat_template_utils import render_jinja_template
+from transformers.utils.chat_template_utils import _compile_jinja_template, render_jinja_template
 
 from luthier.types import Conversation, DataError, Message, RowError
 
@@ -93,7 +93,11 @@ class Renderer:
     def __init__(self, source: str, variables: Mapping[str, Any]) -> None:
         self.source = source
         self._variables = dict(variables)
+        self._compiled: Any = None
         self._has_generation = _GENERATION.search(source) is not None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_compiled": None}  # a compiled template is not sent to other processes
 
     def render(
         self, messages: Sequence[ChatMessage], tools: Sequence[Any] = (), *, generation_prompt: bool = False
@@ -162,15 +166,18 @@ class Renderer:
     ) -> tuple[str, list[tuple[int, int]]]:
         track = self._has_generation and not generation_prompt
         try:
+            if not track:
+                return self._text(messages, tools, generation_prompt), []
             # annotated as a text, it returns (texts, spans of each text)
             texts, spans = cast(Any, render_jinja_template)(
                 conversations=[list(messages)],
                 tools=list(tools) or None,
                 chat_template=self.source,
-                return_assistant_tokens_mask=track,
+                return_assistant_tokens_mask=True,
                 add_generation_prompt=generation_prompt,
                 **self._variables,
             )
+            return texts[0], spans[0]
         except jinja2.TemplateSyntaxError as error:
             raise DataError(
                 f"the chat template is not valid Jinja: line {error.lineno}: {error.message}"
@@ -178,7 +185,27 @@ class Renderer:
         except (jinja2.TemplateError, TypeError) as error:
             why = str(error).strip().partition("\n")[0][:_REASON]
             raise RowError(f"the chat template refuses it ({why})") from error
-        return texts[0], spans[0] if track else []
+
+    def _text(self, messages: Sequence[ChatMessage], tools: Sequence[Any], generation_prompt: bool) -> str:
+        """What transformers renders, without the copies that it makes for what is no plain data; the gate compares."""
+        if self._compiled is None:
+            self._compiled = cast(Any, _compile_jinja_template)(self.source)
+        text: str = self._compiled.render(
+            messages=_with_names_of_reasoning(messages),
+            tools=list(tools) or None,
+            documents=None,
+            add_generation_prompt=generation_prompt,
+            **self._variables,
+        )
+        return text
+
+
+def _with_names_of_reasoning(messages: Sequence[ChatMessage]) -> list[ChatMessage]:
+    """Reasoning under its older name, too, as transformers gives it to templates."""
+    return [
+        {"thinking": message["reasoning_content"], **message} if "reasoning_content" in message else message
+        for message in messages
+    ]
 
 
 def _answer(

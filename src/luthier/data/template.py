@@ -34,6 +34,7 @@ from transformers import PreTrainedTokenizerBase
 from luthier.data import families
 from luthier.data.rendering import ChatMessage, Layout, Renderer, chat_messages, with_default_system
 from luthier.data.specials import SpecialText
+from luthier.data.word_tokens import WordTokens
 from luthier.recipe.schema import DataSpec, TemplateSpec
 from luthier.types import Conversation, DataError, EncodedConversation, RowError, Span
 
@@ -133,7 +134,9 @@ class ChatTemplate:
         self.parse_special_tokens = parse_special_tokens
         self.pieces = marked is not None
         # a copy: others may switch padding, truncation or special tokens on the shared one
-        self._backend = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
+        description = tokenizer.backend_tokenizer.to_str()
+        self._backend = Tokenizer.from_str(description)
+        self._words = WordTokens.of(description)
         self._backend.no_padding()
         self._backend.no_truncation()
         self._specials = SpecialText(self._backend)
@@ -187,8 +190,8 @@ class ChatTemplate:
 
     def text(self, text: str) -> list[int]:
         if self.parse_special_tokens:
-            return list(self._backend.encode(text, add_special_tokens=False).ids)
-        return self._specials.encode_text(text)
+            return self._ids(text)
+        return self._specials.encode_text(text) if self._specials.found_in(text) else self._ids(text)
 
     @property
     def begin_ids(self) -> list[int]:
@@ -250,6 +253,14 @@ class ChatTemplate:
             return messages, tools, renderer, False
         return self._specials.mark(messages), self._specials.mark(tools), renderer, True
 
+    def exactly(self, conversation: Conversation) -> list[int]:
+        """The ids of `encode`, from the tokenizer alone: what remembered words are compared with."""
+        messages, tools, renderer, marked = self._prepared(conversation)
+        layout = self._unmark(renderer.layout(messages, tools, self._end_texts, turn_ends=self.pieces))
+        if self._splits_freely or self.pieces:
+            return self._encode_pieces(layout, marked, by_words=False)[0]
+        return self._encode_whole(layout, marked)[0]
+
     def _check_content(self, messages: Sequence[ChatMessage], text: str) -> None:
         """A template may move or trim content, but must not lose it (earlier reasoning excepted)."""
         for message in messages:
@@ -264,9 +275,15 @@ class ChatTemplate:
             return self._specials.encode_respelled(text)
         return self._backend.encode(text, add_special_tokens=False)
 
-    def _encode_pieces(self, layout: Layout, marked: bool) -> tuple[list[int], dict[int, int]]:
+    def _encode_pieces(
+        self, layout: Layout, marked: bool, *, by_words: bool = True
+    ) -> tuple[list[int], dict[int, int]]:
         """Ids, and the token index of every boundary of the layout (character -> token)."""
         inner = {position for a in layout.answers for position in (a.start, a.stop, a.end)}
+        if by_words and not marked and self._words is not None:
+            found = self._words.pieces(layout.text, layout.cuts, inner)
+            if found is not None:
+                return found
         cuts = sorted({*layout.cuts, 0, len(layout.text)})
         ids: list[int] = []
         at = {0: 0}
@@ -355,7 +372,8 @@ class ChatTemplate:
         return ends, self._ids_of(ends)
 
     def _ids(self, text: str) -> list[int]:
-        return list(self._backend.encode(text, add_special_tokens=False).ids)
+        found = None if self._words is None else self._words.ids(text)
+        return found if found is not None else list(self._backend.encode(text, add_special_tokens=False).ids)
 
     def _ids_of(self, tokens: Sequence[str]) -> tuple[int, ...]:
         ids = (self._backend.token_to_id(token) for token in tokens)

@@ -1,0 +1,216 @@
+"""Token ids of a text from those of its words, which mostly have been seen before.
+
+A byte-level BPE tokenizer cuts a text at its added tokens, then by a pattern, and merges inside of what is left; no
+pattern of this field takes in the border between a character that is no space and a single space. So what lies between
+two such borders has the same tokens wherever it stands, and is looked up. The tokenizer itself spends most of its time
+on the pattern and on where each token came from, which nobody asks here.
+
+Whether a tokenizer is of this kind is read from its description, and tried: see `WordTokens.of`. What is not covered
+(a pattern of another kind, other normalizers, spaces beside spaces) is left to the tokenizer.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import unicodedata
+from collections.abc import Collection, Iterator, Sequence
+from functools import lru_cache
+from itertools import chain, product
+from typing import Any
+
+from tokenizers import Tokenizer
+
+_BESIDE = re.compile(r"\s | \s")
+"""A space beside another kind of white space, or of its own: the pattern decides how they are shared out."""
+_MOST = 1 << 18
+"""Words that are remembered: with their ids about 60 MB."""
+_LONGEST = 64
+"""Characters of a word that is remembered."""
+_TRIED: tuple[str, ...] = (
+    *(
+        "a",
+        "Z",
+        "'s",
+        "'",
+        "7",
+        "42",
+        ".",
+        "...",
+        "-",
+        "_",
+        "(",
+        "{",
+        "\n",
+        "a\n",
+        "é",
+        "ß",
+        "中",
+        "。",
+        "あ",
+        "한",
+    ),
+    *(
+        "й",
+        "ا",
+        "अ",
+        "ก",
+        "e\u0301",
+        "🙂",
+        "👩\u200d👧",
+        "\u200b",
+        "\ufeff",
+        "½",
+        "Ⅷ",
+        "€",
+        "\\n",
+        "/",
+        "1a",
+        "a1",
+    ),
+    *("\t", "ＡＢ", "$x$"),
+)
+
+
+class WordTokens:
+    """The ids that `backend` gives, without their places."""
+
+    def __init__(self, backend: Tokenizer, added: dict[str, int], composes: bool) -> None:
+        self._added, self._spellings, self._composes = added, tuple(added), composes
+        pattern = "|".join(map(re.escape, sorted(added, key=len, reverse=True)))
+        self._split = re.compile(f"({pattern})") if added else None
+        self._first, self._after = _Words(backend, ""), _Words(backend, " ")
+
+    @classmethod
+    @lru_cache(maxsize=4)
+    def of(cls, description: str) -> WordTokens | None:
+        """For tokenizers whose tokens are those of their words; None for others. `description`: `Tokenizer.to_str`.
+
+        A BPE model over bytes, no normalizer but NFC, patterns and digits alone before it, added tokens that take in
+        nothing beside them and do not overlap; and over many pairs of kinds of characters with a space between them the
+        tokens of both halves are those of the whole.
+        """
+        backend, tree = Tokenizer.from_str(description), json.loads(description)
+        backend.no_padding()
+        backend.no_truncation()
+        normalizer, added = tree["normalizer"], tree["added_tokens"]
+        composes = normalizer is not None
+        if not _is_plain(tree["model"]) or not _cuts_by_patterns(tree["pre_tokenizer"]):
+            return None
+        if composes and normalizer["type"] != "NFC":
+            return None
+        if any(token["lstrip"] or token["rstrip"] or token["single_word"] for token in added):
+            return None
+        spellings = {token["content"]: int(token["id"]) for token in added if token["content"]}
+        if _overlap(list(spellings)):
+            return None
+        found = cls(backend, spellings, composes)
+        return found if all(found.ids(text) == _ids(backend, text) for text in _trials(spellings)) else None
+
+    def ids(self, text: str) -> list[int] | None:
+        """Ids of a text, without tokens that a tokenizer adds at its ends; None where its words do not tell."""
+        if self._composes and not unicodedata.is_normalized("NFC", text):
+            return None
+        if self._split is None:
+            return self._of_segment(text)
+        ids: list[int] = []
+        for number, part in enumerate(self._split.split(text)):
+            if number % 2:
+                ids.append(self._added[part])
+            elif part:
+                ids += self._of_segment(part)
+        return ids
+
+    def pieces(
+        self, text: str, cuts: Collection[int], places: Collection[int]
+    ) -> tuple[list[int], dict[int, int]] | None:
+        """Ids of a text that is cut at `cuts`, and the number of tokens before each of these and of `places`.
+
+        None where that is not known: a place that is no cut has to follow an added token.
+        """
+        for place in places:
+            if 0 < place < len(text) and place not in cuts and not text.endswith(self._spellings, 0, place):
+                return None
+        ids: list[int] = []
+        at = {0: 0}
+        left = 0
+        for right in sorted({*cuts, *places, len(text)}):
+            found = self.ids(text[left:right])
+            if found is None:
+                return None
+            ids += found
+            at[right] = len(ids)
+            left = right
+        return ids, at
+
+    def _of_segment(self, text: str) -> list[int]:
+        first, *others = text.split(" ")
+        if _BESIDE.search(text):
+            first, *others = _joined([first, *others])
+        return [*self._first[first], *chain.from_iterable(map(self._after.__getitem__, others))]
+
+
+def _joined(words: Sequence[str]) -> list[str]:
+    """The words of a text, put together again where the space between them has white space beside it."""
+    joined = [words[0]]
+    for word in words[1:]:
+        if word and not word[0].isspace() and joined[-1] and not joined[-1][-1].isspace():
+            joined.append(word)
+        else:
+            joined[-1] += " " + word
+    return joined
+
+
+class _Words(dict[str, tuple[int, ...]]):
+    """Ids of words that stand behind `before`."""
+
+    def __init__(self, backend: Tokenizer, before: str) -> None:
+        super().__init__()
+        self._backend, self._before = backend, before
+
+    def __missing__(self, word: str) -> tuple[int, ...]:
+        ids = tuple(_ids(self._backend, self._before + word))
+        if len(self) < _MOST and len(word) <= _LONGEST:
+            self[word] = ids
+        return ids
+
+
+def _ids(backend: Tokenizer, text: str) -> list[int]:
+    return list(backend.encode(text, add_special_tokens=False).ids)
+
+
+def _is_plain(model: dict[str, Any]) -> bool:
+    return (
+        model["type"] == "BPE"
+        and model["dropout"] is None
+        and not model["continuing_subword_prefix"]
+        and not model["end_of_word_suffix"]
+        and not model["byte_fallback"]
+    )
+
+
+def _cuts_by_patterns(step: dict[str, Any] | None) -> bool:
+    """Whether what comes before the merges is cutting by patterns, and bytes for characters."""
+    steps = [] if step is None else step["pretokenizers"] if step["type"] == "Sequence" else [step]
+    kinds = {one["type"] for one in steps}
+    bytes_ = [one for one in steps if one["type"] == "ByteLevel"]
+    return (
+        kinds <= {"Split", "Digits", "ByteLevel"} and len(bytes_) == 1 and not bytes_[0]["add_prefix_space"]
+    )
+
+
+def _overlap(tokens: Sequence[str]) -> bool:
+    """Whether one token is a part of another, or begins with the end of one."""
+    starts = {token[:size] for token in tokens for size in range(1, len(token))}
+    return any(token[-size:] in starts for token in tokens for size in range(1, len(token))) or any(
+        token in other for token in tokens for other in tokens if len(token) < len(other)
+    )
+
+
+def _trials(added: dict[str, int]) -> Iterator[str]:
+    tokens = list(added)[:4]
+    for left, right in product(_TRIED, repeat=2):
+        yield f"{left} {right}"
+    for token, other in product(tokens, _TRIED):
+        yield f"{other} {token} {other}{token}{other}\n{other}"
+    yield "".join(f"{other}  {other}\n {other} \n\n  {other}\t {other}  " for other in _TRIED)
