@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import Any, cast
 
 import jinja2
-from transformers.utils.chat_template_utils import _compile_jinja_template, render_jinja_template
+from transformers.utils.chat_template_utils import _cached_compile_jinja_template, render_jinja_template
 
 from luthier.types import Conversation, DataError, Message, RowError
 
@@ -167,7 +167,7 @@ class Renderer:
         track = self._has_generation and not generation_prompt
         try:
             if not track:
-                return self._text(messages, tools, generation_prompt), []
+                return self.plain(messages, tools, generation_prompt), []
             # annotated as a text, it returns (texts, spans of each text)
             texts, spans = cast(Any, render_jinja_template)(
                 conversations=[list(messages)],
@@ -186,11 +186,19 @@ class Renderer:
             why = str(error).strip().partition("\n")[0][:_REASON]
             raise RowError(f"the chat template refuses it ({why})") from error
 
-    def _text(self, messages: Sequence[ChatMessage], tools: Sequence[Any], generation_prompt: bool) -> str:
-        """What transformers renders, without the copies that it makes for what is no plain data; the gate compares."""
+    @property
+    def compiled(self) -> Any:
+        """The template in an environment of its own, which is as that of transformers."""
         if self._compiled is None:
-            self._compiled = cast(Any, _compile_jinja_template)(self.source)
-        text: str = self._compiled.render(
+            self._compiled = cast(Any, _cached_compile_jinja_template)(self.source)
+        return self._compiled
+
+    def plain(self, messages: Sequence[ChatMessage], tools: Sequence[Any], generation_prompt: bool) -> str:
+        """What transformers renders, without the copies that it makes for what is no plain data; the gate compares.
+
+        Raises what the template raises.
+        """
+        text: str = self.compiled.render(
             messages=_with_names_of_reasoning(messages),
             tools=list(tools) or None,
             documents=None,

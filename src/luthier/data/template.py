@@ -33,6 +33,7 @@ from transformers import PreTrainedTokenizerBase
 
 from luthier.data import families
 from luthier.data.rendering import ChatMessage, Layout, Renderer, chat_messages, with_default_system
+from luthier.data.shapes import Shapes, can_be_shaped
 from luthier.data.specials import SpecialText
 from luthier.data.word_tokens import WordTokens
 from luthier.recipe.schema import DataSpec, TemplateSpec
@@ -171,14 +172,27 @@ class ChatTemplate:
 
     def encode(self, conversation: Conversation) -> EncodedConversation:
         messages, tools, renderer, marked = self._prepared(conversation)
-        layout = self._unmark(renderer.layout(messages, tools, self._end_texts, turn_ends=self.pieces))
-        self._check_content(messages, layout.text)
+        shaped = None if tools or marked or self._shapes is None else self._shapes.layout(messages)
+        layout = shaped or self._layout(renderer, messages, tools)
+        if shaped is None:
+            self._check_content(messages, layout.text)
         if self._splits_freely or self.pieces:
             ids, at = self._encode_pieces(layout, marked)
         else:
             ids, at = self._encode_whole(layout, marked)
         answers = tuple(Span(at[a.start], at[a.stop], a.message, at[a.end]) for a in layout.answers)
         return EncodedConversation(ids, answers, layout.rewritten)
+
+    def _layout(self, renderer: Renderer, messages: Sequence[ChatMessage], tools: Sequence[Any]) -> Layout:
+        return self._unmark(renderer.layout(messages, tools, self._end_texts, turn_ends=self.pieces))
+
+    @cached_property
+    def _shapes(self) -> Shapes | None:
+        """What is known of conversations without tools; None for a template that has to render each of them."""
+        renderer = self._renderers["default"]
+        if not can_be_shaped(renderer.compiled, renderer.source):
+            return None
+        return Shapes(renderer, self._layout, self._end_texts)
 
     def prompt(self, conversation: Conversation) -> list[int]:
         messages, tools, renderer, marked = self._prepared(conversation)
@@ -256,7 +270,7 @@ class ChatTemplate:
     def exactly(self, conversation: Conversation) -> list[int]:
         """The ids of `encode`, from the tokenizer alone: what remembered words are compared with."""
         messages, tools, renderer, marked = self._prepared(conversation)
-        layout = self._unmark(renderer.layout(messages, tools, self._end_texts, turn_ends=self.pieces))
+        layout = self._layout(renderer, messages, tools)
         if self._splits_freely or self.pieces:
             return self._encode_pieces(layout, marked, by_words=False)[0]
         return self._encode_whole(layout, marked)[0]
