@@ -21,8 +21,10 @@ from typing import Any
 
 from tokenizers import Tokenizer
 
-_BESIDE = re.compile(r"\s | \s")
+_BESIDE = re.compile(r"(?<=\s) | (?=\s)")
 """A space beside another kind of white space, or of its own: the pattern decides how they are shared out."""
+_HELD = chr(0xF0006)
+"""Stands for such a space, where words are told from each other by spaces."""
 _MOST = 1 << 18
 """Words that are remembered: with their ids about 60 MB."""
 _LONGEST = 64
@@ -105,11 +107,12 @@ class WordTokens:
         if _overlap(list(spellings)):
             return None
         found = cls(backend, spellings, composes)
-        return found if all(found.ids(text) == _ids(backend, text) for text in _trials(spellings)) else None
+        same = (found.ids(text) in (None, _ids(backend, text)) for text in _trials(spellings))
+        return found if all(same) else None
 
     def ids(self, text: str) -> list[int] | None:
         """Ids of a text, without tokens that a tokenizer adds at its ends; None where its words do not tell."""
-        if self._composes and not unicodedata.is_normalized("NFC", text):
+        if _HELD in text or (self._composes and not unicodedata.is_normalized("NFC", text)):
             return None
         if self._split is None:
             return self._of_segment(text)
@@ -126,10 +129,10 @@ class WordTokens:
     ) -> tuple[list[int], dict[int, int]] | None:
         """Ids of a text that is cut at `cuts`, and the number of tokens before each of these and of `places`.
 
-        None where that is not known: a place that is no cut has to follow an added token.
+        None where that is not known: a place that is no cut has to be the edge of an added token.
         """
         for place in places:
-            if 0 < place < len(text) and place not in cuts and not text.endswith(self._spellings, 0, place):
+            if 0 < place < len(text) and place not in cuts and not self._is_edge(text, place):
                 return None
         ids: list[int] = []
         at = {0: 0}
@@ -143,22 +146,12 @@ class WordTokens:
             left = right
         return ids, at
 
+    def _is_edge(self, text: str, place: int) -> bool:
+        return text.endswith(self._spellings, 0, place) or text.startswith(self._spellings, place)
+
     def _of_segment(self, text: str) -> list[int]:
-        first, *others = text.split(" ")
-        if _BESIDE.search(text):
-            first, *others = _joined([first, *others])
+        first, *others = _BESIDE.sub(_HELD, text).split(" ")
         return [*self._first[first], *chain.from_iterable(map(self._after.__getitem__, others))]
-
-
-def _joined(words: Sequence[str]) -> list[str]:
-    """The words of a text, put together again where the space between them has white space beside it."""
-    joined = [words[0]]
-    for word in words[1:]:
-        if word and not word[0].isspace() and joined[-1] and not joined[-1][-1].isspace():
-            joined.append(word)
-        else:
-            joined[-1] += " " + word
-    return joined
 
 
 class _Words(dict[str, tuple[int, ...]]):
@@ -169,7 +162,7 @@ class _Words(dict[str, tuple[int, ...]]):
         self._backend, self._before = backend, before
 
     def __missing__(self, word: str) -> tuple[int, ...]:
-        ids = tuple(_ids(self._backend, self._before + word))
+        ids = tuple(_ids(self._backend, self._before + word.replace(_HELD, " ")))
         if len(self) < _MOST and len(word) <= _LONGEST:
             self[word] = ids
         return ids

@@ -1,0 +1,62 @@
+"""LLaMA-Factory prepares the rows: `get_dataset`, as its training calls it."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from pathlib import Path
+
+import clock
+import encoded
+
+job = clock.load_job()
+os.environ["HF_DATASETS_CACHE"] = str(Path(job["output"]) / "datasets")  # before `datasets` is imported
+
+from llamafactory.data import get_dataset, get_template_and_fix_tokenizer  # noqa: E402
+from llamafactory.hparams import get_train_args  # noqa: E402
+from llamafactory.model import load_tokenizer  # noqa: E402
+
+
+def main() -> None:
+    rows = Path(job["rows"])
+    folder = Path(job["output"]) / "data"
+    folder.mkdir(parents=True)
+    tags = {"role_tag": "role", "content_tag": "content", "user_tag": "user", "assistant_tag": "assistant"}
+    described = {
+        "file_name": str(rows),
+        "formatting": "sharegpt",
+        "columns": {"messages": "messages"},
+        "tags": tags | {"system_tag": "system"},
+    }
+    (folder / "dataset_info.json").write_text(json.dumps({"rows": described}), encoding="utf-8")
+    settings = {
+        "model_name_or_path": job["model"],
+        "stage": "sft",
+        "do_train": True,
+        "finetuning_type": "lora",
+        "dataset": "rows",
+        "dataset_dir": str(folder),
+        "template": "chatml",
+        "cutoff_len": 2048,
+        "overwrite_cache": True,
+        "output_dir": str(Path(job["output"]) / "run"),
+        "use_cpu": True,
+    }
+    if job["processes"] > 1:
+        settings["preprocessing_num_workers"] = job["processes"]
+    model_args, data_args, training_args, _, _ = get_train_args(settings)
+    loaded = load_tokenizer(model_args)
+    template = get_template_and_fix_tokenizer(loaded["tokenizer"], data_args)
+    start = time.perf_counter()
+    table = get_dataset(template, model_args, data_args, training_args, stage="sft", **loaded)[
+        "train_dataset"
+    ]
+    seconds = time.perf_counter() - start
+    tokens = sum(map(len, table["input_ids"]))
+    targets = sum(sum(label != -100 for label in row) for row in table["labels"])
+    encoded.report(job, seconds, len(table), tokens, targets, None)
+
+
+if __name__ == "__main__":
+    main()

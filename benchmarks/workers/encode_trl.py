@@ -1,0 +1,61 @@
+"""TRL prepares the rows: what `SFTTrainer` does with a conversational data set and `assistant_only_loss`."""
+
+from __future__ import annotations
+
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+import clock
+import encoded
+
+job = clock.load_job()
+os.environ["HF_DATASETS_CACHE"] = str(Path(job["output"]) / "datasets")  # before `datasets` is imported
+
+import trl  # noqa: E402
+from datasets import load_dataset  # noqa: E402
+from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM  # noqa: E402
+from trl import SFTConfig, SFTTrainer  # noqa: E402
+
+TEMPLATE = Path(trl.__file__).parent / "chat_templates" / "qwen2_5_training.jinja"
+"""ChatML with the marks that `assistant_only_loss` needs."""
+
+
+def main() -> None:
+    tokenizer = AutoTokenizer.from_pretrained(job["model"])
+    tokenizer.chat_template = TEMPLATE.read_text(encoding="utf-8")
+    shape = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}
+    model = LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), **shape))
+    config = SFTConfig(
+        output_dir=str(Path(job["output"]) / "run"),
+        max_length=2048,
+        assistant_only_loss=True,
+        dataset_num_proc=job["processes"] if job["processes"] > 1 else None,
+        report_to="none",
+        use_cpu=True,
+    )
+    prepare = SFTTrainer._prepare_dataset
+    spent: list[float] = []
+    made: list[Any] = []
+
+    def timed(self: Any, *given: Any, **named: Any) -> Any:
+        begun = time.perf_counter()
+        made.append(prepare(self, *given, **named))
+        spent.append(time.perf_counter() - begun)
+        return made[-1]
+
+    SFTTrainer._prepare_dataset = timed
+    start = time.perf_counter()
+    rows = load_dataset("json", data_files=job["rows"], split="train")
+    reading = time.perf_counter() - start
+    SFTTrainer(model=model, args=config, train_dataset=rows, processing_class=tokenizer)
+    table = made[0]
+    tokens = sum(map(len, table["input_ids"]))
+    masks = next((name for name in ("assistant_masks", "labels") if name in table.column_names), None)
+    targets = sum(sum(value not in (0, -100) for value in row) for row in table[masks]) if masks else None
+    encoded.report(job, reading + sum(spent), len(table), tokens, targets, None)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,29 @@
+"""The line that every contender of the encoding benchmark prints."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import clock
+
+
+def report(
+    job: dict[str, Any],
+    seconds: float,
+    rows: int,
+    tokens: int,
+    targets: int | None,
+    second_start: float | None,
+) -> None:
+    """`seconds`: from files to tokens; `second_start`: the same once more, where a cache is there."""
+    line = {
+        "contender": job["contender"],
+        "seconds": seconds,
+        "rows": rows,
+        "tokens": tokens,
+        "targets": targets,
+        "second_start_seconds": second_start,
+        "peak_mib": round(clock.memory("VmHWM"), 1),
+    }
+    print(json.dumps(line), flush=True)
