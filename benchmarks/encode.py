@@ -61,6 +61,12 @@ def conversations(file: Path, count: int, seed: int) -> Iterator[list[dict[str, 
         yield messages
 
 
+def source_of(options: Any) -> Path:
+    """The file whose sentences are used."""
+    info = json.loads((options.data / "dataset_info.json").read_text(encoding="utf-8"))
+    return Path(options.data / info[options.dataset]["file_name"])
+
+
 def write_rows(source: Path, file: Path, count: int, seed: int) -> None:
     with file.open("w", encoding="utf-8") as stream:
         for messages in conversations(source, count, seed):
@@ -90,12 +96,10 @@ def summarised(rounds: list[dict[str, Any]]) -> dict[str, Any]:
 
 def main() -> None:
     options = parse()
-    info = json.loads((options.data / "dataset_info.json").read_text(encoding="utf-8"))
-    source = options.data / info[options.dataset]["file_name"]
     rounds: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "rows.jsonl"
-        write_rows(source, file, options.rows, seed=0)
+        write_rows(source_of(options), file, options.rows, seed=0)
         job = side_by_side.job_settings(options) | {"rows": str(file)}
         for number in range(options.rounds):
             measured: dict[str, Any] = {}

@@ -53,9 +53,10 @@ def main() -> None:
         "train_dataset"
     ]
     seconds = time.perf_counter() - start
+    peak = clock.memory("VmHWM")
     tokens = sum(map(len, table["input_ids"]))
     targets = sum(sum(label != -100 for label in row) for row in table["labels"])
-    encoded.report(job, seconds, len(table), tokens, targets, None)
+    encoded.report(job, seconds, len(table), tokens, targets, None, peak)
 
 
 if __name__ == "__main__":

@@ -31,13 +31,13 @@ def main() -> None:
     how = Preparation(stage.encode, template, stage.kind, {"stage": "sft"}, seed=0)
     start = time.perf_counter()
     table = prepare(spec, how).train
-    seconds = time.perf_counter() - start
+    seconds, peak = time.perf_counter() - start, clock.memory("VmHWM")
     start = time.perf_counter()
     again = prepare(spec, how).train
     second = time.perf_counter() - start
     assert len(again) == len(table)
     targets = sum(int((table[k].weights[1:] > 0).sum()) for k in range(len(table)))
-    encoded.report(job, seconds, len(table), int(table.lengths.sum()), targets, second)
+    encoded.report(job, seconds, len(table), int(table.lengths.sum()), targets, second, peak)
 
 
 if __name__ == "__main__":

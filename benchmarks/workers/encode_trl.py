@@ -51,10 +51,11 @@ def main() -> None:
     reading = time.perf_counter() - start
     SFTTrainer(model=model, args=config, train_dataset=rows, processing_class=tokenizer)
     table = made[0]
+    peak = clock.memory("VmHWM")
     tokens = sum(map(len, table["input_ids"]))
     masks = next((name for name in ("assistant_masks", "labels") if name in table.column_names), None)
     targets = sum(sum(value not in (0, -100) for value in row) for row in table[masks]) if masks else None
-    encoded.report(job, reading + sum(spent), len(table), tokens, targets, None)
+    encoded.report(job, reading + sum(spent), len(table), tokens, targets, None, peak)
 
 
 if __name__ == "__main__":

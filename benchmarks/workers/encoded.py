@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 from typing import Any
 
-import clock
-
 
 def report(
     job: dict[str, Any],
@@ -24,6 +22,6 @@ def report(
         "tokens": tokens,
         "targets": targets,
         "second_start_seconds": second_start,
-        "peak_mib": round(clock.memory("VmHWM"), 1),
+        "peak_mib": round(peak_mib, 1),
     }
     print(json.dumps(line), flush=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from itertools import pairwise
@@ -88,12 +89,12 @@ class ReportBuilder:
         )
         self._dropped: dict[str, int] = {}
         self._examples: dict[str, list[int]] = {}
-        self._lengths: list[int] = []
+        self._lengths = array("i")
 
     def add(self, index: int, encoded: Encoded) -> None:
         """Count row `index` of the data set."""
         counts, lost = self._counts, encoded.lost
-        targets = sum(int((sample.weights[1:] > 0).sum()) for sample in encoded.samples)
+        targets = sum(int(np.count_nonzero(sample.weights[1:])) for sample in encoded.samples)
         unsupervised = bool(encoded.samples) and targets == 0 and not encoded.prompts
         counts["rows"] += 1
         counts["tokens"] += sum(len(sample) for sample in encoded.samples)
@@ -103,7 +104,7 @@ class ReportBuilder:
         counts["cut_tokens"] += lost.tokens
         counts["lost_answers"] += lost.answers
         counts["lost_rows"] += lost.dropped is not None or lost.tokens > 0 or unsupervised
-        self._lengths += [_longest_row(sample) for sample in encoded.samples]
+        self._lengths.extend([_longest_row(sample) for sample in encoded.samples])
         if lost.dropped is not None:
             self._dropped[lost.dropped] = self._dropped.get(lost.dropped, 0) + 1
             rows = self._examples.setdefault(lost.dropped, [])
@@ -164,6 +165,8 @@ def format_reports(reports: Sequence[DataReport]) -> str:
 
 def _longest_row(sample: Sample) -> int:
     """Tokens of the sample, or of its prompt with the longest of its answers."""
+    if not sample.branches:
+        return len(sample)
     ends = (*sample.branches, len(sample))
     return ends[0] + max((stop - start for start, stop in pairwise(ends)), default=0)
 
