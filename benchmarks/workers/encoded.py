@@ -13,8 +13,10 @@ def report(
     tokens: int,
     targets: int | None,
     second_start: float | None,
+    peak_mib: float,
 ) -> None:
-    """`seconds`: from files to tokens; `second_start`: the same once more, where a cache is there."""
+    """`seconds`: from files to tokens; `second_start`: the same once more, where a cache is there; `peak_mib`: of the
+    first process until then."""
     line = {
         "contender": job["contender"],
         "seconds": seconds,
