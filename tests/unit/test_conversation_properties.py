@@ -31,7 +31,25 @@ TOKENS = (
     *("<|system|>", "<|observation|>", "[gMASK]", "sop", "<reserved_106>", "<reserved_107>"),
 )
 FOUR = TemplateSpec(prefix="A chat.", prompt="Q: {query}\nA:", separator="\n")
-TEMPLATES: dict[str, str | TemplateSpec] = {**{name: name for name in families.names()}, "four strings": FOUR}
+NAMES = (
+    *(
+        "alpaca",
+        "baichuan2",
+        "chatglm3",
+        "chatml",
+        "deepseek",
+        "default",
+        "gemma",
+        "llama2",
+        "llama3",
+        "mistral",
+        "phi",
+    ),
+    *("qwen", "vicuna", "zephyr", "ziya"),
+    # one of each kind of layout that is written in strings
+    *("falcon", "granite3_vision", "ministral", "openchat", "seed_coder"),
+)
+TEMPLATES: dict[str, str | TemplateSpec] = {**{name: name for name in NAMES}, "four strings": FOUR}
 
 LEADS = {"chatglm3": "\n", "mistral": " "}
 """What a template writes between the generation prompt and the answer: learnt with it."""
