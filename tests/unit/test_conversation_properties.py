@@ -17,7 +17,6 @@ import pytest
 from hypothesis import given, settings, strategies as st
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from luthier.data import families
 from luthier.data.encode import EncodeOptions, sft_sample
 from luthier.data.gate import gate
 from luthier.data.template import ChatTemplate, load_template

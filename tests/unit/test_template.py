@@ -10,7 +10,6 @@ import pytest
 from hypothesis import given, settings, strategies as st
 from tokenizers import AddedToken
 
-from luthier.data import families
 from luthier.data.gate import gate
 from luthier.data.template import ChatTemplate, load_template
 from luthier.recipe.schema import DataSpec

@@ -2,7 +2,9 @@
 
 A name's entry says where its text comes from: `jinja` names a file (several names may share one; the name's own
 file where nothing is said), or is `tokenizer` for the tokenizer's own template; `turns` gives the strings of
-`data.turns`. The other keys are the fields of `Family`. A Jinja file may hold `{{- cut -}}` where LLaMA-Factory tokenizes the pieces of a turn separately. Those marks
+`data.turns`. The other keys are the fields of `Family`.
+
+A Jinja file may hold `{{- cut -}}` where LLaMA-Factory tokenizes the pieces of a turn separately. Those marks
 are used only when a translated recipe has to give the same tokens as that tool; they are not part of the
 template that is installed, shown or saved.
 """
@@ -137,7 +139,7 @@ def _table() -> dict[str, Family]:
 
 
 def _family(folder: Traversable, name: str, entry: Mapping[str, Any]) -> Family:
-    rest = {key: tuple(value) if key in _LISTS else value for key, value in entry.items()}
+    rest: dict[str, Any] = {key: tuple(value) if key in _LISTS else value for key, value in entry.items()}
     jinja, turns = rest.pop("jinja", name), rest.pop("turns", None)
     if turns is not None:
         return Family(name, Turns(**turns).jinja, **rest)
