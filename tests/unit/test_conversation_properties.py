@@ -52,6 +52,8 @@ TEMPLATES: dict[str, str | TemplateSpec] = {**{name: name for name in NAMES}, "f
 
 LEADS = {"chatglm3": "\n", "mistral": " "}
 """What a template writes between the generation prompt and the answer: learnt with it."""
+TAILS = {"falcon": "\n"}
+"""What it writes between the answer and the token that ends it: learnt, too."""
 ANY_ROLE = {"chatml", "chatglm3", "gemma", "llama3", "phi", "qwen", "zephyr"}
 """Templates that take a tool's message, and users who write twice."""
 
@@ -150,7 +152,7 @@ def expected_samples(
         )
 
     messages = conversation.messages
-    lead = LEADS.get(template.name, "")
+    lead, tail = LEADS.get(template.name, ""), TAILS.get(template.name, "")
     (end,) = template.tokenizer.convert_ids_to_tokens(list(template.end_token_ids))
     whole, samples, shared = rendered(messages), [], {}
     for k, message in enumerate(messages):
@@ -158,7 +160,7 @@ def expected_samples(
             continue
         weight = message.weight if message.weight is not None else float(bool(message.content.strip()))
         before = rendered(messages[:k], asking=True)
-        answer = f"{lead}{message.content}{end}"
+        answer = f"{lead}{message.content}{tail}{end}"
         learnt = dict.fromkeys(range(len(before.encode()), len((before + answer).encode())), weight)
         if whole.startswith(before + answer):
             shared |= learnt
