@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from peft import PeftModel
+from rich.markup import escape
 from torch import nn
 from transformers import (
     PreTrainedModel,
@@ -19,6 +20,7 @@ from transformers import (
 
 from luthier.arrange import Material, first_batches
 from luthier.data.encode import EncodeOptions
+from luthier.data.own_template import OwnTemplate
 from luthier.data.prepare import Preparation, Progress, prepare
 from luthier.data.template import ChatTemplate, load_template
 from luthier.engine.precedence import rollout_settings
@@ -151,7 +153,10 @@ def load_tokens(
 
 def read_material(settings: Recipe, tokenizer: PreTrainedTokenizerFast, say: Say) -> Material:
     """Read, check and tokenize the data, saying how far it is. Raises DataError for data that cannot be used."""
+    own = OwnTemplate.of(tokenizer) if settings.data.template is not None else None
     template = load_template(tokenizer, settings.data, pieces=settings.data.rules == "llamafactory")
+    if own is not None and (note := own.difference(template)) is not None:
+        say(f"note: {escape(note)}")
     if isinstance(settings.stage, RmSpec):
         _choose_padding(settings, template, say)
     stage, how = preparation(settings, template)

@@ -27,13 +27,23 @@ _LONGEST = 1 << 20
 
 
 def listing() -> str:
-    """One line for each named template: its name, the tokens at which generation stops, and what it is.
+    """One line for each named template: its name, the tokens at which generation stops, whether it has tools,
+    reasoning and media, whether it is compared with a published template, and what it is.
 
     Needs no tokenizer and imports no torch.
     """
     found = [families.find(name) for name in families.names()]
-    lines = [("name", "stops at", "about")]
-    lines += [(family.name, _stops(family), family.about) for family in found]
+    lines = [("name", "stops at", "has", "compared", "about")]
+    lines += [
+        (
+            family.name,
+            _stops(family),
+            " ".join(_has(family)) or "-",
+            "verified" if family.verified else "unverified",
+            family.about,
+        )
+        for family in found
+    ]
     return aligned(lines)
 
 
@@ -45,13 +55,16 @@ def shown(name: str, tokenizer: str | None = None) -> str:
     cannot be trained with.
     """
     family = families.find(name)
-    head = f"{escape(family.name)}: {escape(family.about)}\nstops at {escape(_stops(family))}"
+    head = escape(
+        "\n".join([f"{family.name}: {family.about}", f"stops at {_stops(family)}", *_facts(family)])
+    )
     quiet_libraries()
     from luthier.model.load import EMBEDDED_INSTALL, EMBEDDED_PACKAGE
 
     if tokenizer is None and util.find_spec(EMBEDDED_PACKAGE) is None:
+        source = family.source or "It is wherever a tokenizer has it."
         return (
-            f"{head}\n\n{escape(family.source)}\n\n"
+            f"{head}\n\n{escape(source)}\n\n"
             f"This is the template itself. To see a conversation in it, with what is learnt marked, name a "
             f"tokenizer with --tokenizer, or install the embedded model: {EMBEDDED_INSTALL}"
         )
@@ -68,6 +81,30 @@ def shown(name: str, tokenizer: str | None = None) -> str:
 def _stops(family: families.Family) -> str:
     """The token that ends an answer, and the others at which generation stops."""
     return ", ".join((family.eos or "the tokenizer's end token", *family.stop))
+
+
+def _has(family: families.Family) -> list[str]:
+    """What it has a place for beside text."""
+    parts = [("tools", family.tools), ("thinking", family.thinking), *((kind, True) for kind in family.media)]
+    return [name for name, there in parts if there]
+
+
+def _facts(family: families.Family) -> list[str]:
+    """What the table says of it, a line each."""
+    if family.source is None or family.about.endswith(".jinja"):
+        return []
+    system, thinking = family.default_system, family.thinking
+    media = ", ".join(f"{kind} {token}" for kind, token in family.media.items())
+    compared = f"compared with {', '.join(family.verified)}" if family.verified else "unverified"
+    lines = [
+        f"system prompt by default: {system}" if system else "",
+        f"reasoning stands between {thinking[0]!r} and {thinking[1]!r}" if thinking else "",
+        f"tools are written as: {family.tools}" if family.tools else "",
+        f"media: {media}" if media else "",
+        compared if family.verified else f"{compared}: no published template at hand to compare it with",
+        f"differs: {family.differs}" if family.differs else "",
+    ]
+    return [line for line in lines if line]
 
 
 def _sample(family: families.Family, name: str, tokenizer: str | None) -> str:
@@ -115,8 +152,9 @@ def _load(tokenizer: str | None) -> PreTrainedTokenizerFast:
 
 
 def _lend_end_token(tokenizer: PreTrainedTokenizerFast, family: families.Family) -> list[str]:
-    """Give the embedded tokenizer, for this sample, the end token of another model's template."""
-    if family.eos is None or family.eos in tokenizer.get_vocab():
-        return []
-    tokenizer.add_special_tokens({"additional_special_tokens": [family.eos]})
-    return [f"{family.eos} is not in the embedded vocabulary and was added for this sample"]
+    """Give the embedded tokenizer, for this sample, the tokens that end an answer in another model's template."""
+    ends = (family.eos,) if family.eos is not None else family.stop
+    lacking = [token for token in ends if token not in tokenizer.get_vocab()]
+    if lacking:
+        tokenizer.add_special_tokens({"additional_special_tokens": lacking})
+    return [f"{token} is not in the embedded vocabulary and was added for this sample" for token in lacking]

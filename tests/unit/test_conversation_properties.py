@@ -17,7 +17,6 @@ import pytest
 from hypothesis import given, settings, strategies as st
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from luthier.data import families
 from luthier.data.encode import EncodeOptions, sft_sample
 from luthier.data.gate import gate
 from luthier.data.template import ChatTemplate, load_template
@@ -31,10 +30,30 @@ TOKENS = (
     *("<|system|>", "<|observation|>", "[gMASK]", "sop", "<reserved_106>", "<reserved_107>"),
 )
 FOUR = TemplateSpec(prefix="A chat.", prompt="Q: {query}\nA:", separator="\n")
-TEMPLATES: dict[str, str | TemplateSpec] = {**{name: name for name in families.names()}, "four strings": FOUR}
+NAMES = (
+    *(
+        "alpaca",
+        "baichuan2",
+        "chatglm3",
+        "chatml",
+        "deepseek",
+        "default",
+        "gemma",
+        "llama2",
+        "llama3",
+        "mistral",
+        "phi",
+    ),
+    *("qwen", "vicuna", "zephyr", "ziya"),
+    # one of each kind of layout that is written in strings
+    *("falcon", "granite3_vision", "ministral", "openchat", "seed_coder"),
+)
+TEMPLATES: dict[str, str | TemplateSpec] = {**{name: name for name in NAMES}, "four strings": FOUR}
 
 LEADS = {"chatglm3": "\n", "mistral": " "}
 """What a template writes between the generation prompt and the answer: learnt with it."""
+TAILS = {"falcon": "\n"}
+"""What it writes between the answer and the token that ends it: learnt, too."""
 ANY_ROLE = {"chatml", "chatglm3", "gemma", "llama3", "phi", "qwen", "zephyr"}
 """Templates that take a tool's message, and users who write twice."""
 
@@ -133,7 +152,7 @@ def expected_samples(
         )
 
     messages = conversation.messages
-    lead = LEADS.get(template.name, "")
+    lead, tail = LEADS.get(template.name, ""), TAILS.get(template.name, "")
     (end,) = template.tokenizer.convert_ids_to_tokens(list(template.end_token_ids))
     whole, samples, shared = rendered(messages), [], {}
     for k, message in enumerate(messages):
@@ -141,7 +160,7 @@ def expected_samples(
             continue
         weight = message.weight if message.weight is not None else float(bool(message.content.strip()))
         before = rendered(messages[:k], asking=True)
-        answer = f"{lead}{message.content}{end}"
+        answer = f"{lead}{message.content}{tail}{end}"
         learnt = dict.fromkeys(range(len(before.encode()), len((before + answer).encode())), weight)
         if whole.startswith(before + answer):
             shared |= learnt

