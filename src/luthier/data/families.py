@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import difflib
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from importlib import resources
 from pathlib import Path
 
 import yaml
 
+from luthier.data import tool_formats
 from luthier.recipe.schema import TemplateSpec
 from luthier.types import DataError
 
@@ -39,6 +40,8 @@ class Family:
     eos: str | None = None
     stop: tuple[str, ...] = ()
     document_end: str | None = None
+    layout: str = ""
+    """The text with the marks of `tool_formats`, for a tool format other than the family's own."""
 
     @property
     def source(self) -> str:
@@ -61,7 +64,8 @@ def find(name: str) -> Family:
         if not path.is_file():
             raise DataError(f"data.template: file {path} does not exist")
         try:
-            return Family(name=path.stem, marked_source=path.read_text(encoding="utf-8"), about=str(path))
+            text = path.read_text(encoding="utf-8")
+            return Family(path.stem, tool_formats.without_tools(text), str(path), layout=text)
         except UnicodeDecodeError as error:
             raise DataError(f"data.template: {path} is not UTF-8 text (byte {error.start})") from error
     near = difflib.get_close_matches(name, table, n=3, cutoff=0.5)
@@ -115,6 +119,25 @@ def _quoted(text: str) -> str:
     return json.dumps(text, ensure_ascii=False)
 
 
+def with_tool_format(family: Family | None, name: str) -> Family:
+    """The family with this tool format in place of its own. Raises DataError where its layout has no place for one."""
+    if family is None or not tool_formats.has_place(family.layout):
+        which = "the tokenizer's own chat template" if family is None else f"template {family.name!r}"
+        raise DataError(
+            f"data.tool_format={name!r}: {which} has no place for a tool format: it writes tools in its own way, or not at "
+            "all. Remove data.tool_format, or name a template that takes one: " + ", ".join(_that_take_one())
+        )
+    return replace(family, marked_source=tool_formats.with_tools(family.layout, name))
+
+
+def _that_take_one() -> list[str]:
+    return [name for name, family in sorted(_table().items()) if tool_formats.has_place(family.layout)]
+
+
+def _with_its_tools(layout: str, name: str | None) -> str:
+    return tool_formats.without_tools(layout) if name is None else tool_formats.with_tools(layout, name)
+
+
 @cache
 def _table() -> dict[str, Family]:
     folder = resources.files("luthier") / "families"
@@ -122,11 +145,13 @@ def _table() -> dict[str, Family]:
     return {
         name: Family(
             name=name,
-            marked_source=(folder / f"{name}.jinja").read_text(encoding="utf-8").rstrip("\n"),
+            marked_source=_with_its_tools(layout, entry.get("tools")),
             about=entry.get("about", ""),
             eos=entry.get("eos"),
             stop=tuple(entry.get("stop", ())),
             document_end=entry.get("document_end"),
+            layout=layout,
         )
         for name, entry in table.items()
+        for layout in [(folder / f"{name}.jinja").read_text(encoding="utf-8").rstrip("\n")]
     }

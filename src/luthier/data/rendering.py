@@ -63,6 +63,10 @@ def _chat_message(message: Message) -> ChatMessage:
     chat: ChatMessage = {"role": message.role, "content": message.content}
     if message.reasoning is not None:
         chat["reasoning_content"] = message.reasoning
+    if message.name is not None:
+        chat["name"] = message.name
+    if message.tool_call_id is not None:
+        chat["tool_call_id"] = message.tool_call_id
     if message.tool_calls:
         chat["tool_calls"] = [
             {"type": "function", "function": {"name": call.name, "arguments": call.arguments}}

@@ -56,6 +56,8 @@ def load_template(
             f"{type(tokenizer).__name__} has no fast (Rust) backend; convert it to a tokenizer.json first"
         )
     family = _family(tokenizer, spec.template)
+    if spec.tool_format is not None:
+        family = families.with_tool_format(family, spec.tool_format)
     marked: str | dict[str, str] | None
     if family is not None:
         marked = family.marked_source
@@ -152,6 +154,11 @@ class ChatTemplate:
     def has_reasoning(self) -> bool:
         """Whether reasoning has a place of its own in it, apart from the content."""
         return "reasoning_content" in self._renderers["default"].source
+
+    @property
+    def source(self) -> str:
+        """The Jinja template for conversations with tools."""
+        return (self._renderers.get("tool_use") or self._renderers["default"]).source
 
     @property
     def stop_ids(self) -> tuple[int, ...]:
