@@ -12,19 +12,21 @@ no call form, and says why.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
 from luthier.data.calls import harmony, table
-from luthier.data.calls.form import CallForm, Offered, without_begun
+from luthier.data.calls.form import ID, CallForm, Offered, without_begun
 from luthier.data.calls.probe import CALLS, TOOLS, Probe
 from luthier.data.template import ChatTemplate
 from luthier.types import Conversation, DataError, Message, ToolCall
 
 THINK = ("<think>", "</think>")
 """What models write around reasoning by themselves."""
-_WHY, _SAID = "Because-so-it-is", "Thus-it-is-said"
+_LAST_MARK = re.compile(r"<[^<>]+>|\[[^\[\]]+\]")
+_ASKED, _WHY, _SAID = "How-is-it-so?", "Because-so-it-is", "Thus-it-is-said"
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,11 +68,14 @@ class AnswerForm:
     def after(self, prompt: str) -> AnswerForm:
         """The form of the answer to a prompt, of which the end is enough.
 
-        `THINK` where the template marks no reasoning; no opening mark where the prompt ends with it.
+        `THINK` where the template marks no reasoning; no opening mark where the prompt ends with it; no marks where
+        the prompt ends the reasoning itself.
         """
         if self.channels:
             return self
         form = self if self.reason_closes else replace(self, reason_opens=THINK[0], reason_closes=THINK[1])
+        if form.reason_closes and prompt.rstrip().endswith(form.reason_closes):
+            return replace(form, reason_opens="", reason_closes="")
         opened = form.reason_opens and prompt.rstrip().endswith(form.reason_opens)
         return replace(form, reason_opens="") if opened else form
 
@@ -154,7 +159,21 @@ def _reasoning_marks(template: ChatTemplate) -> tuple[str, str]:
         return "", ""
     before, found, rest = text.partition(_WHY)
     between, said, _ = rest.partition(_SAID)
-    return (before.strip(), between.strip()) if found and said else ("", "")
+    if not found or not said:
+        return "", ""
+    if not before.strip() and not _opens_reasoning(template):
+        # the prompt opens the reasoning and closes it again: without it an answer may open its own
+        whole = template.rendering(Conversation((Message("user", _ASKED), Message("assistant", _SAID, _WHY))))
+        marks = _LAST_MARK.findall(whole.partition(_WHY)[0])
+        return (marks[-1] if marks else ""), between.strip()
+    return before.strip(), between.strip()
+
+
+def _opens_reasoning(template: ChatTemplate) -> bool:
+    """Whether what an answer begins with is a part of the reasoning, because its prompt is a prefix of the whole."""
+    conversation = Conversation((Message("user", _ASKED), Message("assistant", _SAID, reasoning=_WHY)))
+    prompt = template.decode(template.prompt(Conversation(conversation.messages[:1])))
+    return template.rendering(conversation).startswith(prompt)
 
 
 def _said(template: ChatTemplate) -> str:
@@ -170,6 +189,8 @@ def _probe(template: ChatTemplate, reason_closes: str) -> Probe:
 
     def written(*calls: ToolCall) -> str:
         text = _answer_text(template, Message("assistant", tool_calls=calls), TOOLS)
+        for call in calls:
+            text = text.replace(call.id or ID, ID)
         return text.rpartition(reason_closes)[2] if reason_closes else text
 
     source = template.source
@@ -187,10 +208,31 @@ def _probe(template: ChatTemplate, reason_closes: str) -> Probe:
 
 
 def _answer_text(template: ChatTemplate, answer: Message, tools: tuple[Mapping[str, Any], ...] = ()) -> str:
-    """What the model would have to write for this answer, without what ends it."""
-    encoded = template.encode(Conversation((Message("user", "How?"), answer), tools))
-    span = encoded.answers[-1]
-    ids = encoded.input_ids[span.start : span.stop]
-    while ids and ids[-1] in template.stop_ids:
-        ids = ids[:-1]
-    return template.decode(ids)
+    """What the model would have to write for this answer, without what ends it.
+
+    From the text alone: a template that cannot be trained, because its prompt is no prefix of it, can be talked to.
+    """
+    asked = Message("user", _ASKED)
+    whole = template.rendering(Conversation((asked, answer), tools)).rpartition(_ASKED)[2]
+    prompt = template.decode(template.prompt(Conversation((asked,), tools))).rpartition(_ASKED)[2]
+    size = len(prompt)
+    if not whole.startswith(prompt):
+        # up to the last mark or line that both have: `<t` is a part of different marks
+        same = next((n for n, (a, b) in enumerate(zip(whole, prompt, strict=False)) if a != b), 0)
+        size = max(whole.rfind(">", 0, same), whole.rfind("\n", 0, same)) + 1
+    text = whole[size:].rstrip()
+    ends = [template.decode([index]) for index in template.stop_ids]
+    if _SAID not in answer.content:
+        ends.append(_turn_end(template))
+    while end := next((end for end in ends if end and text.endswith(end)), ""):
+        text = text.removesuffix(end).rstrip()
+    return text
+
+
+def _turn_end(template: ChatTemplate) -> str:
+    """What stands after a plain answer; "" where the template shows none."""
+    try:
+        plain = template.rendering(Conversation((Message("user", _ASKED), Message("assistant", _SAID))))
+    except DataError:
+        return ""
+    return plain.rpartition(_SAID)[2].strip()

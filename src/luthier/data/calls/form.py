@@ -18,6 +18,8 @@ from luthier.types import ToolCall
 Offered = Collection[str]
 """Names of the tools that may be called; as a mapping, each with the JSON schema of its parameters."""
 Calls = tuple[ToolCall, ...]
+ID = "\ue000"
+"""Where the id of a call stands in a mark."""
 MISSING = object()
 """No value: None is one in JSON."""
 
@@ -67,8 +69,9 @@ def without_begun(text: str, mark: str) -> str:
 
 
 def spaced(mark: str) -> str:
-    """A pattern for a mark in which any white space may stand where it has some."""
-    return r"\s*".join(re.escape(part) for part in re.split(r"\s+", mark))
+    """A pattern for a mark in which any white space may stand where it has some, and any id for `ID`."""
+    pattern = r"\s*".join(re.escape(part) for part in re.split(r"\s+", mark))
+    return pattern.replace(ID, r"[\w.-]*")
 
 
 def json_at(text: str) -> tuple[Any, int]:

@@ -6,7 +6,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from luthier.data.calls.form import MISSING, Calls, MarkedForm, Offered, json_at, spaced
+from luthier.data.calls.form import ID, MISSING, Calls, MarkedForm, Offered, json_at, spaced
 from luthier.data.calls.probe import ARGUMENTS, NAMES, Probe, frame
 from luthier.types import ToolCall
 
@@ -21,18 +21,17 @@ class NamedForm(MarkedForm):
     between: str
     closes: str
     tail: str
-    name: str = r"(?P<name>[^\s<>{}\[\]]+)"
+    name: str = r"(?P<name>[^\s<>{}\[\]]+?)"
     """A pattern for the name."""
 
     @property
     def begins(self) -> str:
-        return self.head or self.opens
+        return (self.head or self.opens).split(ID)[0]
 
     @property
     def marks(self) -> tuple[str, ...]:
-        return tuple(
-            mark for mark in (self.head, self.opens, self.between, self.closes, self.tail) if mark
-        )
+        parts = (self.head, self.opens, self.between, self.closes, self.tail)
+        return tuple(mark for part in parts for mark in part.split(ID) if mark)
 
     def calls(self, text: str, tools: Offered) -> tuple[Calls, str] | None:
         between = rf"\s*{spaced(self.between)}\s*" if self.between else r"\s*\n\s*"

@@ -56,9 +56,11 @@ class ParameterForm(MarkedForm):
 
     def _arguments(self, text: str, name: str, tools: Offered) -> tuple[dict[str, Any], str] | None:
         """The parameters at the beginning of a text, and what follows them."""
+        # DeepSeek V3.2 and V4 say there whether the value is a string, which the schema says, too
+        key_closes = spaced(self.key_closes).replace('"true"', '"(?:true|false)"')
         follows = rf"\s*(?:{spaced(self.key_opens)}|{spaced(self.around.closes)})"
         one = re.compile(
-            rf"{spaced(self.key_opens)}(?P<key>.*?){spaced(self.key_closes)}(?P<value>.*?)"
+            rf"{spaced(self.key_opens)}(?P<key>.*?){key_closes}(?P<value>.*?)"
             rf"{spaced(self.value_closes)}(?={follows})\s*",
             re.DOTALL,
         )

@@ -32,6 +32,17 @@ KNOWN: tuple[tuple[str, CallForm], ...] = (
             True,
         ),
     ),
+    (
+        "<arg_key>",
+        ParameterForm(
+            Frame("", "<tool_call>", "</tool_call>", ""),
+            "",
+            "<arg_key>",
+            "</arg_key>\n<arg_value>",
+            "</arg_value>",
+            False,
+        ),
+    ),
     ("<tool_call>", JsonForm("<tool_call>", "</tool_call>", "name", "arguments")),
     ("[AVAILABLE_TOOLS]", JsonForm("[TOOL_CALLS]", "", "name", "arguments")),
 )
