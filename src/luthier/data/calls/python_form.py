@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import ast
+import io
+import itertools
+import keyword
 import re
+import tokenize
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -12,6 +16,8 @@ from luthier.data.calls.form import Calls, MarkedForm, Offered
 from luthier.data.calls.probe import NAMES, Probe
 from luthier.types import ToolCall
 
+_PLAIN = "plain_name_"
+_KEYWORD = re.compile(rf"\b(?:{'|'.join(keyword.kwlist)})\s*=")
 _WORDS = {"true": True, "false": False, "null": None}
 """JSON's words, which models write between Python's."""
 
@@ -59,11 +65,24 @@ def _places(text: str, mark: str) -> Iterator[int]:
 
 def _calls(text: str) -> Calls | None:
     try:
-        body = ast.parse(text, mode="eval").body
+        body = ast.parse(_with_plain_names(text), mode="eval").body
         nodes = body.elts if isinstance(body, ast.List) else [body]
         return tuple(_call(node) for node in nodes) or None
-    except (SyntaxError, ValueError, TypeError, RecursionError, MemoryError):
+    except (SyntaxError, tokenize.TokenError, ValueError, TypeError, RecursionError, MemoryError):
         return None
+
+
+def _with_plain_names(text: str) -> str:
+    """The text with arguments such as `from=` under names that Python takes. Raises tokenize.TokenError."""
+    if not _KEYWORD.search(text):
+        return text
+    lines = text.splitlines(keepends=True)
+    found = list(tokenize.generate_tokens(io.StringIO(text).readline))
+    for token, after in reversed(list(itertools.pairwise(found))):
+        if token.type == tokenize.NAME and keyword.iskeyword(token.string) and after.string == "=":
+            row, column = token.start
+            lines[row - 1] = lines[row - 1][:column] + _PLAIN + lines[row - 1][column:]
+    return "".join(lines)
 
 
 def _call(node: ast.expr) -> ToolCall:
@@ -71,9 +90,9 @@ def _call(node: ast.expr) -> ToolCall:
     if not isinstance(node, ast.Call) or not isinstance(node.func, ast.Name | ast.Attribute) or node.args:
         raise ValueError("no call")
     arguments: dict[str, Any] = {}
-    for keyword in node.keywords:
+    for given_as in node.keywords:
         # `**{"a key": 1}` has the names that Python cannot write
-        given = {keyword.arg: _value(keyword.value)} if keyword.arg else _value(keyword.value)
+        given = {given_as.arg.removeprefix(_PLAIN): _value(given_as.value)} if given_as.arg else _value(given_as.value)
         if not isinstance(given, dict):
             raise ValueError("no argument")
         arguments |= given
