@@ -154,6 +154,8 @@ def test_harmony_has_reasoning_words_and_calls() -> None:
         ({"anyOf": [{"type": "string"}, {"type": "integer"}]}, "[3]", "[3]"),
         ({"enum": ["3", "4"]}, "3", "3"),
         ({"type": "number"}, "1.5", 1.5),
+        ({"type": "boolean"}, "True", True),
+        ({}, "True", "True"),
         ({"type": "object"}, '{"a": [true]}', {"a": [True]}),
     ],
 )

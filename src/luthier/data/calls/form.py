@@ -24,6 +24,9 @@ MISSING = object()
 """No value: None is one in JSON."""
 
 
+_PYTHON: Mapping[str, Any] = {"True": True, "False": False, "None": None}
+
+
 class CallForm(Protocol):
     """One way of writing calls."""
 
@@ -107,7 +110,9 @@ def typed(text: str, schema: Mapping[str, Any]) -> Any:
     kinds = set(_kinds(schema))
     if kinds == {"string"}:
         return text
-    value = json_or(text)
+    # Qwen's templates write these three as Python does
+    value = _PYTHON.get(text, MISSING)
+    value = value if value is not MISSING and _kind(value) & kinds else json_or(text)
     if value is MISSING or isinstance(value, str):
         return text
     return value if not kinds or "string" not in kinds or _kind(value) & kinds else text
