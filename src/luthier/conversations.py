@@ -47,6 +47,10 @@ class Message:
     `weight`."""
     media: tuple[Media, ...] = ()
     """In the order in which they stand in the content."""
+    name: str | None = None
+    """Of a tool's result: the tool."""
+    tool_call_id: str | None = None
+    """Of a tool's result: the id of the call that it answers."""
 
 
 @dataclass(frozen=True, slots=True)

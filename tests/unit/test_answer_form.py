@@ -57,7 +57,7 @@ def test_the_marks_of_a_template() -> None:
         "bare": ("name", "parameters"),
     }
     assert "no place for tools" in FORMS["chatml"].no_calls
-    assert "a form other than JSON" in FORMS["text"].no_calls
+    assert "a form that is not read back" in FORMS["text"].no_calls
     assert "no place for tool calls" in FORMS["opened"].no_calls
 
 

@@ -10,7 +10,7 @@ from hypothesis import given, settings, strategies as st
 
 from luthier.data import families
 from luthier.data.rendering import ChatMessage, Layout, Renderer
-from luthier.data.shapes import Shapes, can_be_shaped
+from luthier.data.shapes import Shapes
 from luthier.types import DataError
 
 ENDS = ("</s>", "<|im_end|>", "<|eot_id|>", "<end_of_turn>", "<|end|>")
@@ -24,10 +24,8 @@ def loop(shown: str) -> str:
 PLAIN = loop("{{ m.content }}")
 
 
-def shapes_of(source: str) -> tuple[Renderer, Shapes | None]:
+def shapes_of(source: str) -> tuple[Renderer, Shapes]:
     renderer = Renderer(source, {"bos_token": "<s>", "eos_token": "</s>"})
-    if not can_be_shaped(renderer.compiled, renderer.source):
-        return renderer, None
     return renderer, Shapes(renderer, laid_out, ENDS)
 
 
@@ -43,7 +41,9 @@ def chat(*contents: str, system: str | None = None) -> list[ChatMessage]:
 CONTENT = st.sampled_from(
     ["Hi", " a ", "", "\n", "x </think> y", "[user]", "</s", "{{ m }}", "é 北京", "<think>"]
 ) | st.text(max_size=8)
-SOURCES = {name: families.find(name).source for name in families.names()} | {
+SOURCES = {
+    name: source for name in families.names() if (source := families.find(name).source) is not None
+} | {
     "plain": PLAIN,
     "trimmed": loop("{{ m.content | trim }}"),
     "trimmed with more": loop("{{ (m.role + m.content) | trim }}"),
@@ -52,6 +52,8 @@ SOURCES = {name: families.find(name).source for name in families.names()} | {
     "generation": LOOP.replace("SHOWN</s>", "{% generation %}{{ m.content }}</s>{% endgeneration %}")
     .replace("{% generation %}", "{% if m.role == 'assistant' %}{% generation %}", 1)
     .replace("{% endgeneration %}", "{% endgeneration %}{% else %}{{ m.content }}</s>{% endif %}", 1),
+    "macro unused": "{% macro show(t) %}{{ t | tojson }}{% endmacro %}{% if tools %}{{ show(tools) }}{% endif %}"
+    + PLAIN,
     "string or parts": loop(
         "{% if m.content is string %}{{ m.content }}{% else %}{{ m.content[0].text }}{% endif %}"
     ),
@@ -63,7 +65,6 @@ SOURCES = {name: families.find(name).source for name in families.names()} | {
 @given(contents=st.lists(CONTENT, min_size=2, max_size=6), system=st.none() | CONTENT)
 def test_as_by_rendering(name: str, contents: list[str], system: str | None) -> None:
     renderer, shapes = shapes_of(SOURCES[name])
-    assert shapes is not None
     messages = chat(*contents[: len(contents) // 2 * 2], system=system)
     found = shapes.layout(messages)
     if found is not None:
@@ -73,7 +74,7 @@ def test_as_by_rendering(name: str, contents: list[str], system: str | None) -> 
 @pytest.mark.parametrize("name", [name for name in SOURCES if name not in ("baichuan2", "chatglm3")])
 def test_words_alone_are_not_rendered(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     renderer, shapes = shapes_of(SOURCES[name])
-    assert shapes is not None and shapes.layout(chat("a", "b", "c", "d")) is not None
+    assert shapes.layout(chat("a", "b", "c", "d")) is not None
     expected = laid_out(renderer, chat("Hello.", "So", "it", "goes\n\non"), ())
     monkeypatch.setattr(Renderer, "render", None)
     assert shapes.layout(chat("Hello.", "So", "it", "goes\n\non")) == expected
@@ -108,30 +109,29 @@ def test_words_alone_are_not_rendered(name: str, monkeypatch: pytest.MonkeyPatch
 )
 def test_templates_that_look_into_contents_are_rendered(looks: str) -> None:
     _, shapes = shapes_of(loop(looks))
-    assert shapes is None or shapes.layout(chat("a", "b")) is None
+    assert shapes.layout(chat("a", "b")) is None
 
 
 def test_what_a_template_asks_is_a_condition() -> None:
     _, trims = shapes_of(SOURCES["trimmed"])
-    assert trims is not None and trims.layout(chat("a", "b")) is not None
+    assert trims.layout(chat("a", "b")) is not None
     assert trims.layout(chat("a ", "b")) is None and trims.layout(chat("a", "")) is None
     _, given_ = shapes_of(SOURCES["if given"])
-    assert given_ is not None and given_.layout(chat("a", "")) is None
+    assert given_.layout(chat("a", "")) is None
     _, thinks = shapes_of(SOURCES["if thought"])
-    assert thinks is not None and thinks.layout(chat("a", "hm</think>b")) is None
+    assert thinks.layout(chat("a", "hm</think>b")) is None
     _, plain = shapes_of(PLAIN)
-    assert plain is not None and plain.layout(chat(" a", "")) is not None
+    assert plain.layout(chat(" a", "")) is not None
     assert plain.layout(chat("a</s>", "b")) is None, "the end of an answer is looked for in the text"
 
 
 def test_more_than_words_is_rendered() -> None:
     _, shapes = shapes_of(PLAIN)
-    assert shapes is not None
     assert shapes.layout([{"role": "user", "content": "a", "name": "b"}]) is None
 
 
 def test_a_template_that_cannot_be_trained_says_so_by_rendering() -> None:
     renderer, shapes = shapes_of("{% for m in messages %}{{ m.content }}{% endfor %}")
-    assert shapes is not None and shapes.layout(chat("a", "b")) is None
+    assert shapes.layout(chat("a", "b")) is None
     with pytest.raises(DataError):
         laid_out(renderer, chat("a", "b"), ())

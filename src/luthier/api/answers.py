@@ -7,19 +7,20 @@ from dataclasses import dataclass, field
 
 from luthier.api.faults import server_error
 from luthier.data.answer_form import AnswerForm, Spoken, SpokenStream
+from luthier.data.calls.form import Offered
 from luthier.engine.text import TextStream, up_to
 from luthier.types import Event, Generation, TokenChoice
 
 
 @dataclass(slots=True)
 class Answer:
-    """One of the answers to a request. `tools`: names of those that it may call. `live`: shown while it grows."""
+    """One of the answers to a request. `tools`: those that it may call, with their schemas. `live`: shown while it grows."""
 
     index: int
     decode: Callable[[Sequence[int]], str]
     form: AnswerForm
     stop: tuple[str, ...] = ()
-    tools: tuple[str, ...] = ()
+    tools: Offered = ()
     live: bool = False
     end: Generation | None = None
     _stream: TextStream = field(init=False)

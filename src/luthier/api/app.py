@@ -27,6 +27,7 @@ from luthier.api.served import Served
 from luthier.api.shapes import ChatShape, CompletionShape, Shape
 from luthier.api.worker import Worker
 from luthier.data.answer_form import AnswerForm
+from luthier.data.calls.form import Offered
 from luthier.types import Request
 
 PATHS = frozenset(
@@ -70,7 +71,8 @@ class Endpoints:
         served = self._language_model()
         requests = await self._read(served.chat, body)
         shape = ChatShape(served, body.model, bool(body.logprobs), body.with_usage)
-        tools = tuple(tool.function.name for tool in body.tools or () if body.tool_choice != "none")
+        offered = (tool.function for tool in body.tools or () if body.tool_choice != "none")
+        tools = {tool.name: tool.parameters or {} for tool in offered}
         return await self._answer(served, body, requests, shape, http, served.answerer.form, tools)
 
     async def completions(self, body: CompletionRequest, http: HttpRequest) -> Response:
@@ -137,7 +139,7 @@ class Endpoints:
         shape: Shape,
         http: HttpRequest,
         form: AnswerForm,
-        tools: tuple[str, ...],
+        tools: Offered,
     ) -> Response:
         asker = self.worker.ask(requests)
         answers = [

@@ -224,7 +224,7 @@ class ChatTurn(Strict):
 
     def turn(self) -> dict[str, Any]:
         """The message as a data file in OpenAI's format would have it."""
-        turn = self.model_dump(exclude_none=True, exclude={"tool_call_id", "name"})
+        turn = self.model_dump(exclude_none=True)
         # `developer` is OpenAI's newer word, which chat templates do not know.
         return turn | ({"role": "system"} if self.role == "developer" else {})
 

@@ -81,7 +81,7 @@ class Served:
         adapter = self._adapter(body.model)
         tools: list[Mapping[str, Any]] = []
         if body.tools and body.tool_choice != "none":
-            if self.answerer.form.call is None:
+            if not self.answerer.form.calls_back:
                 raise invalid(
                     f"tools are not supported by this model: {self.answerer.form.no_calls}", "tools"
                 )

@@ -11,12 +11,16 @@ Raises `RowError` and `DataError` as `formats` says.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from luthier.data.read import RawRow
 from luthier.data.registry import DatasetAttr
 from luthier.types import Conversation, DataError, Message, RowError, ToolCall
+
+_THOUGHT = re.compile(r"\s*<think>(.*?)</think>\s*", re.DOTALL)
+"""Reasoning before a sharegpt row's call."""
 
 
 def asked(raw: RawRow, attr: DatasetAttr) -> Conversation:
@@ -100,17 +104,38 @@ def message(turn: Any, place: str, attr: DatasetAttr) -> Message:
         named = repr(turn[tags.role_tag])[:40]
         raise RowError(f"unknown role {named}", f"{place}; set tags if it is meant to be one")
     content = turn.get(tags.content_tag)
-    calls = _tool_calls(turn.get("tool_calls") or [], place)
+    reasoning = turn.get("reasoning_content") or turn.get("reasoning")
+    calls = _tool_calls(_json(turn.get("tool_calls") or [], place), place)
     if role == "function" and not calls:
+        if isinstance(content, str) and not reasoning and (thought := _THOUGHT.match(content)):
+            reasoning, content = thought[1].strip("\n"), content[thought.end() :]
         calls, content = _tool_calls(_json(content, place), place), ""
+        if not calls:
+            raise RowError("no tool call in a message of role function", place)
+    if role == "tool" and not isinstance(content, str) and not _are_parts(content):
+        content = json.dumps(content, ensure_ascii=False)
     if content is None and calls:
         content = ""
     content = _joined_text(content, place)
-    reasoning = turn.get("reasoning_content") or turn.get("reasoning")
     if reasoning is not None and not isinstance(reasoning, str):
         raise RowError("reasoning is not text", place)
     role = "assistant" if role == "function" else role
-    return Message(role, content, reasoning, calls, _weight(turn.get("weight"), role, place))
+    weight = _weight(turn.get("weight"), role, place)
+    if role != "tool":
+        return Message(role, content, reasoning, calls, weight)
+    name, call_id = (_text_or_none(turn.get(key), key, place) for key in ("name", "tool_call_id"))
+    return Message(role, content, reasoning, calls, weight, name=name, tool_call_id=call_id)
+
+
+def _text_or_none(value: Any, key: str, place: str) -> str | None:
+    if value is not None and not isinstance(value, str):
+        raise RowError(f"{key} is not text", place)
+    return value
+
+
+def _are_parts(content: Any) -> bool:
+    """Whether it is OpenAI's list of parts."""
+    return _are_objects(content) and not isinstance(content, Mapping) and all("type" in p for p in content)
 
 
 def _joined_text(content: Any, place: str) -> str:
@@ -146,16 +171,20 @@ def _json(text: Any, place: str) -> Any:
 def _tool_calls(calls: Any, place: str) -> tuple[ToolCall, ...]:
     """One call or a list: {name, arguments}, or OpenAI's {id, type, function: {name, arguments}}."""
     found = []
+    if not isinstance(calls, Sequence | Mapping) or isinstance(calls, str):
+        raise RowError("tool call is no object", place)
     for call in [calls] if isinstance(calls, Mapping) else calls:
         body = call.get("function", call) if isinstance(call, Mapping) else None
         if not isinstance(body, Mapping) or not isinstance(body.get("name"), str):
             raise RowError("tool call without a name", place)
-        arguments = body.get("arguments", {})
+        arguments = {} if body.get("arguments") is None else body["arguments"]
         if isinstance(arguments, str):
             arguments = _object_or_text(arguments)
         if not isinstance(arguments, Mapping | str):
             raise RowError("tool call arguments are no object", place)
-        found.append(ToolCall(body["name"], arguments, call.get("id")))
+        found.append(
+            ToolCall(body["name"], arguments, _text_or_none(call.get("id"), "a tool call's id", place))
+        )
     return tuple(found)
 
 
@@ -174,9 +203,16 @@ def _tools(raw: RawRow, column: str | None) -> tuple[Mapping[str, Any], ...]:
         return ()
     tools = _json(value, f"{raw.place}, {column}") if isinstance(value, str) else value
     tools = [tools] if isinstance(tools, Mapping) else tools
+    if isinstance(tools, Sequence) and not isinstance(tools, str):
+        tools = [_json(tool, f"{raw.place}, {column}") for tool in tools]
     if not _are_objects(tools):
         raise RowError("tools are not a list of objects", raw.place)
-    return tuple(tool if "function" in tool else {"type": "function", "function": tool} for tool in tools)
+    wrapped = [tool if "function" in tool else {"type": "function", "function": tool} for tool in tools]
+    if not all(
+        isinstance(t["function"], Mapping) and isinstance(t["function"].get("name"), str) for t in wrapped
+    ):
+        raise RowError("a tool without a name", raw.place)
+    return tuple(wrapped)
 
 
 def _are_objects(values: Any) -> bool:

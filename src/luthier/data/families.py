@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
 from importlib import resources
 from importlib.resources.abc import Traversable
@@ -22,6 +22,7 @@ from typing import Any
 
 import yaml
 
+from luthier.data import tool_formats
 from luthier.data.turns import CUT, Turns, quoted
 from luthier.recipe.schema import TemplateSpec
 from luthier.types import DataError
@@ -56,6 +57,8 @@ class Family:
     media: Mapping[str, str] = field(default_factory=dict)
     verified: tuple[str, ...] = ()
     differs: str = ""
+    layout: str = ""
+    """The text with the marks of `tool_formats`, for a tool format other than the family's own."""
 
     @property
     def source(self) -> str | None:
@@ -78,7 +81,8 @@ def find(name: str) -> Family:
         if not path.is_file():
             raise DataError(f"data.template: file {path} does not exist")
         try:
-            return Family(name=path.stem, marked_source=path.read_text(encoding="utf-8"), about=str(path))
+            text = path.read_text(encoding="utf-8")
+            return Family(path.stem, tool_formats.without_tools(text), str(path), layout=text)
         except UnicodeDecodeError as error:
             raise DataError(f"data.template: {path} is not UTF-8 text (byte {error.start})") from error
     near = difflib.get_close_matches(name, table, n=3, cutoff=0.5)
@@ -131,6 +135,27 @@ _LISTS = ("stop", "verified", "thinking")
 _OWN = "tokenizer"
 
 
+def with_tool_format(family: Family | None, name: str) -> Family:
+    """The family with this tool format in place of its own. Raises DataError where its layout has no place for one."""
+    if family is None or not tool_formats.has_place(family.layout):
+        which = "the tokenizer's own chat template" if family is None else f"template {family.name!r}"
+        raise DataError(
+            f"data.tool_format={name!r}: {which} has no place for a tool format: it writes tools in its own way, or not at "
+            "all. Remove data.tool_format, or name a template that takes one: " + ", ".join(_that_take_one())
+        )
+    return replace(family, marked_source=tool_formats.with_tools(family.layout, name))
+
+
+def _that_take_one() -> list[str]:
+    return [name for name, family in sorted(_table().items()) if tool_formats.has_place(family.layout)]
+
+
+def _with_its_tools(layout: str, name: str | None) -> str:
+    if name is None or not tool_formats.has_place(layout):
+        return tool_formats.without_tools(layout)
+    return tool_formats.with_tools(layout, name)
+
+
 @cache
 def _table() -> dict[str, Family]:
     folder = resources.files("luthier") / "families"
@@ -141,8 +166,10 @@ def _table() -> dict[str, Family]:
 def _family(folder: Traversable, name: str, entry: Mapping[str, Any]) -> Family:
     rest: dict[str, Any] = {key: tuple(value) if key in _LISTS else value for key, value in entry.items()}
     jinja, turns = rest.pop("jinja", name), rest.pop("turns", None)
-    if turns is not None:
-        return Family(name, Turns(**turns).jinja, **rest)
     if jinja == _OWN:
         return Family(name, None, **rest)
-    return Family(name, (folder / f"{jinja}.jinja").read_text(encoding="utf-8").rstrip("\n"), **rest)
+    if turns is not None:
+        layout = Turns(**turns).jinja
+    else:
+        layout = (folder / f"{jinja}.jinja").read_text(encoding="utf-8").rstrip("\n")
+    return Family(name, _with_its_tools(layout, entry.get("tools")), layout=layout, **rest)

@@ -63,6 +63,10 @@ def _chat_message(message: Message) -> ChatMessage:
     chat: ChatMessage = {"role": message.role, "content": message.content}
     if message.reasoning is not None:
         chat["reasoning_content"] = message.reasoning
+    if message.name is not None:
+        chat["name"] = message.name
+    if message.tool_call_id is not None:
+        chat["tool_call_id"] = message.tool_call_id
     if message.tool_calls:
         chat["tool_calls"] = [
             {"type": "function", "function": {"name": call.name, "arguments": call.arguments}}
@@ -93,7 +97,7 @@ class Renderer:
     def __init__(self, source: str, variables: Mapping[str, Any]) -> None:
         self.source = source
         self._variables = dict(variables)
-        self._compiled: Any = None
+        self._compiled: jinja2.Template | None = None
         self._has_generation = _GENERATION.search(source) is not None
 
     def __getstate__(self) -> dict[str, Any]:
@@ -186,19 +190,23 @@ class Renderer:
             why = str(error).strip().partition("\n")[0][:_REASON]
             raise RowError(f"the chat template refuses it ({why})") from error
 
-    @property
-    def compiled(self) -> Any:
+    def compile_anew(self) -> jinja2.Template:
         """The template in an environment of its own, which is as that of transformers."""
-        if self._compiled is None:
-            self._compiled = cast(Any, _cached_compile_jinja_template)(self.source)
-        return self._compiled
+        template: jinja2.Template = cast(Any, _cached_compile_jinja_template)(self.source)
+        return template
+
+    def use(self, compiled: jinja2.Template) -> None:
+        """Render by this template from now on."""
+        self._compiled = compiled
 
     def plain(self, messages: Sequence[ChatMessage], tools: Sequence[Any], generation_prompt: bool) -> str:
         """What transformers renders, without the copies that it makes for what is no plain data; the gate compares.
 
         Raises what the template raises.
         """
-        text: str = self.compiled.render(
+        if self._compiled is None:
+            self._compiled = self.compile_anew()
+        text: str = self._compiled.render(
             messages=_with_names_of_reasoning(messages),
             tools=list(tools) or None,
             documents=None,

@@ -11,6 +11,7 @@ from __future__ import annotations
 import re
 import secrets
 from collections.abc import Callable, Sequence
+from copy import copy
 from dataclasses import dataclass, field
 from itertools import accumulate
 from typing import Any, NoReturn
@@ -26,7 +27,7 @@ LayOut = Callable[[Renderer, Sequence[ChatMessage], Sequence[Any]], Layout]
 _MOST = 512
 """Sequences of roles that are remembered."""
 _OPENING, _CLOSING = chr(0xF0003), chr(0xF0004)
-_CAPTURING = (nodes.AssignBlock, nodes.Macro, nodes.FilterBlock, nodes.Concat)
+_CAPTURING = (nodes.AssignBlock, nodes.FilterBlock, nodes.Concat)
 """What turns contents into plain text, which would be looked at unnoticed."""
 _BLIND = {"join", "format", "xmlattr", "urlize", "pprint"}
 """Filters that read a text without its methods; so does `tojson`, which is watched."""
@@ -148,26 +149,35 @@ class _Shape:
         )
 
 
-def can_be_shaped(template: jinja2.Template, source: str) -> bool:
-    """Whether nothing in a template reads contents unnoticed, or writes something else on another day.
+def _watched(renderer: Renderer) -> Renderer | None:
+    """The same renderer with a template that notices what it does with contents; None where that is not to be had.
 
-    From then on its `tojson` notices contents.
+    Its macros raise: what calls one writes more than plain turns. It may not write anything else on another day.
     """
-    tree = template.environment.parse(source)
+    copied = copy(renderer)
+    environment = copied.compile_anew().environment
+    tree = environment.parse(renderer.source)
     filters = {found.name for found in tree.find_all(nodes.Filter)}
-    to_json = template.environment.filters["tojson"]
+    macros = list(tree.find_all(nodes.Macro))
+    inside = {id(node) for macro in macros for node in macro.find_all(_CAPTURING)}
+    if any(id(node) not in inside for node in tree.find_all(_CAPTURING)):
+        return None
+    if filters & _BLIND or "strftime_now" in renderer.source:
+        return None
+    for macro in macros:
+        raised = nodes.Call(nodes.Name("raise_exception", "load"), [nodes.Const("a macro")], [], None, None)
+        macro.body = [nodes.Output([raised]).set_environment(environment)]
+    to_json = environment.filters["tojson"]
 
     def noticing(value: Any, *args: Any, **named: Any) -> Any:
         if _holds_content(value):
             raise _LookedInto
         return to_json(value, *args, **named)
 
-    template.environment.filters["tojson"] = noticing
-    return (
-        next(tree.find_all(_CAPTURING), None) is None
-        and not filters & _BLIND
-        and "strftime_now" not in source
-    )
+    environment.filters["tojson"] = noticing
+    code: Any = environment.compile(tree)
+    copied.use(environment.template_class.from_code(environment, code, environment.make_globals(None)))
+    return copied
 
 
 def _holds_content(value: Any) -> bool:
@@ -182,7 +192,7 @@ class Shapes:
     """Layouts by roles. `lay_out` makes the layout of messages by rendering them, and looks for `end_texts` there."""
 
     def __init__(self, renderer: Renderer, lay_out: LayOut, end_texts: Sequence[str]) -> None:
-        self._renderer, self._lay_out, self._end_texts = renderer, lay_out, end_texts
+        self._renderer, self._lay_out, self._end_texts = _watched(renderer), lay_out, end_texts
         self._shapes: dict[tuple[str, ...], _Shape | None] = {}
 
     def layout(self, messages: Sequence[ChatMessage]) -> Layout | None:
@@ -201,6 +211,8 @@ class Shapes:
         return shape.layout(contents)
 
     def _shape_of(self, roles: Sequence[str]) -> _Shape | None:
+        if self._renderer is None:
+            return None
         conditions = _Conditions(without=set(self._end_texts))
         nonce = secrets.token_hex(8)
         contents = [f"{_OPENING}{nonce}:{number}{_CLOSING}" for number in range(len(roles))]

@@ -33,7 +33,7 @@ from transformers import PreTrainedTokenizerBase
 
 from luthier.data import families
 from luthier.data.rendering import ChatMessage, Layout, Renderer, chat_messages, with_default_system
-from luthier.data.shapes import Shapes, can_be_shaped
+from luthier.data.shapes import Shapes
 from luthier.data.specials import SpecialText
 from luthier.data.word_tokens import WordTokens
 from luthier.recipe.schema import DataSpec, TemplateSpec
@@ -59,6 +59,8 @@ def load_template(
             f"{type(tokenizer).__name__} has no fast (Rust) backend; convert it to a tokenizer.json first"
         )
     family = _family(tokenizer, spec.template)
+    if spec.tool_format is not None:
+        family = families.with_tool_format(family, spec.tool_format)
     marked: str | dict[str, str] | None = tokenizer.chat_template
     if family is not None:
         marked = family.marked_source or marked
@@ -160,6 +162,11 @@ class ChatTemplate:
         return "reasoning_content" in self._renderers["default"].source
 
     @property
+    def source(self) -> str:
+        """The Jinja template for conversations with tools."""
+        return (self._renderers.get("tool_use") or self._renderers["default"]).source
+
+    @property
     def stop_ids(self) -> tuple[int, ...]:
         return self._stop_ids
 
@@ -174,7 +181,7 @@ class ChatTemplate:
 
     def encode(self, conversation: Conversation) -> EncodedConversation:
         messages, tools, renderer, marked = self._prepared(conversation)
-        shaped = None if tools or marked or self._shapes is None else self._shapes.layout(messages)
+        shaped = None if tools or marked else self._shapes.layout(messages)
         layout = shaped or self._layout(renderer, messages, tools)
         if shaped is None:
             self._check_content(messages, layout.text)
@@ -189,12 +196,9 @@ class ChatTemplate:
         return self._unmark(renderer.layout(messages, tools, self._end_texts, turn_ends=self.pieces))
 
     @cached_property
-    def _shapes(self) -> Shapes | None:
-        """What is known of conversations without tools; None for a template that has to render each of them."""
-        renderer = self._renderers["default"]
-        if not can_be_shaped(renderer.compiled, renderer.source):
-            return None
-        return Shapes(renderer, self._layout, self._end_texts)
+    def _shapes(self) -> Shapes:
+        """What is known of conversations without tools."""
+        return Shapes(self._renderers["default"], self._layout, self._end_texts)
 
     def prompt(self, conversation: Conversation) -> list[int]:
         messages, tools, renderer, marked = self._prepared(conversation)

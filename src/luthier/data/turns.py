@@ -11,6 +11,8 @@ import json
 import re
 from dataclasses import dataclass
 
+from luthier.data.tool_formats import PLACE
+
 CUT = "{{- cut -}}"
 _MARKS = re.compile(r"(\{(?:content|bos|eos|cut)\})")
 _TOKENS = {"{bos}": "bos_token", "{eos}": "eos_token"}
@@ -22,7 +24,7 @@ class Turns:
 
     `opening` stands before an answer, and is the generation prompt; `begin` stands before all else. After the last
     answer comes `last`, after the others then `earlier`. `system_in_user` puts the system message into the next user
-    turn. Without `tool` the template refuses tool results.
+    turn. Without `tool` the template refuses tool results, and has no place for a tool format.
     """
 
     user: str
@@ -38,7 +40,8 @@ class Turns:
     @property
     def jinja(self) -> str:
         """The template, with the marks that `families.Family.marked_source` may hold."""
-        lines = ["{%- set ns = namespace(system='') -%}"] if self.system_in_user else []
+        lines = [PLACE] if self.tool is not None else []
+        lines += ["{%- set ns = namespace(system='') -%}"] if self.system_in_user else []
         lines += [_closed(_written(self.begin))] if self.begin else []
         lines += ["{%- for message in messages -%}", "{%- if message['role'] == 'system' -%}"]
         lines += ["{%- if message['content'] -%}", self._system(), "{%- endif -%}"]

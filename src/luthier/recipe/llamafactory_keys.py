@@ -204,6 +204,7 @@ DATA_KEYS: dict[str, Key] = (
         max_samples=("data.max_samples", None),
         preprocessing_num_workers=("data.workers", None),
         default_system=("data.default_system", None),
+        tool_format=("data.tool_format", None),
         mask_history=("data.mask_history", False),
         train_on_prompt=("data.train_on_prompt", False),
         val_size=("data.dev_split", 0.0),
@@ -242,7 +243,6 @@ DATA_KEYS: dict[str, Key] = (
         "there is no padding in a flat row that could be learnt; remove it",
         ignore_pad_token_for_loss=True,
     )
-    | keys(Rule.REFUSED, "the template writes tool calls in its own format; remove it", tool_format=None)
     | keys(
         Rule.REFUSED,
         "keeping earlier reasoning comes in a later version; remove it",
