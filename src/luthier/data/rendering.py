@@ -117,6 +117,8 @@ class Renderer:
         text, generated = self._render(messages, tools, False)
         positions = [k for k, message in enumerate(messages) if message["role"] == "assistant"]
         if self._has_generation and len(generated) != len(positions):
+            generated = _joined(generated)
+        if self._has_generation and len(generated) != len(positions):
             raise DataError(
                 f"the template marks {len(generated)} generated spans for {len(positions)} assistant messages"
             )
@@ -179,6 +181,17 @@ class Renderer:
             why = str(error).strip().partition("\n")[0][:_REASON]
             raise RowError(f"the chat template refuses it ({why})") from error
         return texts[0], spans[0] if track else []
+
+
+def _joined(spans: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
+    """Spans that follow one another without a gap as one; a template may mark the parts of an answer apart."""
+    joined: list[tuple[int, int]] = []
+    for start, stop in spans:
+        if joined and joined[-1][1] == start:
+            joined[-1] = (joined[-1][0], stop)
+        elif stop > start:
+            joined.append((start, stop))
+    return joined
 
 
 def _answer(
