@@ -2,24 +2,23 @@
 
 from __future__ import annotations
 
+import runpy
 import sys
 from pathlib import Path
 
-sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1])]
-
-from test_vendor_templates import DOCUMENT, outcomes
-from vendors import folder, templates
-
+sys.path.insert(0, str(Path(__file__).parents[1]))
+_TESTS = runpy.run_path(str(Path(__file__).with_name("test_vendor_templates.py")))
 MARK = "<!-- outcomes -->"
 
 
 def main() -> None:
-    if folder() is None:
+    document: Path = _TESTS["DOCUMENT"]
+    if _TESTS["folder"]() is None:
         raise SystemExit("set LUTHIER_VENDORS, or llama.cpp's templates are missing from the table")
     lines = ["| template | answers | reasoning | tool calls |", "|---|---|---|---|"]
-    lines += [f"| `{name}` | {' | '.join(outcomes(name))} |" for name in templates()]
-    before, _, after = DOCUMENT.read_text("utf-8").split(MARK)
-    DOCUMENT.write_text(MARK.join([before, "\n" + "\n".join(lines) + "\n", after]), encoding="utf-8")
+    lines += [f"| `{name}` | {' | '.join(_TESTS['outcomes'](name))} |" for name in _TESTS["templates"]()]
+    before, _, after = document.read_text("utf-8").split(MARK)
+    document.write_text(MARK.join([before, "\n" + "\n".join(lines) + "\n", after]), encoding="utf-8")
 
 
 if __name__ == "__main__":
