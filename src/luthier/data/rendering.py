@@ -125,6 +125,8 @@ class Renderer:
         text, generated = self._render(messages, tools, False)
         positions = [k for k, message in enumerate(messages) if message["role"] == "assistant"]
         if self._has_generation and len(generated) != len(positions):
+            generated = _joined(generated)
+        if self._has_generation and len(generated) != len(positions):
             raise DataError(
                 f"the template marks {len(generated)} generated spans for {len(positions)} assistant messages"
             )
@@ -222,6 +224,17 @@ def _with_names_of_reasoning(messages: Sequence[ChatMessage]) -> list[ChatMessag
         {"thinking": message["reasoning_content"], **message} if "reasoning_content" in message else message
         for message in messages
     ]
+
+
+def _joined(spans: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
+    """Spans that follow one another without a gap as one; a template may mark the parts of an answer apart."""
+    joined: list[tuple[int, int]] = []
+    for start, stop in spans:
+        if joined and joined[-1][1] == start:
+            joined[-1] = (joined[-1][0], stop)
+        elif stop > start:
+            joined.append((start, stop))
+    return joined
 
 
 def _answer(

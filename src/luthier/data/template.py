@@ -32,6 +32,7 @@ from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerBase
 
 from luthier.data import families
+from luthier.data.ends import end_texts
 from luthier.data.rendering import ChatMessage, Layout, Renderer, chat_messages, with_default_system
 from luthier.data.shapes import Shapes
 from luthier.data.specials import SpecialText
@@ -119,6 +120,11 @@ def _use_as_eos(tokenizer: PreTrainedTokenizerBase, eos: str, name: str) -> None
     tokenizer.eos_token = eos
 
 
+def _shown(content: str, text: str) -> bool:
+    """Whether a template shows a content, as it is or as a JSON string (Llama 3.1's tool results)."""
+    return content in text or json.dumps(content, ensure_ascii=False)[1:-1] in text
+
+
 class ChatTemplate:
     """A chat template on a fast tokenizer; implements `luthier.types.Template`.
 
@@ -151,7 +157,8 @@ class ChatTemplate:
         sources = sources if isinstance(sources, Mapping) else {"default": sources}
         self._renderers = {key: Renderer(source, variables) for key, source in sources.items()}
         self._splits_freely = self._can_be_split()
-        self._end_texts, self.end_token_ids = self._find_ends()
+        self._end_texts = end_texts(self._renderers, self._backend, str(tokenizer.eos_token), self._mark)
+        self.end_token_ids = self._ids_of(self._end_texts)
         stops = (tokenizer.eos_token_id, *self.end_token_ids, *self._ids_of(family.stop if family else ()))
         self._stop_ids = tuple(dict.fromkeys(stops))
         self._document_end = family.document_end if family else None
@@ -285,7 +292,7 @@ class ChatTemplate:
         """A template may move or trim content, but must not lose it (earlier reasoning excepted)."""
         for message in messages:
             content = message["content"].strip()
-            if content not in text and "</think>" not in content:
+            if not _shown(content, text) and "</think>" not in content:
                 raise RowError(
                     f"template {self.name!r} leaves out a {message['role']} message", repr(content[:60])
                 )
@@ -372,24 +379,6 @@ class ChatTemplate:
             if self._backend.decode(ids, skip_special_tokens=False) != left + right:
                 return False
         return True
-
-    def _find_ends(self) -> tuple[tuple[str, ...], tuple[int, ...]]:
-        """Spellings and ids of the tokens that end an answer: what the template writes after a short one."""
-        added = {token.content: index for index, token in self._backend.get_added_tokens_decoder().items()}
-        asked, said = "How?", "Thus."
-        eos = str(self.tokenizer.eos_token)
-        try:
-            text = self._renderers["default"].render(
-                [{"role": "user", "content": asked}, {"role": "assistant", "content": said}]
-            )
-        except RowError:
-            return (eos,), self._ids_of((eos,))
-        tail = text.rpartition(said)[2].replace(self._mark, "")
-        found = [
-            (tail.find(token), -len(token), token) for token in added if token in tail and not token.isspace()
-        ]
-        ends = tuple(dict.fromkeys([min(found)[2]] if found else [eos]))
-        return ends, self._ids_of(ends)
 
     def _ids(self, text: str) -> list[int]:
         found = None if self._words is None else self._words.ids(text)
