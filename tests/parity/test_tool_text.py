@@ -29,7 +29,10 @@ from tests.tiny import chat_tokenizer
 RECORDED = json.loads((Path(__file__).parent / "data" / "llamafactory_tools.json").read_text("utf-8"))
 TOOLS = tuple({"type": "function", "function": tool} for tool in RECORDED["tools"])
 CALLS = tuple(ToolCall(call["name"], call["arguments"]) for call in RECORDED["calls"])
-BARE = tool_formats.PLACE + "{%- for message in messages -%}{{- message.role + ':' + message.content + ';' -}}{%- endfor -%}"
+BARE = (
+    tool_formats.PLACE
+    + "{%- for message in messages -%}{{- message.role + ':' + message.content + ';' -}}{%- endfor -%}"
+)
 SAME_TOOLS = {"default", "glm4", "glm4_moe", "ling", "mistral", "qwen"}
 SAME_CALLS = {"default", "gemma4", "glm4", "lfm2", "ling", "llama3", "minimax1", "qwen", "qwen3_5"}
 
@@ -116,15 +119,26 @@ def test_llama3_writes_calls_as_the_vendor(vendor: str) -> None:
     assert ours.partition(cut)[2] == theirs.partition(cut)[2].replace('"rain"', "rain")
 
 
-@pytest.mark.parametrize("name", ["qwen2_5", "qwen3", "qwen3_5_think", "glm4moe", "gptoss", "lfm2_2_5", "llama3_1", "gemma4_v5"])
+@pytest.mark.parametrize(
+    "name", ["qwen2_5", "qwen3", "qwen3_5_think", "glm4moe", "gptoss", "lfm2_2_5", "llama3_1", "gemma4_v5"]
+)
 def test_calls_are_read_out_of_the_vendors_own_templates(name: str) -> None:
     template = template_with(published(name))
     form = AnswerForm.of(template)
     call = ToolCall("look", {"place": "Rom {é}", "days": 3}, "abcdefghi")
-    text = template.rendering(Conversation((Message("user", "Q"), Message("assistant", "", None, (call,))), TOOLS))
+    text = template.rendering(
+        Conversation((Message("user", "Q"), Message("assistant", "", None, (call,))), TOOLS)
+    )
     at = text.rindex("look")
-    begins = form.call.begins if hasattr(form.call, "begins") else "{" if form.call else "<|start|>assistant to="
-    text = text[text.rindex(begins, 0, at) :].removesuffix("\n").removesuffix("<|im_end|>").removesuffix("<|eot_id|>")
+    begins = (
+        form.call.begins if hasattr(form.call, "begins") else "{" if form.call else "<|start|>assistant to="
+    )
+    text = (
+        text[text.rindex(begins, 0, at) :]
+        .removesuffix("\n")
+        .removesuffix("<|im_end|>")
+        .removesuffix("<|eot_id|>")
+    )
     text = text.removeprefix("<|start|>assistant").removesuffix("<turn|>")
     form = form.after("</think>") if form.reason_closes and not form.reason_opens else form
     spoken = form.read(text, tools={"look": TOOLS[0]["function"]["parameters"]})
@@ -142,12 +156,16 @@ def test_real_rows_are_trained_and_read_back(name: str, shared_data: Path) -> No
         row = to_row(raw, attr, "conversation")
         assert row.conversation is not None
         encoded = template.encode(row.conversation)
-        schemas = {t["function"]["name"]: t["function"].get("parameters") or {} for t in row.conversation.tools}
+        schemas = {
+            t["function"]["name"]: t["function"].get("parameters") or {} for t in row.conversation.tools
+        }
         for span in encoded.answers:
             message = row.conversation.messages[span.message]
             text = template.decode(encoded.input_ids[span.start : span.stop - 1])
             spoken = form.read(text, tools=schemas)
-            assert [(c.name, c.arguments) for c in spoken.calls] == [(c.name, c.arguments) for c in message.tool_calls]
+            assert [(c.name, c.arguments) for c in spoken.calls] == [
+                (c.name, c.arguments) for c in message.tool_calls
+            ]
             assert spoken.content == message.content
             seen += len(message.tool_calls)
         sample = sft_sample(row, template, EncodeOptions(max_length=100_000, overflow="error"))

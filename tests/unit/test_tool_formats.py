@@ -39,11 +39,37 @@ def answer_text(name: str, message: Message, tools: tuple[Any, ...]) -> str:
     return text.rpartition("<|im_start|>assistant\n")[2].removesuffix("<|im_end|>\n")
 
 
-PIECES = ("a", "é", "中", "😀", " ", "\n", '"', "'", "\\", "<", ">", "{", "}", "[", "]", ",", ":", "=", "null", "3", "\t")
-WORDS = st.lists(st.sampled_from([*PIECES, "<tool_call>", "</tool_call>", "Action: x", "</function>"]), max_size=8)
+PIECES = (
+    "a",
+    "é",
+    "中",
+    "😀",
+    " ",
+    "\n",
+    '"',
+    "'",
+    "\\",
+    "<",
+    ">",
+    "{",
+    "}",
+    "[",
+    "]",
+    ",",
+    ":",
+    "=",
+    "null",
+    "3",
+    "\t",
+)
+WORDS = st.lists(
+    st.sampled_from([*PIECES, "<tool_call>", "</tool_call>", "Action: x", "</function>"]), max_size=8
+)
 TEXTS = WORDS.map("".join).filter(lambda text: not any(mark in text for mark in NEVER))
 NAMES = st.from_regex(r"[a-z][a-z0-9_]{0,8}", fullmatch=True)
-LEAVES = TEXTS | st.integers(-(10**9), 10**9) | st.floats(allow_nan=False, allow_infinity=False) | st.booleans()
+LEAVES = (
+    TEXTS | st.integers(-(10**9), 10**9) | st.floats(allow_nan=False, allow_infinity=False) | st.booleans()
+)
 VALUES = st.recursive(
     LEAVES | st.none(),
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(NAMES, inner, max_size=3),
@@ -56,7 +82,10 @@ CONTENT = st.sampled_from(["", "I look.", "Zwei\nZeilen, 中", "3 < 4 [ok] {no}"
 
 def schemas(calls: list[tuple[str, dict[str, Any]]]) -> dict[str, dict[str, Any]]:
     return {
-        name: {"type": "object", "properties": {key: {"type": TYPES[type(v)]} for key, v in arguments.items()}}
+        name: {
+            "type": "object",
+            "properties": {key: {"type": TYPES[type(v)]} for key, v in arguments.items()},
+        }
         for name, arguments in calls
     }
 
@@ -94,12 +123,56 @@ def test_what_is_written_is_read_back(
 BROKEN = st.lists(
     st.sampled_from(
         [
-            *("<tool_call>", "</tool_call>", "<function=look>", "</function>", "<parameter=a>", "</parameter>"),
-            *("<arg_key>a</arg_key>", "<arg_value>", "</arg_value>", "<seed:tool_call>", "<minimax:tool_call>"),
-            *('<invoke name="look">', "</invoke>", "<tool_calls>", "[TOOL_CALLS]", "Action:", "Action Input:"),
-            *("<｜tool▁calls▁begin｜>", "<｜tool▁call▁begin｜>", "<｜tool▁sep｜>", "<|tool_call_start|>", "[look(a=1)]"),
-            *("<|tool_call>", "call:look", "look", "\n", " ", '{"a": 1}', '{"name": "look", "arguments": {}}', "{", "x"),
-            *("<|channel|>", "analysis", "final", "commentary", "<|message|>", "<|end|>", "<|start|>assistant"),
+            *(
+                "<tool_call>",
+                "</tool_call>",
+                "<function=look>",
+                "</function>",
+                "<parameter=a>",
+                "</parameter>",
+            ),
+            *(
+                "<arg_key>a</arg_key>",
+                "<arg_value>",
+                "</arg_value>",
+                "<seed:tool_call>",
+                "<minimax:tool_call>",
+            ),
+            *(
+                '<invoke name="look">',
+                "</invoke>",
+                "<tool_calls>",
+                "[TOOL_CALLS]",
+                "Action:",
+                "Action Input:",
+            ),
+            *(
+                "<｜tool▁calls▁begin｜>",
+                "<｜tool▁call▁begin｜>",
+                "<｜tool▁sep｜>",
+                "<|tool_call_start|>",
+                "[look(a=1)]",
+            ),
+            *(
+                "<|tool_call>",
+                "call:look",
+                "look",
+                "\n",
+                " ",
+                '{"a": 1}',
+                '{"name": "look", "arguments": {}}',
+                "{",
+                "x",
+            ),
+            *(
+                "<|channel|>",
+                "analysis",
+                "final",
+                "commentary",
+                "<|message|>",
+                "<|end|>",
+                "<|start|>assistant",
+            ),
             *(" to=functions.look", "<|start|>", "<|call|>"),
         ]
     ),
@@ -179,7 +252,9 @@ def test_python_calls_with_names_that_python_keeps() -> None:
 
 
 def test_a_format_needs_a_place() -> None:
-    with pytest.raises(DataError, match=r"data.tool_format='qwen': the tokenizer's own chat template has no place"):
+    with pytest.raises(
+        DataError, match=r"data.tool_format='qwen': the tokenizer's own chat template has no place"
+    ):
         load_template(chat_tokenizer(), DataSpec(tool_format="qwen"))
     with pytest.raises(DataError, match="there is no tool format 'qwn'; did you mean qwen"):
         load_template(chat_tokenizer(), DataSpec(template="chatml", tool_format="qwn"))
@@ -217,7 +292,11 @@ def test_what_a_format_cannot_say_drops_the_row() -> None:
     for name, message, why in (
         ("glm4", Message("assistant", "", None, two), "takes one call"),
         ("llama3", Message("assistant", "Hm", None, two), "without content"),
-        ("qwen3_5", Message("assistant", "", None, (ToolCall("a", "x"),)), "arguments that are a JSON object"),
+        (
+            "qwen3_5",
+            Message("assistant", "", None, (ToolCall("a", "x"),)),
+            "arguments that are a JSON object",
+        ),
     ):
         with pytest.raises(RowError, match=why):
             template(name).encode(Conversation((Message("user", "Q"), message)))

@@ -166,7 +166,7 @@ def _json(text: Any, place: str) -> Any:
     try:
         return json.loads(text)
     except json.JSONDecodeError as error:
-        raise RowError("tool call is not JSON", f"{place}: {error.msg}") from error
+        raise RowError("tools or calls are not JSON", f"{place}: {error.msg}") from error
 
 
 def _tool_calls(calls: Any, place: str) -> tuple[ToolCall, ...]:
@@ -183,7 +183,9 @@ def _tool_calls(calls: Any, place: str) -> tuple[ToolCall, ...]:
             arguments = _object_or_text(arguments)
         if not isinstance(arguments, Mapping | str):
             raise RowError("tool call arguments are no object", place)
-        found.append(ToolCall(body["name"], arguments, _text_or_none(call.get("id"), "a tool call's id", place)))
+        found.append(
+            ToolCall(body["name"], arguments, _text_or_none(call.get("id"), "a tool call's id", place))
+        )
     return tuple(found)
 
 
@@ -198,17 +200,22 @@ def _object_or_text(text: str) -> Mapping[str, Any] | str:
 def _tools(raw: RawRow, column: str | None) -> tuple[Mapping[str, Any], ...]:
     """Tool descriptions in the form that chat templates expect: {type: function, function: {...}}."""
     value = raw.columns.get(column) if column else None
-    if not value:
-        return ()
-    tools = _json(value, f"{raw.place}, {column}") if isinstance(value, str) else value
+    return tools_in(value, raw.place) if value else ()
+
+
+def tools_in(value: Any, place: str) -> tuple[Mapping[str, Any], ...]:
+    """The same of JSON text or what it holds: one tool or a list, with or without their type. Raises RowError."""
+    tools = _json(value, place)
     tools = [tools] if isinstance(tools, Mapping) else tools
     if isinstance(tools, Sequence) and not isinstance(tools, str):
-        tools = [_json(tool, f"{raw.place}, {column}") for tool in tools]
+        tools = [_json(tool, place) for tool in tools]
     if not _are_objects(tools):
-        raise RowError("tools are not a list of objects", raw.place)
+        raise RowError("tools are not a list of objects", place)
     wrapped = [tool if "function" in tool else {"type": "function", "function": tool} for tool in tools]
-    if not all(isinstance(t["function"], Mapping) and isinstance(t["function"].get("name"), str) for t in wrapped):
-        raise RowError("a tool without a name", raw.place)
+    if not all(
+        isinstance(t["function"], Mapping) and isinstance(t["function"].get("name"), str) for t in wrapped
+    ):
+        raise RowError("a tool without a name", place)
     return tuple(wrapped)
 
 

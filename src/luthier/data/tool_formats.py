@@ -54,7 +54,9 @@ def with_tools(layout: str, name: str) -> str:
     """One self-contained template. Raises DataError for an unknown format and a layout without a place for one."""
     entry = _format(name)
     if not has_place(layout):
-        raise DataError(f"tool format {name!r}: the template has no place for one; a layout marks it with {PLACE}")
+        raise DataError(
+            f"tool format {name!r}: the template has no place for one; a layout marks it with {PLACE}"
+        )
     apart = entry.get("place") == "apart" and APART in layout
     text = "{%- if tools -%}{{- tool_system('', tools) -}}{%- endif -%}" if apart else ""
     parts = [_text(name), _results(entry, layout), _text("_messages"), "" if apart else _text("_system")]

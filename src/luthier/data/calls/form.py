@@ -1,8 +1,8 @@
 """What every form of tool calls can do, and what the forms share.
 
-    CallForm          reads the calls out of an answer's text
-    MarkedForm        the same where a mark begins the calls
-    typed(text, ...)  an argument that was written as bare text, as the value that the tool's schema asks for
+CallForm          reads the calls out of an answer's text
+MarkedForm        the same where a mark begins the calls
+typed(text, ...)  an argument that was written as bare text, as the value that the tool's schema asks for
 """
 
 from __future__ import annotations

@@ -37,9 +37,7 @@ def is_written(text: str) -> bool:
     return _CHANNEL in text and _MESSAGE in text
 
 
-def read(
-    text: str, tools: Offered, ended: bool
-) -> tuple[str, str, tuple[ToolCall, ...]]:
+def read(text: str, tools: Offered, ended: bool) -> tuple[str, str, tuple[ToolCall, ...]]:
     """Content, reasoning and calls. With `ended` false only what cannot change any more: calls come with the end.
 
     A call that is malformed, or of which no tool was offered, stays content with its header.

@@ -63,7 +63,9 @@ class BareJson:
     def certain(self, text: str, tools: Offered) -> str:
         lead = text.lstrip()
         begun = not lead or lead[0] in "[{"
-        return "" if begun or (self.tag and (self.tag.startswith(lead) or lead.startswith(self.tag))) else text
+        return (
+            "" if begun or (self.tag and (self.tag.startswith(lead) or lead.startswith(self.tag))) else text
+        )
 
     def read(self, text: str, tools: Offered) -> tuple[str, Calls]:
         calls: list[ToolCall] = []

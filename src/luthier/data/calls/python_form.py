@@ -92,7 +92,11 @@ def _call(node: ast.expr) -> ToolCall:
     arguments: dict[str, Any] = {}
     for given_as in node.keywords:
         # `**{"a key": 1}` has the names that Python cannot write
-        given = {given_as.arg.removeprefix(_PLAIN): _value(given_as.value)} if given_as.arg else _value(given_as.value)
+        given = (
+            {given_as.arg.removeprefix(_PLAIN): _value(given_as.value)}
+            if given_as.arg
+            else _value(given_as.value)
+        )
         if not isinstance(given, dict):
             raise ValueError("no argument")
         arguments |= given
