@@ -99,11 +99,9 @@ class Session:
     @property
     def open_calls(self) -> tuple[ToolCall, ...]:
         """Calls of the last answer that have no result yet."""
-        results = 0
-        for message in reversed(self.messages):
+        for results, message in enumerate(reversed(self.messages)):
             if message.role != "tool":
                 return message.tool_calls[results:]
-            results += 1
         return ()
 
     def choose(self, adapter: str) -> None:

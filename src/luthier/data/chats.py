@@ -19,7 +19,6 @@ from luthier.data.read import RawRow
 from luthier.data.registry import DatasetAttr
 from luthier.types import Conversation, DataError, Message, RowError, ToolCall
 
-
 _THOUGHT = re.compile(r"\s*<think>(.*?)</think>\s*", re.DOTALL)
 """Reasoning before a sharegpt row's call."""
 
