@@ -159,13 +159,13 @@ def _weight(weight: Any, role: str, place: str) -> float | None:
     return float(weight)
 
 
-def _json(text: Any, place: str) -> Any:
+def _json(text: Any, place: str, what: str = "tool call") -> Any:
     if not isinstance(text, str):
         return text
     try:
         return json.loads(text)
     except json.JSONDecodeError as error:
-        raise RowError("tools or calls are not JSON", f"{place}: {error.msg}") from error
+        raise RowError(f"{what} is not JSON", f"{place}: {error.msg}") from error
 
 
 def _tool_calls(calls: Any, place: str) -> tuple[ToolCall, ...]:
@@ -204,10 +204,10 @@ def _tools(raw: RawRow, column: str | None) -> tuple[Mapping[str, Any], ...]:
 
 def tools_in(value: Any, place: str) -> tuple[Mapping[str, Any], ...]:
     """The same of JSON text or what it holds: one tool or a list, with or without their type. Raises RowError."""
-    tools = _json(value, place)
+    tools = _json(value, place, "the list of tools")
     tools = [tools] if isinstance(tools, Mapping) else tools
     if isinstance(tools, Sequence) and not isinstance(tools, str):
-        tools = [_json(tool, place) for tool in tools]
+        tools = [_json(tool, place, "a tool") for tool in tools]
     if not _are_objects(tools):
         raise RowError("tools are not a list of objects", place)
     wrapped = [tool if "function" in tool else {"type": "function", "function": tool} for tool in tools]
