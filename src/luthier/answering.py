@@ -19,6 +19,7 @@ from peft import PeftModel
 from transformers import PreTrainedModel
 
 from luthier.data.answer_form import THINK, AnswerForm
+from luthier.data.calls.form import Offered
 from luthier.data.template import ChatTemplate
 from luthier.engine.hf import HfEngine
 from luthier.engine.packed import can_pack, pack_linears
@@ -105,14 +106,20 @@ class Answerer:
         """How the answer to a request is read: see `AnswerForm.after`."""
         return self.form.after(self.template.decode(request.prompt[-_MARK:]))
 
-    def message(self, text: str, form: AnswerForm) -> Message:
-        """The text of an answer as the message that training data would have in its place; form: see `form_after`.
+    def message(self, text: str, form: AnswerForm, tools: Offered = ()) -> Message:
+        """The text of an answer as the message that training data would have in its place; form: see `form_after`;
+        tools: those that it might call.
 
         Reasoning stands apart where the template has a place for it, else in the content.
         """
-        if self.template.has_reasoning:
-            spoken = form.read(text)
-            return Message("assistant", spoken.content, spoken.reasoning or None)
+        spoken = form.read(text, tools=tools)
+        if self.template.has_reasoning or form.channels:
+            return Message("assistant", spoken.content, spoken.reasoning or None, spoken.calls)
+        if spoken.calls:
+            thought = f"{form.reason_opens or THINK[0]}\n{spoken.reasoning}\n{form.reason_closes}\n\n"
+            return Message(
+                "assistant", (thought if spoken.reasoning else "") + spoken.content, None, spoken.calls
+            )
         return Message("assistant", text if form.reason_opens else f"{THINK[0]}\n{text}")
 
     def decoder(self, *, skip_special_tokens: bool | None = None) -> Callable[[Sequence[int]], str]:

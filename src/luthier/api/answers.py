@@ -14,7 +14,7 @@ from luthier.types import Event, Generation, TokenChoice
 
 @dataclass(slots=True)
 class Answer:
-    """One of the answers to a request. `tools`: those that it may call, with their schemas. `live`: shown while it grows."""
+    """One of the answers to a request. `tools`: that it may call, with schemas. `live`: shown as it grows."""
 
     index: int
     decode: Callable[[Sequence[int]], str]

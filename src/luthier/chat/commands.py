@@ -53,6 +53,21 @@ def _system(session: Session, rest: str) -> Outcome:
     return Outcome("system message taken away" if rest == "none" else "system message set")
 
 
+def _tools(session: Session, rest: str) -> Outcome:
+    if rest:
+        session.set_tools(None if rest == "none" else rest)
+    named = ", ".join(tool["function"]["name"] for tool in session.tools)
+    return Outcome(
+        f"tools: {named}" if named else "there are no tools; /tools FILE offers those of a JSON file"
+    )
+
+
+def _result(session: Session, rest: str) -> Outcome:
+    answer = session.result(rest)
+    waits = "" if answer else f"and what does {session.open_calls[0].name} say? (/result TEXT)"
+    return Outcome(waits, answer)
+
+
 def _save(session: Session, rest: str) -> Outcome:
     if not rest:
         raise GenerationError("where to? Write /save FILE, for example /save talk.jsonl")
@@ -130,6 +145,8 @@ def settings_line(session: Session) -> str:
 COMMANDS: dict[str, Command] = {
     "clear": Command("/clear", "forget the conversation; the system message stays", _clear),
     "system": Command("/system TEXT", "set the system message; none takes it away", _system),
+    "tools": Command("/tools FILE", "offer the tools of a JSON file; none takes them away", _tools),
+    "result": Command("/result TEXT", "what the tool says that was called", _result),
     "retry": Command("/retry", "answer the last question again", _retry),
     "undo": Command("/undo", "take the last question and its answer back", _undo),
     "set": Command("/set NAME VALUE", "change a setting, as /set temperature 0.7; null undoes it", _set),

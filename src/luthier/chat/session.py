@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
+import secrets
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from luthier.answering import Answerer
 from luthier.data.answer_form import Spoken, SpokenStream
+from luthier.data.chats import tools_in
 from luthier.engine.text import TextStream
 from luthier.files import write_whole
 from luthier.types import (
@@ -21,12 +23,13 @@ from luthier.types import (
     Message,
     ModelError,
     Request,
+    ToolCall,
 )
 
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """A part of an answer's text, or of the reasoning before it."""
+    """A part of an answer's text, or of the reasoning before it; a tool call is a line of text."""
 
     text: str
     reasoning: bool = False
@@ -54,6 +57,7 @@ class Session:
         self.answerer = answerer
         self.settings = dict(settings or {})
         self.messages: list[Message] = []
+        self.tools: tuple[Mapping[str, Any], ...] = ()
         self.adapter: str | None = None
         self.last: Generation | None = None
         """How the newest answer ended; None where it was stopped."""
@@ -74,6 +78,31 @@ class Session:
         """Put a system message before the conversation, in place of the one that is there; None takes it away."""
         rest = self.messages[1:] if self.system is not None else self.messages
         self.messages = [Message("system", text), *rest] if text else list(rest)
+
+    def set_tools(self, path: str | Path | None) -> None:
+        """Offer the tools of a JSON file from now on; None takes them away.
+
+        Raises GenerationError for a template that writes calls in no form that is read back, DataError for a file
+        that holds no tools.
+        """
+        if path is None:
+            self.tools = ()
+            return
+        if not self.answerer.form.calls_back:
+            raise GenerationError(f"tools are not supported by this model: {self.answerer.form.no_calls}")
+        try:
+            text = Path(path).expanduser().read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise DataError(f"{path} cannot be read as tools: {error}") from error
+        self.tools = tools_in(text, str(path))
+
+    @property
+    def open_calls(self) -> tuple[ToolCall, ...]:
+        """Calls of the last answer that have no result yet."""
+        for results, message in enumerate(reversed(self.messages)):
+            if message.role != "tool":
+                return message.tool_calls[results:]
+        return ()
 
     def choose(self, adapter: str) -> None:
         """Answer with this adapter from now on. Raises GenerationError where there is none of that name."""
@@ -101,7 +130,7 @@ class Session:
     def request(self) -> Request:
         """The request for the next answer. Raises GenerationError for a conversation that leaves it no room."""
         request = self.answerer.request(
-            Conversation(tuple(self.messages)), adapter=self.adapter, **self.settings
+            Conversation(tuple(self.messages), self.tools), adapter=self.adapter, **self.settings
         )
         limits = (self.answerer.engine.context_length, request.settings.max_length)
         room = min((limit for limit in limits if limit is not None), default=None)
@@ -122,6 +151,24 @@ class Session:
         and DataError for what cannot be answered.
         """
         self.messages.append(Message("user", text))
+        try:
+            request = self.request()
+        except LuthierError:
+            self.messages.pop()
+            raise
+        return self._answer(request)
+
+    def result(self, text: str) -> Iterator[Piece] | None:
+        """What the tool says to the first call that waits; the answer to it once none waits any more.
+
+        Raises GenerationError where no call waits.
+        """
+        if not self.open_calls:
+            raise GenerationError("no tool was called; /result answers a call")
+        call = self.open_calls[0]
+        self.messages.append(Message("tool", text, name=call.name, tool_call_id=call.id))
+        if self.open_calls:
+            return None
         try:
             request = self.request()
         except LuthierError:
@@ -164,7 +211,8 @@ class Session:
         answerer, self.last = self.answerer, None
         decode = answerer.decoder(skip_special_tokens=self.settings.get("skip_special_tokens"))
         form = answerer.form_after(request)
-        stream, parts, text = TextStream(decode, request.settings.stop), SpokenStream(form), ""
+        offered = {t["function"]["name"]: t["function"].get("parameters") or {} for t in self.tools}
+        stream, parts, text = TextStream(decode, request.settings.stop), SpokenStream(form, offered), ""
         try:
             for event in answerer.engine.stream(request):
                 if event.choice is not None:
@@ -177,7 +225,7 @@ class Session:
             yield from _pieces(parts.push(piece, ended=True))
         finally:
             if text or self.last is not None:
-                self.messages.append(answerer.message(text, form))
+                self.messages.append(_with_ids(answerer.message(text, form, offered)))
             else:
                 self.messages.pop()
 
@@ -193,7 +241,8 @@ class Session:
             raise DataError("there is no answer yet that could be saved")
         if file.exists() and file.resolve() not in self._saved:
             raise DataError(f"{file} exists already; choose another name")
-        row = json.dumps({"messages": [_row(message) for message in self.messages]}, ensure_ascii=False)
+        talk: dict[str, Any] = {"messages": [_row(message) for message in self.messages]}
+        row = json.dumps(talk | ({"tools": list(self.tools)} if self.tools else {}), ensure_ascii=False)
         try:
             file.parent.mkdir(parents=True, exist_ok=True)
             write_whole(file, row + "\n")
@@ -208,8 +257,23 @@ def _pieces(added: Spoken) -> Iterator[Piece]:
         yield Piece(added.reasoning, reasoning=True)
     if added.content:
         yield Piece(added.content)
+    for call in added.calls:
+        yield Piece(f"\n[call] {call.name} {json.dumps(call.arguments, ensure_ascii=False)}")
 
 
-def _row(message: Message) -> dict[str, str]:
-    row = {"role": message.role, "content": message.content}
+def _with_ids(message: Message) -> Message:
+    """Calls with ids, which some templates ask for: nine letters and digits, which is what Mistral's take."""
+    calls = tuple(replace(call, id=call.id or secrets.token_hex(5)[:9]) for call in message.tool_calls)
+    return replace(message, tool_calls=calls)
+
+
+def _row(message: Message) -> dict[str, Any]:
+    row: dict[str, Any] = {"role": message.role, "content": message.content}
+    if message.tool_calls:
+        row["tool_calls"] = [
+            {"id": call.id, "type": "function", "function": {"name": call.name, "arguments": call.arguments}}
+            for call in message.tool_calls
+        ]
+    if message.role == "tool":
+        row |= {"name": message.name, "tool_call_id": message.tool_call_id}
     return row if message.reasoning is None else row | {"reasoning_content": message.reasoning}

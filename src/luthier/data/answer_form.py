@@ -6,8 +6,8 @@
     SpokenStream(form)                 an answer in pieces -> what each adds to the parts
 
 Nothing is known of families here: the marks around reasoning and calls are those that the template puts around the
-parts of a made-up answer; what shapes there are stands in `data.calls`. A template that writes calls in none of them has
-no call form, and says why.
+parts of a made-up answer; what shapes there are stands in `data.calls`. A template that writes calls in none of them
+has no call form, and says why.
 """
 
 from __future__ import annotations

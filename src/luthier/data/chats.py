@@ -159,13 +159,13 @@ def _weight(weight: Any, role: str, place: str) -> float | None:
     return float(weight)
 
 
-def _json(text: Any, place: str) -> Any:
+def _json(text: Any, place: str, what: str = "tool call") -> Any:
     if not isinstance(text, str):
         return text
     try:
         return json.loads(text)
     except json.JSONDecodeError as error:
-        raise RowError("tool call is not JSON", f"{place}: {error.msg}") from error
+        raise RowError(f"{what} is not JSON", f"{place}: {error.msg}") from error
 
 
 def _tool_calls(calls: Any, place: str) -> tuple[ToolCall, ...]:
@@ -199,19 +199,22 @@ def _object_or_text(text: str) -> Mapping[str, Any] | str:
 def _tools(raw: RawRow, column: str | None) -> tuple[Mapping[str, Any], ...]:
     """Tool descriptions in the form that chat templates expect: {type: function, function: {...}}."""
     value = raw.columns.get(column) if column else None
-    if not value:
-        return ()
-    tools = _json(value, f"{raw.place}, {column}") if isinstance(value, str) else value
+    return tools_in(value, raw.place) if value else ()
+
+
+def tools_in(value: Any, place: str) -> tuple[Mapping[str, Any], ...]:
+    """The same of JSON text or what it holds: one tool or a list, with or without their type. Raises RowError."""
+    tools = _json(value, place, "the list of tools")
     tools = [tools] if isinstance(tools, Mapping) else tools
     if isinstance(tools, Sequence) and not isinstance(tools, str):
-        tools = [_json(tool, f"{raw.place}, {column}") for tool in tools]
+        tools = [_json(tool, place, "a tool") for tool in tools]
     if not _are_objects(tools):
-        raise RowError("tools are not a list of objects", raw.place)
+        raise RowError("tools are not a list of objects", place)
     wrapped = [tool if "function" in tool else {"type": "function", "function": tool} for tool in tools]
     if not all(
         isinstance(t["function"], Mapping) and isinstance(t["function"].get("name"), str) for t in wrapped
     ):
-        raise RowError("a tool without a name", raw.place)
+        raise RowError("a tool without a name", place)
     return tuple(wrapped)
 
 

@@ -140,8 +140,9 @@ def with_tool_format(family: Family | None, name: str) -> Family:
     if family is None or not tool_formats.has_place(family.layout):
         which = "the tokenizer's own chat template" if family is None else f"template {family.name!r}"
         raise DataError(
-            f"data.tool_format={name!r}: {which} has no place for a tool format: it writes tools in its own way, or not at "
-            "all. Remove data.tool_format, or name a template that takes one: " + ", ".join(_that_take_one())
+            f"data.tool_format={name!r}: {which} has no place for a tool format: it writes tools in its own way, "
+            "or not at all. Remove data.tool_format, or name a template that takes one: "
+            + ", ".join(_that_take_one())
         )
     return replace(family, marked_source=tool_formats.with_tools(family.layout, name))
 

@@ -6,11 +6,11 @@
     without_tools(layout)       the layout without its marks
     has_place(layout)           whether a layout can take a format
 
-A layout is a Jinja template with `PLACE` in it. There the format rewrites `messages`, so that what follows sees plain
-turns: the tools in the system turn's content, calls in an answer's (`calls_alone` says that it had no other), results in
-those of role `tool`. So the mark stands after the layout has put its own default system turn into `messages`, and the
-layout has a turn for role `tool`. Where the vendor shows tools outside the system turn, `APART` says where, and the system
-turn has none of a format that is written so.
+A layout is a Jinja template with `PLACE` in it. There the format rewrites `messages`, so that what follows sees
+plain turns: the tools in the system turn's content, calls in an answer's (`calls_alone` says that it had no other),
+results in those of role `tool`. So the mark stands after the layout has put its own default system turn into
+`messages`, and the layout has a turn for role `tool`. Where the vendor shows tools outside the system turn,
+`APART` says where, and the system turn has none of a format that is written so.
 """
 
 from __future__ import annotations

@@ -38,7 +38,7 @@ def trained_template(trained: Trained, say: Callable[[str], object]) -> ChatTemp
             else None
         )
         update: dict[str, Any] = {"template": ours}
-        update |= {} if ours is not None else {"default_system": None}
+        update |= {} if ours is not None else {"default_system": None, "tool_format": None}
         data = data.model_copy(update=update)
     saved = tokenizer.chat_template
     template = load_template(tokenizer, data, pieces=data.rules == "llamafactory")

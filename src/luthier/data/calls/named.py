@@ -1,4 +1,4 @@
-"""A call as a name and then its arguments as JSON: GLM-4, DeepSeek, Kimi, later Mistral models, ReAct's Action lines."""
+"""A call as a name and then its arguments as JSON: GLM-4, DeepSeek, Kimi, later Mistral models, ReAct."""
 
 from __future__ import annotations
 

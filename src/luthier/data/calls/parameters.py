@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 from luthier.data.calls.form import Calls, MarkedForm, Offered, schema_of, spaced, typed
@@ -116,5 +117,5 @@ def _gaps(text: str, call: int) -> tuple[str, str, str, int] | None:
             return None
         places.append((found, found + len(part)))
         at = found + len(part)
-    gaps = [text[a[1] : b[0]] for a, b in zip(places, places[1:], strict=False)]
+    gaps = [text[a[1] : b[0]] for a, b in pairwise(places)]
     return gaps[0], gaps[1], gaps[2], places[-1][1] - start
