@@ -14,6 +14,7 @@ import json
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from luthier.data.message_weights import message_weight, weighted_spans
 from luthier.data.read import RawRow
 from luthier.data.registry import DatasetAttr
 from luthier.types import Conversation, DataError, Message, RowError, ToolCall
@@ -110,7 +111,8 @@ def message(turn: Any, place: str, attr: DatasetAttr) -> Message:
     if reasoning is not None and not isinstance(reasoning, str):
         raise RowError("reasoning is not text", place)
     role = "assistant" if role == "function" else role
-    return Message(role, content, reasoning, calls, _weight(turn.get("weight"), role, place))
+    weight, spans = message_weight(turn, place), weighted_spans(turn, content, place)
+    return Message(role, content, reasoning, calls, weight, spans)
 
 
 def _joined_text(content: Any, place: str) -> str:
@@ -122,16 +124,6 @@ def _joined_text(content: Any, place: str) -> str:
     ):
         return "".join(str(part.get("text", "")) for part in content)
     raise RowError("content is not text", f"{place}: {type(content).__name__}")
-
-
-def _weight(weight: Any, role: str, place: str) -> float | None:
-    if weight is None:
-        return None
-    if isinstance(weight, bool) or not isinstance(weight, int | float) or weight < 0:
-        raise DataError(f"{place}: weight should be a number of 0 or more, not {weight!r}")
-    if role != "assistant" and weight > 0:
-        raise DataError(f"{place}: a weight belongs to an assistant's message; this one is a {role}'s")
-    return float(weight)
 
 
 def _json(text: Any, place: str) -> Any:
