@@ -89,8 +89,8 @@ def sft_sample(row: Row, template: Template, options: EncodeOptions) -> Encoded:
 
     An answer's tokens have its message's weight, 1 by default, up to and including the stop token; other messages
     that have a weight are learnt too, their text and the end token right behind it; a message's spans have their own
-    weights. An answer without any content is not learnt. Answers that the template rewrites once the conversation goes on become
-    samples of their own, each ending with its answer, as the model will see them.
+    weights. An answer without any content is not learnt. Answers that the template rewrites once the conversation goes
+    on become samples of their own, each ending with its answer, as the model will see them.
 
     A row that cannot be used comes back without samples, `lost.dropped` saying why. Raises DataError for
     `overflow="error"` and for templates that cannot be trained (see `rendering`).
@@ -130,8 +130,9 @@ def _encode_parts(conversation: Conversation, template: Template, options: Encod
     return [*parts, (whole, _weights(whole, own, messages, options, only=only), whole.answers)]
 
 
-_Own = tuple[tuple[Part, float], ...]
-"""Parts of messages with weights of their own."""
+_Own = tuple[tuple[Part, float | None], ...]
+"""Parts of messages with weights of their own; None: what an answer has before its content, or up to the end of its
+reasoning, is not learnt."""
 
 
 def _encoded(
@@ -142,18 +143,24 @@ def _encoded(
         return template.encode(conversation), own
     encoded = template.encode(conversation, [part for part, _ in own])
     for (part, _), (start, stop) in zip(own, encoded.parts, strict=True):
-        if part.of == "content" and start == stop and part.message not in encoded.rewritten:
-            raise RowError(f"the template does not show a {conversation.messages[part.message].role} message")
+        if part.of == "content" and not stop and part.message not in encoded.rewritten:
+            raise RowError("the template does not show a message that has a weight of its own")
     return encoded, own
 
 
-def _own_weights(messages: Sequence[Message], options: EncodeOptions) -> Iterator[tuple[Part, float]]:
+def _own_weights(messages: Sequence[Message], options: EncodeOptions) -> Iterator[tuple[Part, float | None]]:
     """In the order in which they hold, the last of a token's."""
     question = _last_question(messages) if options.reasoning == "last" else 0
     for k, message in enumerate(messages):
         answer = message.role == "assistant"
         if answer and k < question and message.reasoning and _weight_of(message, options):
-            yield Part(k, 0, len(message.reasoning), "reasoning"), 0.0
+            has_text = bool(message.content.strip())
+            shown = (
+                Part(k, 0, len(message.content))
+                if has_text
+                else Part(k, 0, len(message.reasoning), "reasoning")
+            )
+            yield shown, None
         if not answer and message.content.strip() and (weight := _weight_of(message, options)):
             yield Part(k, 0, len(message.content), ends=True), weight
         for start, stop, weight in message.spans:
@@ -179,12 +186,15 @@ def _weights(
         weights[span.start : span.stop] = weight
         if options.train_after_stop:
             weights[span.stop : span.end] = weight
-    shown = {span.message for span in encoded.answers}
+    begins = {span.message: span.start for span in encoded.answers}
     for (part, weight), (start, stop) in zip(own, encoded.parts, strict=True):
         answer = messages[part.message].role == "assistant"
-        if only not in (None, part.message) or (answer and part.message not in shown):
+        if only not in (None, part.message) or (answer and part.message not in begins):
             continue
-        weights[start:stop] = weight
+        if weight is None:
+            weights[begins[part.message] : start if part.of == "content" else stop] = 0
+        else:
+            weights[start:stop] = weight
     return weights
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from typing import Any
 
 from luthier.types import DataError
@@ -49,7 +50,7 @@ def weighted_spans(turn: Mapping[str, Any], content: str, place: str) -> tuple[t
             f"{place}: spans should be a list of [start, stop, weight], not {type(spans).__name__}"
         )
     found = sorted(_span(span, len(content), place) for span in spans)
-    for (_, stop, _), (start, _, _) in zip(found, found[1:], strict=False):
+    for (_, stop, _), (start, _, _) in pairwise(found):
         if start < stop:
             raise DataError(f"{place}: two spans share the characters from {start} to {stop}")
     return tuple(found)

@@ -46,11 +46,12 @@ class Said:
             [turn | {key: _WORD} if k == part.message else turn for k, turn in enumerate(self.given)]
         )
         at, length = other.find(_WORD), len(text) - len(other) + len(_WORD)
-        if at < 0 or length <= 0:
+        once = other.count(_WORD) < 2
+        if at < 0 or (once and length <= 0):
             return 0, 0
         shown, whole = text[at : at + length], self.spelled(plain)
         # what a template trims is white space at both ends
-        if other.count(_WORD) > 1 or other[:at] != text[:at] or shown.strip() != whole.strip():
+        if not once or other[:at] != text[:at] or shown.strip() != whole.strip():
             raise RowError(f"the template changes the {part.of} of a message that has weights of its own")
         trimmed = whole.find(shown)
         start, stop = (

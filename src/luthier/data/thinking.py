@@ -17,7 +17,7 @@ from typing import Any
 
 from luthier.data.rendering import ChatMessage, Modes, Renderer, Variables, chat_messages
 from luthier.recipe.thinking import ThinkingSpec
-from luthier.types import Conversation, DataError, Message, RowError
+from luthier.types import Conversation, DataError, Message, Row, RowError
 
 FIELDS = ("reasoning_content", "thinking", "reasoning")
 """What templates call the reasoning of a message; the first one that a template reads is the one that it gets."""
@@ -51,7 +51,8 @@ class Marks:
 def split_reasoning(message: Message, template: Reasoning) -> Message:
     """An answer whose content begins with reasoning in the template's marks, or in `THINK`, as two fields.
 
-    Newlines around the marks are the template's. Without a closing mark everything stays content.
+    Newlines around the marks are the template's. Without a closing mark everything stays content. Raises
+    RowError for spans in the reasoning, which are spans of the content.
     """
     if message.role != "assistant" or message.reasoning is not None or "<" not in message.content:
         return message
@@ -63,11 +64,10 @@ def split_reasoning(message: Message, template: Reasoning) -> Message:
         if not found:
             return message
         after = content.lstrip("\n")
-        # spans count the characters of the content that was there before
         moved = len(message.content) - len(after)
-        spans = tuple(
-            (max(start - moved, 0), stop - moved, w) for start, stop, w in message.spans if stop > moved
-        )
+        if any(start < moved for start, _, _ in message.spans):
+            raise RowError("a span covers reasoning, which the template shows apart from the content")
+        spans = tuple((start - moved, stop - moved, weight) for start, stop, weight in message.spans)
         return replace(message, reasoning=reasoning.strip("\n"), content=after, spans=spans)
     return message
 
@@ -219,6 +219,15 @@ class Reasoning:
             return conversation
         messages = tuple(split_reasoning(message, self) for message in conversation.messages)
         return replace(conversation, messages=messages)
+
+    def split_row(self, row: Row) -> Row:
+        """A row with its conversations split. Raises RowError as `split_reasoning` does."""
+        asked, rejected = row.conversation, row.rejected
+        return replace(
+            row,
+            conversation=None if asked is None else self.split(asked),
+            rejected=None if rejected is None else self.split(rejected),
+        )
 
     def chat(self, conversation: Conversation) -> list[ChatMessage]:
         """The messages as the template is given them."""
