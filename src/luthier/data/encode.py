@@ -142,7 +142,7 @@ def _encoded(
     if not own:
         return template.encode(conversation), own
     encoded = template.encode(conversation, [part for part, _ in own])
-    for (part, _), (start, stop) in zip(own, encoded.parts, strict=True):
+    for (part, _), (_, stop) in zip(own, encoded.parts, strict=True):
         if part.of == "content" and not stop and part.message not in encoded.rewritten:
             raise RowError("the template does not show a message that has a weight of its own")
     return encoded, own
@@ -187,14 +187,14 @@ def _weights(
         if options.train_after_stop:
             weights[span.stop : span.end] = weight
     begins = {span.message: span.start for span in encoded.answers}
-    for (part, weight), (start, stop) in zip(own, encoded.parts, strict=True):
+    for (part, value), (start, stop) in zip(own, encoded.parts, strict=True):
         answer = messages[part.message].role == "assistant"
         if only not in (None, part.message) or (answer and part.message not in begins):
             continue
-        if weight is None:
+        if value is None:
             weights[begins[part.message] : start if part.of == "content" else stop] = 0
         else:
-            weights[start:stop] = weight
+            weights[start:stop] = value
     return weights
 
 

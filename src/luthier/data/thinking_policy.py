@@ -93,7 +93,7 @@ def _with_history(
         plan = plan if tried(plan).strips() else replace(plan, strip_history=True)
         if not tried(plan).strips():
             raise DataError("data.thinking.history: strip does not go with this chat template; leave it out")
-    if spec.history == "keep":
+    if spec.history == "keep" and spec.answers != "none":
         ways = (
             plan,
             replace(plan, variables=(("preserve_thinking", True),)),

@@ -16,7 +16,8 @@ class ThinkingSpec(Spec):
     """
 
     history: Literal["template", "keep", "strip"] = "template"
-    """Reasoning of earlier turns (before the last question): as the template shows it, always kept, or taken out."""
+    """Reasoning of earlier turns (before the last question): as the template shows it, always kept, or taken out. Where
+    `empty` is given, keep keeps empty thoughts too."""
     answers: Literal["all", "last", "none"] = "all"
     """Answers that are learnt with their reasoning: all; those of the last turn (earlier reasoning is context at
     most); none, then all reasoning is taken out."""
@@ -33,8 +34,6 @@ class ThinkingSpec(Spec):
                 "enable: false has the empty thought in the prompt and empty: learn has it in the answer; "
                 "write empty: prompt, or leave enable out"
             )
-        if self.answers == "none" and self.history == "keep":
-            raise ValueError("answers: none takes all reasoning out and history: keep keeps it; choose one")
         return self
 
     @property
