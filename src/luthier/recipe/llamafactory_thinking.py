@@ -52,8 +52,9 @@ def _thinking(flat: Flat) -> None:
     if stage == "pt":
         return
     template = flat.get("template")
-    asked = [key for key in _KEYS if key in tree]
-    if template not in REASONING:
+    defaults = {"enable_thinking": True, "preserve_thinking": False}
+    asked = [key for key in _KEYS if tree.get(key, defaults[key]) is not defaults[key]]
+    if not isinstance(template, str) or template not in REASONING:
         if asked and template is None:
             flat.problem(asked[0], "name the template, which decides what this does (template: qwen3)")
         for key in asked:
