@@ -77,7 +77,7 @@ def test_serve_takes_the_fields_of_the_openai_servers() -> None:
     ):
         with pytest.raises(ApiError, match=why) as caught:
             asked(**said)
-        assert caught.value.status == 400 and caught.value.param == where
+        assert caught.value.status == 400 and caught.value.body["error"]["param"] == where
 
 
 def test_chat_sets_it_for_the_answers_that_follow() -> None:
