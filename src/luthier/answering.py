@@ -90,12 +90,28 @@ class Answerer:
         """The request for the assistant's next turn, with the ids that training had for it: like there, an empty
         system message is none.
 
-        Raises DataError for a conversation that the template cannot render, GenerationError for a wrong setting.
+        `enable_thinking`, `reasoning_effort` and `template_variables` of the call are of the template. Raises DataError
+        for a conversation that the template cannot render and for a variable that it does not know, GenerationError
+        for a wrong setting.
         """
         first = conversation.messages[0] if conversation.messages else None
         if first is not None and first.role == "system" and not first.content:
             conversation = replace(conversation, messages=conversation.messages[1:])
-        return Request(tuple(self.template.prompt(conversation)), self.settings(**call), adapter)
+        prompt = self.template.prompt(conversation, self.variables(call))
+        return Request(tuple(prompt), self.settings(**call), adapter)
+
+    def variables(self, call: Mapping[str, Any]) -> dict[str, Any]:
+        """The variables of the template for a call: the recipe's, and before them the call's own.
+
+        Raises DataError for one that the template does not know.
+        """
+        said = {
+            name: call[name] for name in ("enable_thinking", "reasoning_effort") if call.get(name) is not None
+        }
+        said |= call.get("template_variables") or {}
+        found = {**self.spec.template_variables, **said}
+        self.template.require_variables(found)
+        return found
 
     @cached_property
     def form(self) -> AnswerForm:

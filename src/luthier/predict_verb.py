@@ -223,6 +223,7 @@ def _identity(answerer: Answerer) -> dict[str, Any]:
         "generation": {
             **asdict(answerer.settings()),
             "skip_special_tokens": answerer.spec.skip_special_tokens,
+            **answerer.spec.template_variables,
             **({"engine": answerer.spec.engine} if answerer.spec.engine != "hf" else {}),
         },
     }

@@ -126,7 +126,7 @@ class Template(Protocol):
 
     name: str
 
-    def encode(self, conversation: Conversation) -> EncodedConversation:
+    def encode(self, conversation: Conversation, parts: Sequence[Part] = ()) -> EncodedConversation:
         """All tokens of the conversation, cut into turns. Raises DataError where it cannot be rendered."""
         ...
 
@@ -162,6 +162,20 @@ class Span:
 
 
 @dataclass(frozen=True, slots=True)
+class Part:
+    """Characters [start, stop) of a message's content or reasoning, whose tokens are asked for.
+
+    `ends`: with the token that ends the turn, where it follows the part at once.
+    """
+
+    message: int
+    start: int
+    stop: int
+    of: Literal["content", "reasoning"] = "content"
+    ends: bool = False
+
+
+@dataclass(frozen=True, slots=True)
 class EncodedConversation:
     """Token ids of a whole conversation and the spans that the assistant generates (stop token included).
 
@@ -173,6 +187,9 @@ class EncodedConversation:
     input_ids: list[int]
     answers: tuple[Span, ...]
     rewritten: tuple[int, ...] = ()
+    parts: tuple[tuple[int, int], ...] = ()
+    """Tokens [start, stop) of each part that was asked for: those whose last character is in it; (0, 0) of one that
+    the template does not show."""
 
 
 class Policy(Protocol):

@@ -343,9 +343,14 @@ CASES: list[BadInput] = [
         lost("unknown role 'narrator'", "1", of=2),
     ),
     talks(
-        "a weight of a question",
-        [{"conversations": [{**TURNS[0], "weight": 1}, TURNS[1]]}],
-        "data/x.json, row 0, message 0: a weight belongs to an assistant's message; this one is a user's",
+        "two weights of a message that do not agree",
+        [{"conversations": [TURNS[0], {**TURNS[1], "weight": 1, "train": False}]}],
+        "data/x.json, row 0, message 1: weight: 1 and train: False do not agree; keep one of them",
+    ),
+    talks(
+        "a span outside its text",
+        [{"conversations": [TURNS[0], {**TURNS[1], "spans": [[0, 1000, 0.5]]}]}],
+        "data/x.json, row 0, message 1: the span 0 to 1000 is not in a content of",
     ),
     talks(
         "a negative weight",

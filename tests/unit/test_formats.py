@@ -193,8 +193,8 @@ def test_message_rows_that_cannot_be_used(turns: Any, reason: str) -> None:
             r"message 0: no 'role' in it \(it has from, value\)",
         ),
         (
-            {"messages": [{"role": "user", "content": "x", "weight": 1}]},
-            "a weight belongs to an assistant's message",
+            {"messages": [{"role": "user", "content": "x", "weight": float("nan")}]},
+            "message 0: weight should be a number of 0 or more, not nan",
         ),
         ({"messages": [{"role": "assistant", "content": "x", "weight": -1}]}, "weight should be a number"),
     ],

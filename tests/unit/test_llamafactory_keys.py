@@ -432,8 +432,8 @@ def test_overrides_flat_then_native() -> None:
         ("save_strategy: best", "lf.yaml:4: save_strategy: write save_strategy: steps and "
          "load_best_model_at_end: true"),
         ("report_to: all", "lf.yaml:4: report_to: name the trackers, for example tensorboard"),
-        ("enable_thinking: false", "lf.yaml:4: enable_thinking: training without empty thoughts comes in a "
-         "later version; remove it"),
+        ("enable_thinking: false", "lf.yaml:4: enable_thinking: name the template, which decides what this "
+         "does (template: qwen3)"),
         ("deepspeed: ds_z3.json", "lf.yaml:4: deepspeed: sharding over GPUs comes in a later version; "
          "remove it to train with plain data parallelism"),
         ("output_dir: ${HOME}/x", "lf.yaml:4: output_dir: variables (${...}) are not replaced; "

@@ -32,7 +32,6 @@ _REFUSED: dict[str, tuple[str, tuple[Any, ...]]] = {
     "modalities": ("answers are text", (["text"],)),
     "audio": ("answers are text", ()),
     "prediction": ("there is no speculative decoding", ()),
-    "reasoning_effort": ("how much a model reasons is its template's matter", ()),
     "web_search_options": ("nothing is searched", ()),
     "suffix": ("nothing is filled in between", ("",)),
     "echo": ("the prompt is not repeated", (False,)),
@@ -293,6 +292,10 @@ class ChatRequest(Drawing):
     top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
     tools: list[Tool] | None = None
     tool_choice: Literal["auto", "none", "required"] | dict[str, Any] | None = None
+    reasoning_effort: _Text | None = None
+    """Where the chat template reads it."""
+    chat_template_kwargs: Annotated[dict[_Text, Any], Field(max_length=16)] | None = None
+    """Extension: variables of the chat template, such as enable_thinking."""
     response_format: ResponseFormat | None = None
 
     @model_validator(mode="after")
@@ -312,6 +315,11 @@ class ChatRequest(Drawing):
         said["max_new_tokens"] = self.max_completion_tokens or self.max_tokens
         said["logprobs"] = (self.top_logprobs or 0) if self.logprobs else None
         return said
+
+    def variables(self) -> dict[str, Any]:
+        """What it says of the chat template's variables."""
+        effort = {} if self.reasoning_effort is None else {"reasoning_effort": self.reasoning_effort}
+        return {**effort, **(self.chat_template_kwargs or {})}
 
 
 _Ids = Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)]

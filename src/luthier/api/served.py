@@ -87,7 +87,12 @@ class Served:
                 )
             tools = [tool.given() for tool in body.tools]
         try:
-            prompt = self.answerer.template.prompt(conversation_of(body.messages, tools))
+            variables = self.answerer.variables({"template_variables": body.variables()})
+        except LuthierError as error:
+            said = body.chat_template_kwargs
+            raise invalid(str(error), "chat_template_kwargs" if said else "reasoning_effort") from error
+        try:
+            prompt = self.answerer.template.prompt(conversation_of(body.messages, tools), variables)
         except LuthierError as error:
             raise invalid(str(error), "messages") from error
         return self._requests(body, [prompt], adapter)

@@ -102,7 +102,8 @@ def _set(session: Session, rest: str) -> Outcome:
         return Outcome(settings_line(session))
     if not equals:
         raise GenerationError(f"write /set NAME VALUE, with a NAME of {', '.join(SETTINGS)}")
-    session.change(read_settings([f"{name.strip()}={value.strip()}"]))
+    name = "enable_thinking" if name.strip() == "thinking" else name.strip()
+    session.change(read_settings([f"{name}={value.strip()}"]))
     return Outcome(settings_line(session))
 
 
@@ -139,7 +140,8 @@ def settings_line(session: Session) -> str:
         for name in (*shown, "frequency_penalty", "seed", "stop")
         if name == "max_new_tokens" or getattr(settings, name) != getattr(plain, name)
     ]
-    return ", ".join([drawn, *others])
+    variables = session.answerer.variables(session.settings)
+    return ", ".join([drawn, *others, *(f"{name} {value}" for name, value in variables.items())])
 
 
 COMMANDS: dict[str, Command] = {

@@ -66,6 +66,7 @@ class Session:
         if adapter is not None:
             self.choose(adapter)
         answerer.settings(**self.settings)
+        answerer.variables(self.settings)
 
     # ---- what an answer is made of
 
@@ -119,12 +120,14 @@ class Session:
     def change(self, settings: Mapping[str, Any]) -> None:
         """Settings for the answers from now on; None goes back to what the recipe and the model say.
 
-        Raises GenerationError, and changes nothing, where they are out of range.
+        Raises GenerationError, and changes nothing, where they are out of range, and DataError where the chat template
+        does not know what they set of it.
         """
         changed = {
             name: value for name, value in (self.settings | dict(settings)).items() if value is not None
         }
         self.answerer.settings(**changed)
+        self.answerer.variables(changed)
         self.settings = changed
 
     def request(self) -> Request:

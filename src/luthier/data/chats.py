@@ -15,6 +15,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from luthier.data.message_weights import message_weight, weighted_spans
 from luthier.data.read import RawRow
 from luthier.data.registry import DatasetAttr
 from luthier.types import Conversation, DataError, Message, RowError, ToolCall
@@ -120,11 +121,11 @@ def message(turn: Any, place: str, attr: DatasetAttr) -> Message:
     if reasoning is not None and not isinstance(reasoning, str):
         raise RowError("reasoning is not text", place)
     role = "assistant" if role == "function" else role
-    weight = _weight(turn.get("weight"), role, place)
+    weight, spans = message_weight(turn, place), weighted_spans(turn, content, place)
     if role != "tool":
-        return Message(role, content, reasoning, calls, weight)
+        return Message(role, content, reasoning, calls, weight, spans)
     name, call_id = (_text_or_none(turn.get(key), key, place) for key in ("name", "tool_call_id"))
-    return Message(role, content, reasoning, calls, weight, name=name, tool_call_id=call_id)
+    return Message(role, content, reasoning, calls, weight, spans, name=name, tool_call_id=call_id)
 
 
 def _text_or_none(value: Any, key: str, place: str) -> str | None:
@@ -147,16 +148,6 @@ def _joined_text(content: Any, place: str) -> str:
     ):
         return "".join(str(part.get("text", "")) for part in content)
     raise RowError("content is not text", f"{place}: {type(content).__name__}")
-
-
-def _weight(weight: Any, role: str, place: str) -> float | None:
-    if weight is None:
-        return None
-    if isinstance(weight, bool) or not isinstance(weight, int | float) or weight < 0:
-        raise DataError(f"{place}: weight should be a number of 0 or more, not {weight!r}")
-    if role != "assistant" and weight > 0:
-        raise DataError(f"{place}: a weight belongs to an assistant's message; this one is a {role}'s")
-    return float(weight)
 
 
 def _json(text: Any, place: str, what: str = "tool call") -> Any:

@@ -24,6 +24,7 @@ from luthier.types import (
     EncodedConversation,
     Lost,
     Message,
+    Part,
     Row,
     RowError,
     Sample,
@@ -44,7 +45,8 @@ class EncodeOptions:
     same rows and targets as that tool, for recipes translated from it: rows whose roles do not alternate are
     left out, empty answers and unsupervised rows are kept. `ignore_id` is a token that is never a target
     (there: padding, which may be the end token). `whole_documents` neither cuts documents nor begins them
-    with a marker, for `blocks`.
+    with a marker, for `blocks`. `reasoning` "last": the reasoning of answers before the last question is not learnt.
+    `train_roles`: whose messages are learnt.
     """
 
     max_length: int
@@ -55,6 +57,8 @@ class EncodeOptions:
     llamafactory: bool = False
     ignore_id: int | None = None
     whole_documents: bool = False
+    reasoning: Literal["all", "last", "none"] = "all"
+    train_roles: tuple[str, ...] = ("assistant",)
 
     @classmethod
     def of(
@@ -71,6 +75,8 @@ class EncodeOptions:
             llamafactory=llamafactory,
             ignore_id=pad_id if llamafactory and pretraining else None,
             whole_documents=llamafactory and pretraining and spec.packing,
+            reasoning=spec.thinking.answers,
+            train_roles=spec.train_roles,
         )
 
 
@@ -81,9 +87,10 @@ class EncodeOptions:
 def sft_sample(row: Row, template: Template, options: EncodeOptions) -> Encoded:
     """The answers of a conversation as targets (Ouyang et al., 2022, arXiv:2203.02155, section 3.5).
 
-    An answer's tokens have its message's weight, 1 by default, up to and including the stop token. An answer
-    without any content is not learnt. Answers that the template rewrites once the conversation goes on become
-    samples of their own, each ending with its answer, as the model will see them.
+    An answer's tokens have its message's weight, 1 by default, up to and including the stop token; other messages
+    that have a weight are learnt too, their text and the end token right behind it; a message's spans have their own
+    weights. An answer without any content is not learnt. Answers that the template rewrites once the conversation goes
+    on become samples of their own, each ending with its answer, as the model will see them.
 
     A row that cannot be used comes back without samples, `lost.dropped` saying why. Raises DataError for
     `overflow="error"` and for templates that cannot be trained (see `rendering`).
@@ -109,20 +116,68 @@ _Part = tuple[EncodedConversation, Weights, tuple[Span, ...]]
 def _encode_parts(conversation: Conversation, template: Template, options: EncodeOptions) -> list[_Part]:
     """The conversation, and before it a shorter one for each answer that it shows rewritten."""
     messages = conversation.messages
-    whole = template.encode(conversation)
+    whole, own = _encoded(conversation, template, options)
     last = max((k for k, message in enumerate(messages) if message.role == "assistant"), default=-1)
     parts = []
     for k in whole.rewritten:
-        if options.mask_history or not _weight_of(messages[k], options):
+        hidden = options.reasoning == "last" and messages[k].reasoning and k < _last_question(messages)
+        if options.mask_history or hidden or not _is_learnt(messages[k], options):
             continue
-        encoded = template.encode(Conversation(messages[: k + 1], conversation.tools))
-        parts.append((encoded, _weights(encoded, messages, options, only=k), encoded.answers))
+        short = Conversation(messages[: k + 1], conversation.tools)
+        encoded, its_own = _encoded(short, template, options)
+        parts.append((encoded, _weights(encoded, its_own, messages, options, only=k), encoded.answers))
     only = last if options.mask_history else None
-    return [*parts, (whole, _weights(whole, messages, options, only=only), whole.answers)]
+    return [*parts, (whole, _weights(whole, own, messages, options, only=only), whole.answers)]
+
+
+_Own = tuple[tuple[Part, float | None], ...]
+"""Parts of messages with weights of their own; None: what an answer has before its content, or up to the end of its
+reasoning, is not learnt."""
+
+
+def _encoded(
+    conversation: Conversation, template: Template, options: EncodeOptions
+) -> tuple[EncodedConversation, _Own]:
+    own = tuple(_own_weights(conversation.messages, options))
+    if not own:
+        return template.encode(conversation), own
+    encoded = template.encode(conversation, [part for part, _ in own])
+    for (part, _), (_, stop) in zip(own, encoded.parts, strict=True):
+        if part.of == "content" and not stop and part.message not in encoded.rewritten:
+            raise RowError("the template does not show a message that has a weight of its own")
+    return encoded, own
+
+
+def _own_weights(messages: Sequence[Message], options: EncodeOptions) -> Iterator[tuple[Part, float | None]]:
+    """In the order in which they hold, the last of a token's."""
+    question = _last_question(messages) if options.reasoning == "last" else 0
+    for k, message in enumerate(messages):
+        answer = message.role == "assistant"
+        if answer and k < question and message.reasoning and _weight_of(message, options):
+            has_text = bool(message.content.strip())
+            shown = (
+                Part(k, 0, len(message.content))
+                if has_text
+                else Part(k, 0, len(message.reasoning), "reasoning")
+            )
+            yield shown, None
+        if not answer and message.content.strip() and (weight := _weight_of(message, options)):
+            yield Part(k, 0, len(message.content), ends=True), weight
+        for start, stop, weight in message.spans:
+            yield Part(k, start, stop), weight
+
+
+def _last_question(messages: Sequence[Message]) -> int:
+    return max((k for k, message in enumerate(messages) if message.role == "user"), default=-1)
 
 
 def _weights(
-    encoded: EncodedConversation, messages: Sequence[Message], options: EncodeOptions, *, only: int | None
+    encoded: EncodedConversation,
+    own: _Own,
+    messages: Sequence[Message],
+    options: EncodeOptions,
+    *,
+    only: int | None,
 ) -> Weights:
     base = 1.0 if options.train_on_prompt else 0.0
     weights = np.full(len(encoded.input_ids), base, np.float32)
@@ -131,13 +186,28 @@ def _weights(
         weights[span.start : span.stop] = weight
         if options.train_after_stop:
             weights[span.stop : span.end] = weight
+    begins = {span.message: span.start for span in encoded.answers}
+    for (part, value), (start, stop) in zip(own, encoded.parts, strict=True):
+        answer = messages[part.message].role == "assistant"
+        if only not in (None, part.message) or (answer and part.message not in begins):
+            continue
+        if value is None:
+            weights[begins[part.message] : start if part.of == "content" else stop] = 0
+        else:
+            weights[start:stop] = value
     return weights
 
 
 def _weight_of(message: Message, options: EncodeOptions) -> float:
     if message.weight is not None:
         return message.weight
+    if message.role not in options.train_roles:
+        return 0.0
     return 1.0 if has_content(message) or options.llamafactory else 0.0
+
+
+def _is_learnt(message: Message, options: EncodeOptions) -> bool:
+    return bool(_weight_of(message, options)) or any(weight for _, _, weight in message.spans)
 
 
 def has_content(message: Message) -> bool:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from luthier.data.rendering import chat_messages
 from luthier.data.template import ChatTemplate
 from luthier.types import Conversation, DataError, Row, RowError
 
@@ -39,9 +38,8 @@ def _check(template: ChatTemplate, conversation: Conversation) -> None:
     ids = encoded.input_ids
     if template.exactly(conversation) != ids:
         raise DataError("the tokenizer gives other tokens than remembered words; this is an error in Luthier")
-    saved = template.tokenizer.apply_chat_template(
-        chat_messages(conversation), tools=[dict(tool) for tool in conversation.tools] or None, tokenize=False
-    )
+    conversation = template.reasoning.split(conversation)
+    saved = _saved(template, conversation)
     if template.rendering(conversation) != saved:
         raise DataError("the tokenizer's chat template was changed after it was loaded")
     read_back = template.decode(ids)
@@ -54,7 +52,8 @@ def _check(template: ChatTemplate, conversation: Conversation) -> None:
     ):
         raise DataError(f"the tokens read back as {_difference(read_back, saved)} of the template's text")
     for span in encoded.answers:
-        prompt = template.prompt(Conversation(conversation.messages[: span.message], conversation.tools))
+        before = Conversation(conversation.messages[: span.message], conversation.tools)
+        prompt = template.prompt(before, template.reasoning.mode(conversation.messages[span.message]))
         if prompt != ids[: span.start]:
             raise DataError(
                 f"message {span.message}: the prompt is not a token prefix of the training sequence; "
@@ -62,6 +61,18 @@ def _check(template: ChatTemplate, conversation: Conversation) -> None:
             )
         if not set(template.end_token_ids) & set(ids[span.start : span.stop]):
             raise DataError(f"message {span.message}: the stop token is not supervised")
+
+
+def _saved(template: ChatTemplate, conversation: Conversation) -> str:
+    """The text of a conversation by the chat template that is saved with the tokenizer."""
+    return str(
+        template.tokenizer.apply_chat_template(
+            template.reasoning.chat(conversation),
+            tools=[dict(tool) for tool in conversation.tools] or None,
+            tokenize=False,
+            **template.reasoning.last_mode(conversation),
+        )
+    )
 
 
 def _difference(found: str, expected: str) -> str:

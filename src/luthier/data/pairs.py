@@ -113,6 +113,12 @@ def _answered(conversation: Conversation, template: Template, options: EncodeOpt
     last = conversation.messages[-1]
     if not options.llamafactory and not has_content(last):
         raise RowError("empty answer")
+    if any(message.spans for message in conversation.messages):
+        raise DataError(
+            "spans with weights of their own are learnt by stage: sft alone; take them out of the row"
+        )
+    if any(message.weight and message.role != "assistant" for message in conversation.messages):
+        raise DataError("a question is learnt by stage: sft alone; take the weight out of that message")
     weight = 1.0 if last.weight is None else last.weight
     if not weight:
         raise RowError("answer has weight 0")

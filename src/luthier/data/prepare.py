@@ -178,7 +178,7 @@ class _EncodeRaw:
 
     def __call__(self, raw: RawRow) -> tuple[int, Encoded]:
         try:
-            row = to_row(raw, self.attr, self.how.kind)
+            row = self.how.template.reasoning.split_row(to_row(raw, self.attr, self.how.kind))
         except RowError as error:
             return raw.index, Encoded(lost=Lost(dropped=error.reason))
         if self.how.kind != "text" and (raw.index < _GATE_FIRST or raw.index % _GATE_EVERY == 0):

@@ -12,6 +12,7 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any, cast
 
 import jinja2
@@ -21,10 +22,15 @@ from luthier.types import Conversation, DataError, Message, RowError
 
 _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
+_REASONING = ("reasoning_content", "thinking", "reasoning")
+
 _REASON = 100
 """Most characters of a template's own words in the reason why a row is dropped."""
 
 ChatMessage = dict[str, Any]
+Variables = Mapping[str, Any]
+"""Variables of a template that a call sets, such as enable_thinking."""
+Modes = Mapping[int, Variables]
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,10 +110,15 @@ class Renderer:
         return self.__dict__ | {"_compiled": None}  # a compiled template is not sent to other processes
 
     def render(
-        self, messages: Sequence[ChatMessage], tools: Sequence[Any] = (), *, generation_prompt: bool = False
+        self,
+        messages: Sequence[ChatMessage],
+        tools: Sequence[Any] = (),
+        *,
+        generation_prompt: bool = False,
+        variables: Variables = MappingProxyType({}),
     ) -> str:
-        """The text of some messages. Raises RowError where the template refuses them."""
-        return self._render(messages, tools, generation_prompt)[0]
+        """The text of some messages, with `variables` of the template. Raises RowError where it refuses them."""
+        return self._render(messages, tools, generation_prompt, variables)[0]
 
     def layout(
         self,
@@ -116,14 +127,19 @@ class Renderer:
         end_texts: Sequence[str],
         *,
         turn_ends: bool = False,
+        modes: Modes = MappingProxyType({}),
     ) -> Layout:
         """The whole conversation with its answers; with `turn_ends` it is cut after each answer's turn, too.
+
+        modes: the variables of the template under which an answer is given, by its message; the text is that of the
+        last answer's.
 
         Raises DataError where the conversation ends with an answer whose prompt is not a prefix of the text,
         or which does not end with a stop token: such a template cannot be trained and served alike.
         """
-        text, generated = self._render(messages, tools, False)
         positions = [k for k, message in enumerate(messages) if message["role"] == "assistant"]
+        mode = modes.get(positions[-1], {}) if positions else {}
+        text, generated = self._render(messages, tools, False, mode)
         if self._has_generation and len(generated) != len(positions):
             generated = _joined(generated)
         if self._has_generation and len(generated) != len(positions):
@@ -134,8 +150,9 @@ class Renderer:
         answers: list[Answer] = []
         rewritten: list[int] = []
         for nth, k in enumerate(positions):
-            prompt = self._prompt(messages[:k], tools)
-            upto = text if k == len(messages) - 1 else self.render(messages[: k + 1], tools)
+            prompt = self._prompt(messages[:k], tools, modes.get(k, {}))
+            last = k == len(messages) - 1
+            upto = text if last else self.render(messages[: k + 1], tools, variables=modes.get(k, {}))
             shown = prompt is not None and text.startswith(prompt)
             if shown and prompt is not None:
                 cuts.append(len(prompt))
@@ -150,30 +167,44 @@ class Renderer:
         return Layout(text, tuple(cuts), tuple(answers), tuple(rewritten))
 
     def prompt_layout(
-        self, messages: Sequence[ChatMessage], tools: Sequence[Any], *, turn_ends: bool = False
+        self,
+        messages: Sequence[ChatMessage],
+        tools: Sequence[Any],
+        *,
+        turn_ends: bool = False,
+        variables: Variables = MappingProxyType({}),
+        modes: Modes = MappingProxyType({}),
     ) -> Layout:
-        """Messages that the assistant is to continue, cut where `layout` cuts them."""
-        text = self.render(messages, tools, generation_prompt=True)
+        """Messages that the assistant is to continue under `variables`, cut where `layout` cuts them."""
+        text = self.render(messages, tools, generation_prompt=True, variables=variables)
         positions = [k for k, message in enumerate(messages) if message["role"] == "assistant"]
-        before = [self._prompt(messages[:k], tools) for k in positions]
+        before = [self._prompt(messages[:k], tools, modes.get(k, variables)) for k in positions]
         if turn_ends:
-            before += [self.render(messages[: k + 1], tools) for k in positions]
+            before += [
+                self.render(messages[: k + 1], tools, variables=modes.get(k, variables)) for k in positions
+            ]
         return Layout(text, tuple(len(part) for part in before if part and text.startswith(part)))
 
-    def _prompt(self, messages: Sequence[ChatMessage], tools: Sequence[Any]) -> str | None:
+    def _prompt(
+        self, messages: Sequence[ChatMessage], tools: Sequence[Any], variables: Variables
+    ) -> str | None:
         """The text before an answer; None where the template cannot show these messages on their own."""
         try:
-            return self.render(messages, tools, generation_prompt=True)
+            return self.render(messages, tools, generation_prompt=True, variables=variables)
         except RowError:
             return None
 
     def _render(
-        self, messages: Sequence[ChatMessage], tools: Sequence[Any], generation_prompt: bool
+        self,
+        messages: Sequence[ChatMessage],
+        tools: Sequence[Any],
+        generation_prompt: bool,
+        variables: Variables,
     ) -> tuple[str, list[tuple[int, int]]]:
         track = self._has_generation and not generation_prompt
         try:
             if not track:
-                return self.plain(messages, tools, generation_prompt), []
+                return self.plain(messages, tools, generation_prompt, variables), []
             # annotated as a text, it returns (texts, spans of each text)
             texts, spans = cast(Any, render_jinja_template)(
                 conversations=[list(messages)],
@@ -182,6 +213,7 @@ class Renderer:
                 return_assistant_tokens_mask=True,
                 add_generation_prompt=generation_prompt,
                 **self._variables,
+                **variables,
             )
             return texts[0], spans[0]
         except jinja2.TemplateSyntaxError as error:
@@ -201,7 +233,13 @@ class Renderer:
         """Render by this template from now on."""
         self._compiled = compiled
 
-    def plain(self, messages: Sequence[ChatMessage], tools: Sequence[Any], generation_prompt: bool) -> str:
+    def plain(
+        self,
+        messages: Sequence[ChatMessage],
+        tools: Sequence[Any],
+        generation_prompt: bool,
+        variables: Variables = MappingProxyType({}),
+    ) -> str:
         """What transformers renders, without the copies that it makes for what is no plain data; the gate compares.
 
         Raises what the template raises.
@@ -209,21 +247,20 @@ class Renderer:
         if self._compiled is None:
             self._compiled = self.compile_anew()
         text: str = self._compiled.render(
-            messages=_with_names_of_reasoning(messages),
+            messages=[_with_names_of_reasoning(message) for message in messages],
             tools=list(tools) or None,
             documents=None,
             add_generation_prompt=generation_prompt,
             **self._variables,
+            **variables,
         )
         return text
 
 
-def _with_names_of_reasoning(messages: Sequence[ChatMessage]) -> list[ChatMessage]:
-    """Reasoning under its older name, too, as transformers gives it to templates."""
-    return [
-        {"thinking": message["reasoning_content"], **message} if "reasoning_content" in message else message
-        for message in messages
-    ]
+def _with_names_of_reasoning(message: ChatMessage) -> ChatMessage:
+    """Reasoning under each name that templates know it by, as transformers gives it to them."""
+    found = next((message[name] for name in _REASONING if message.get(name) is not None), None)
+    return message if found is None else {"thinking": found, **message, "reasoning_content": found}
 
 
 def _joined(spans: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:

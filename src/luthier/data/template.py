@@ -23,9 +23,10 @@ import hashlib
 import json
 import secrets
 from bisect import bisect_left
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
 from itertools import pairwise
+from types import MappingProxyType
 from typing import Any
 
 from tokenizers import Tokenizer
@@ -33,14 +34,16 @@ from transformers import PreTrainedTokenizerBase
 
 from luthier.data import families
 from luthier.data.ends import end_texts
-from luthier.data.rendering import ChatMessage, Layout, Renderer, chat_messages, with_default_system
+from luthier.data.parts import Piece, Said, require_shown, tokens_of
+from luthier.data.rendering import ChatMessage, Layout, Renderer, Variables, with_default_system
 from luthier.data.shapes import Shapes
 from luthier.data.specials import SpecialText
+from luthier.data.thinking import FIELDS, Reasoning, require_known
+from luthier.data.thinking_policy import with_thinking
 from luthier.data.word_tokens import WordTokens
 from luthier.recipe.schema import DataSpec, TemplateSpec
-from luthier.types import Conversation, DataError, EncodedConversation, RowError, Span
-
-_FIELDS = {"tool_calls": "tool calls", "reasoning_content": "reasoning"}
+from luthier.recipe.thinking import ThinkingSpec
+from luthier.types import Conversation, DataError, EncodedConversation, Part, RowError, Span
 
 
 def load_template(
@@ -48,12 +51,11 @@ def load_template(
 ) -> ChatTemplate:
     """The template that a recipe asks for, installed on the tokenizer so that it is saved with the model.
 
-    A named template (or a .jinja file, or four strings) replaces `tokenizer.chat_template` and, where the
-    family has its own end token, `tokenizer.eos_token`; `spec.default_system`, or else the family's, becomes part
-    of the template.
-    A tokenizer without a pad token gets its end token. `pieces`: see the module. Raises DataError for an
-    unknown name, a tokenizer without chat template, an end token that the vocabulary lacks, and tokenizers
-    without a fast backend.
+    A named template (or a .jinja file, or four strings) replaces `tokenizer.chat_template` and, where the family has
+    its own end token, `tokenizer.eos_token`; `default_system` (or else the family's) and `thinking` become part of the
+    template. A tokenizer without a pad token gets its end token. `pieces`: see the module. Raises DataError for an
+    unknown name, a tokenizer without chat template, an end token that the vocabulary lacks, and tokenizers without a
+    fast backend.
     """
     if not getattr(tokenizer, "is_fast", False):
         raise DataError(
@@ -71,6 +73,8 @@ def load_template(
         raise DataError(
             "the tokenizer has no chat template; name one with data.template: " + ", ".join(families.names())
         )
+    special = {**tokenizer.special_tokens_map, "cut": ""}
+    marked = _each(marked, lambda source: with_thinking(source, spec.thinking, special))
     system = spec.default_system
     if system is None and family is not None:
         system = family.default_system
@@ -86,6 +90,7 @@ def load_template(
         family=family,
         parse_special_tokens=spec.parse_special_tokens,
         marked=marked if pieces else None,
+        thinking=spec.thinking,
     )
 
 
@@ -120,11 +125,6 @@ def _use_as_eos(tokenizer: PreTrainedTokenizerBase, eos: str, name: str) -> None
     tokenizer.eos_token = eos
 
 
-def _shown(content: str, text: str) -> bool:
-    """Whether a template shows a content, as it is or as a JSON string (Llama 3.1's tool results)."""
-    return content in text or json.dumps(content, ensure_ascii=False)[1:-1] in text
-
-
 class ChatTemplate:
     """A chat template on a fast tokenizer; implements `luthier.types.Template`.
 
@@ -139,6 +139,7 @@ class ChatTemplate:
         family: families.Family | None = None,
         parse_special_tokens: bool = False,
         marked: str | Mapping[str, str] | None = None,
+        thinking: ThinkingSpec | None = None,
     ) -> None:
         self.name = family.name if family else "tokenizer"
         self.tokenizer = tokenizer
@@ -156,6 +157,8 @@ class ChatTemplate:
         sources: Any = marked if marked is not None else tokenizer.chat_template
         sources = sources if isinstance(sources, Mapping) else {"default": sources}
         self._renderers = {key: Renderer(source, variables) for key, source in sources.items()}
+        rules = thinking or ThinkingSpec()
+        self.reasoning = Reasoning(self._renderers["default"].source, {**variables, "cut": ""}, rules)
         self._splits_freely = self._can_be_split()
         self._end_texts = end_texts(self._renderers, self._backend, str(tokenizer.eos_token), self._mark)
         self.end_token_ids = self._ids_of(self._end_texts)
@@ -166,7 +169,12 @@ class ChatTemplate:
     @property
     def has_reasoning(self) -> bool:
         """Whether reasoning has a place of its own in it, apart from the content."""
-        return "reasoning_content" in self._renderers["default"].source
+        return self.reasoning.field is not None
+
+    def require_variables(self, variables: Variables) -> None:
+        """Raise DataError for a variable of the template that it does not know, or that is not one."""
+        source = "".join(renderer.source for renderer in self._renderers.values())
+        require_known(source, variables, tuple(self.tokenizer.special_tokens_map))
 
     @property
     def source(self) -> str:
@@ -183,33 +191,63 @@ class ChatTemplate:
         sources = {key: renderer.source for key, renderer in self._renderers.items()}
         special = {key: str(token) for key, token in self.tokenizer.special_tokens_map.items()}
         rules = [self.pieces, self.parse_special_tokens, self._end_texts, self.begin_ids, self._document_end]
+        rules.append(self.reasoning.spec.model_dump())
         text = json.dumps([sources, special, rules, self._backend.to_str()], sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()
 
-    def encode(self, conversation: Conversation) -> EncodedConversation:
+    def encode(self, conversation: Conversation, parts: Sequence[Part] = ()) -> EncodedConversation:
+        """See `luthier.types.Template`. Raises RowError for a part that the template does not show once and whole."""
         messages, tools, renderer, marked = self._prepared(conversation)
-        shaped = None if tools or marked else self._shapes.layout(messages)
-        layout = shaped or self._layout(renderer, messages, tools)
+        modes = self.reasoning.modes(conversation)
+        shaped = None if tools or marked or modes else self._shapes.layout(messages)
+        layout = shaped or self._layout(renderer, messages, tools, modes)
         if shaped is None:
-            self._check_content(messages, layout.text)
+            require_shown(messages, layout, self.reasoning, self.name)
         if self._splits_freely or self.pieces:
             ids, at = self._encode_pieces(layout, marked)
         else:
             ids, at = self._encode_whole(layout, marked)
         answers = tuple(Span(at[a.start], at[a.stop], a.message, at[a.end]) for a in layout.answers)
-        return EncodedConversation(ids, answers, layout.rewritten)
+        found = self._tokens_of(parts, conversation, layout) if parts else ()
+        return EncodedConversation(ids, answers, layout.rewritten, found)
 
-    def _layout(self, renderer: Renderer, messages: Sequence[ChatMessage], tools: Sequence[Any]) -> Layout:
-        return self._unmark(renderer.layout(messages, tools, self._end_texts, turn_ends=self.pieces))
+    def _layout(
+        self, renderer: Renderer, messages: Sequence[ChatMessage], tools: Sequence[Any], modes: Any = None
+    ) -> Layout:
+        how: Any = {"turn_ends": self.pieces} | ({"modes": modes} if modes else {})
+        return self._unmark(renderer.layout(messages, tools, self._end_texts, **how))
 
     @cached_property
     def _shapes(self) -> Shapes:
         """What is known of conversations without tools."""
         return Shapes(self._renderers["default"], self._layout, self._end_texts)
 
-    def prompt(self, conversation: Conversation) -> list[int]:
+    def _tokens_of(
+        self, parts: Sequence[Part], conversation: Conversation, layout: Layout
+    ) -> tuple[tuple[int, int], ...]:
         messages, tools, renderer, marked = self._prepared(conversation)
-        layout = self._unmark(renderer.prompt_layout(messages, tools, turn_ends=self.pieces))
+        mode = self.reasoning.last_mode(conversation)
+
+        def rendered(turns: Sequence[ChatMessage]) -> str:
+            return renderer.render(turns, tools, variables=mode).replace(self._mark, "")
+
+        def pieces(bounds: Sequence[int]) -> Iterator[Piece]:
+            whole = not (self._splits_freely or self.pieces)
+            for left, right in pairwise(sorted({0, len(layout.text), *(() if whole else layout.cuts)})):
+                wanted = [bound for bound in bounds if left <= bound < right]
+                text, inside = self._piece(layout.text, left, right, wanted, marked)
+                yield Piece(wanted, inside, self._encode(text, marked).offsets)
+
+        spelled = self._specials.mark if marked else str
+        said = Said(self.reasoning.split(conversation).messages, messages, self.reasoning.field, spelled)
+        places = [said.characters(part, layout.text, rendered, self._end_texts) for part in parts]
+        return tokens_of(places, len(layout.text), pieces)
+
+    def prompt(self, conversation: Conversation, variables: Variables = MappingProxyType({})) -> list[int]:
+        """See `luthier.types.Template`; `variables` of the template: see `require_variables`."""
+        messages, tools, renderer, marked = self._prepared(conversation)
+        how: Any = {"turn_ends": self.pieces, "modes": self.reasoning.modes(conversation)}
+        layout = self._unmark(renderer.prompt_layout(messages, tools, variables=variables, **how))
         if self._splits_freely or self.pieces:
             return self._encode_pieces(layout, marked)[0]
         text, _ = self._piece(layout.text, 0, len(layout.text), (), marked)
@@ -250,20 +288,22 @@ class ChatTemplate:
     def whole(self, conversation: Conversation) -> list[int]:
         """Token ids of the rendered text in one piece, as other software tokenizes it."""
         messages, tools, renderer, marked = self._prepared(conversation)
-        text = renderer.render(messages, tools).replace(self._mark, "")
+        mode = self.reasoning.last_mode(conversation)
+        text = renderer.render(messages, tools, variables=mode).replace(self._mark, "")
         return list(self._encode(self._specials.respell(text) if marked else text, marked).ids)
 
     def rendering(self, conversation: Conversation) -> str:
         """The text of a conversation: what the installed chat template renders."""
         messages, tools, renderer, marked = self._prepared(conversation)
-        text = renderer.render(messages, tools).replace(self._mark, "")
+        mode = self.reasoning.last_mode(conversation)
+        text = renderer.render(messages, tools, variables=mode).replace(self._mark, "")
         return self._specials.unmark(text) if marked else text
 
     def _prepared(
         self, conversation: Conversation
     ) -> tuple[list[ChatMessage], Sequence[Any], Renderer, bool]:
         """Messages and tools for the template; marked (and True) if a user's text holds special tokens."""
-        messages: list[ChatMessage] = chat_messages(conversation)
+        messages: list[ChatMessage] = self.reasoning.chat(conversation)
         tools: Sequence[Any] = list(conversation.tools)
         if not messages:
             raise RowError("no messages")
@@ -271,9 +311,11 @@ class ChatTemplate:
         renderer = renderer or self._renderers["default"]
         if tools and "tools" not in renderer.source:
             raise RowError(f"template {self.name!r} has no place for tools")
-        for field, what in _FIELDS.items():
-            if field not in renderer.source and any(message.get(field) for message in messages):
-                raise RowError(f"template {self.name!r} has no place for {what}")
+        if "tool_calls" not in renderer.source and any(message.get("tool_calls") for message in messages):
+            raise RowError(f"template {self.name!r} has no place for tool calls")
+        taken_out = self.reasoning.taken_out
+        if not (self.has_reasoning or taken_out) and any(message.get(FIELDS[0]) for message in messages):
+            raise RowError(f"template {self.name!r} has no place for reasoning")
         if self.parse_special_tokens or not (
             self._specials.found_in(messages) or self._specials.found_in(tools)
         ):
@@ -283,19 +325,10 @@ class ChatTemplate:
     def exactly(self, conversation: Conversation) -> list[int]:
         """The ids of `encode`, from the tokenizer alone: what remembered words are compared with."""
         messages, tools, renderer, marked = self._prepared(conversation)
-        layout = self._layout(renderer, messages, tools)
+        layout = self._layout(renderer, messages, tools, self.reasoning.modes(conversation))
         if self._splits_freely or self.pieces:
             return self._encode_pieces(layout, marked, by_words=False)[0]
         return self._encode_whole(layout, marked)[0]
-
-    def _check_content(self, messages: Sequence[ChatMessage], text: str) -> None:
-        """A template may move or trim content, but must not lose it (earlier reasoning excepted)."""
-        for message in messages:
-            content = message["content"].strip()
-            if not _shown(content, text) and "</think>" not in content:
-                raise RowError(
-                    f"template {self.name!r} leaves out a {message['role']} message", repr(content[:60])
-                )
 
     def _encode(self, text: str, marked: bool) -> Any:
         if marked:
@@ -370,7 +403,10 @@ class ChatTemplate:
         answers = tuple(
             type(a)(a.message, moved(a.start), moved(a.stop), moved(a.end)) for a in layout.answers
         )
-        return Layout("".join(parts), tuple(sorted(cuts)), answers, layout.rewritten)
+        text, empty = "".join(parts), self.reasoning.marks.empty
+        # that tool puts an empty thought between prompt and answer as a piece of its own
+        cuts |= {cut + len(empty) for cut in cuts if text.startswith(empty, cut)}
+        return Layout(text, tuple(sorted(cuts)), answers, layout.rewritten)
 
     def _can_be_split(self) -> bool:
         """Whether tokens of two texts, one after the other, are the tokens of one text."""

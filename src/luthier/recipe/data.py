@@ -134,6 +134,8 @@ class DataSpec(Spec):
     """Learn the prompt's tokens too."""
     mask_history: bool = False
     """Learn only the last answer of each conversation."""
+    train_roles: tuple[Literal["assistant", "user", "system", "tool"], ...] = ("assistant",)
+    """Whose messages are learnt where a message has no `weight` of its own (sft)."""
     train_after_stop: bool = False
     """Learn what the template writes after the stop token too (ChatML's newline), as LLaMA-Factory does."""
     parse_special_tokens: bool = False

@@ -43,6 +43,10 @@ class GenerationSpec(Spec):
     """Of drawing; absent: another one each time."""
     stop: tuple[str, ...] = ()
     """Strings at which an answer ends, beside the template's own ends."""
+    enable_thinking: bool | None = None
+    """Ask for reasoning, or for none, of a chat template that has both modes; absent: the template's own rule."""
+    reasoning_effort: str | None = Field(default=None, min_length=1, max_length=64)
+    """How much to reason, in the words of a chat template that reads this (gpt-oss: low, medium, high)."""
     skip_special_tokens: bool = True
     """Leave special tokens out of the text of an answer."""
     engine: Literal["hf", "vllm"] = "hf"
@@ -51,6 +55,12 @@ class GenerationSpec(Spec):
     """The most answers under way at once."""
     memory_gib: float | None = Field(default=None, gt=0)
     """What their keys and values may take; absent: half of what is free."""
+
+    @property
+    def template_variables(self) -> dict[str, bool | str]:
+        """What it sets of the chat template's variables."""
+        said = {"enable_thinking": self.enable_thinking, "reasoning_effort": self.reasoning_effort}
+        return {name: value for name, value in said.items() if value is not None}
 
     @property
     def memory(self) -> int | None:

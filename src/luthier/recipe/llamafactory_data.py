@@ -7,6 +7,7 @@ from typing import Any
 
 from luthier.recipe.flat import Flat
 from luthier.recipe.known_keys import KEYS
+from luthier.recipe.llamafactory_thinking import THINKING_SUBJECTS
 
 _COLUMNS = {f"{name}_column": name for name in ("prompt", "query", "response", "history")}
 _PREFERENCES = ("rm", "dpo", "kto", "ppo")
@@ -97,9 +98,6 @@ def _rows(flat: Flat) -> None:
         flat.put("data.template", "llama3", "template")  # the one that ends documents with a token of its own
     elif flat.given("template"):
         flat.note("template: plain text is trained without a template")
-    tree = flat.source.tree
-    if tree.get("enable_thinking", True) is not True:  # null counts: it says `false` there
-        flat.problem("enable_thinking", "training without empty thoughts comes in a later version; remove it")
     sampling = flat.choice("train_sampling_strategy", ("random", "sequential", "group_by_length"))
     if sampling == "group_by_length":
         flat.problem("train_sampling_strategy", KEYS["group_by_length"].text)
@@ -108,4 +106,4 @@ def _rows(flat: Flat) -> None:
     flat.put("data.shuffle", shuffle, *(key for key in keys if flat.changed(key)), *keys)
 
 
-DATA_SUBJECTS = (_sources, _length, _rows)
+DATA_SUBJECTS = (_sources, _length, _rows, *THINKING_SUBJECTS)

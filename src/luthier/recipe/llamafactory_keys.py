@@ -221,7 +221,14 @@ DATA_KEYS: dict[str, Key] = (
     | read(
         "REMOTE: folders are refused: download one and give its path", dataset_dir=("data.directory", "data")
     )
-    | read("only true: training without empty thoughts comes later", enable_thinking=("data.template", True))
+    | read(
+        "of reasoning templates: empty thoughts are learnt, or in the prompt (null, false); false takes reasoning out",
+        enable_thinking=("data.thinking.empty", True),
+    )
+    | read(
+        "of reasoning templates: earlier reasoning with mask_history, preferences and prompts",
+        preserve_thinking=("data.thinking.history", False),
+    )
     | keys(
         Rule.SILENT,
         buffer_size=16384,
@@ -242,11 +249,6 @@ DATA_KEYS: dict[str, Key] = (
         Rule.REFUSED,
         "there is no padding in a flat row that could be learnt; remove it",
         ignore_pad_token_for_loss=True,
-    )
-    | keys(
-        Rule.REFUSED,
-        "keeping earlier reasoning comes in a later version; remove it",
-        preserve_thinking=False,
     )
     | keys(
         Rule.NOTED,

@@ -65,6 +65,7 @@ def _data(data: DataSpec, name: str) -> Iterator[str]:
         "packing": data.packing,
         "train_on_prompt": data.train_on_prompt,
         "mask_history": data.mask_history,
+        "train_roles": data.train_roles != ("assistant",),
         "train_after_stop": data.train_after_stop,
     }
     for key, is_given in learnt.items():

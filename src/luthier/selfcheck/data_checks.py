@@ -54,7 +54,8 @@ def _reloaded(bench: Bench) -> ChatTemplate:
     assert isinstance(tokenizer, PreTrainedTokenizerFast)
     if trained.pieces:  # where the pieces are cut is the named template's, and not saved
         return load_template(tokenizer, bench.settings.data, pieces=True)
-    return ChatTemplate(tokenizer, parse_special_tokens=trained.parse_special_tokens)
+    parse, thinking = trained.parse_special_tokens, trained.reasoning.spec
+    return ChatTemplate(tokenizer, parse_special_tokens=parse, thinking=thinking)
 
 
 def _where_they_part(trained: ChatTemplate, served: ChatTemplate, conversation: Conversation) -> str:
@@ -62,7 +63,8 @@ def _where_they_part(trained: ChatTemplate, served: ChatTemplate, conversation: 
     messages, tools = conversation.messages, conversation.tools
     encoded = trained.encode(conversation)
     for span in encoded.answers:
-        asked = served.prompt(Conversation(messages[: span.message], tools))
+        mode = served.reasoning.mode(messages[span.message])
+        asked = served.prompt(Conversation(messages[: span.message], tools), mode)
         shown = encoded.input_ids[: span.start]
         if asked != shown:
             return (
@@ -144,8 +146,10 @@ def _expected_answers(bench: Bench, row: Row) -> list[list[int]]:
     rows, targets = [], []
     for conversation in (row.conversation, row.rejected):
         if conversation is not None:
-            prompt = bench.material.template.prompt(
-                Conversation(conversation.messages[:-1], conversation.tools)
+            *before, last = conversation.messages
+            template = bench.material.template
+            prompt = template.prompt(
+                Conversation(tuple(before), conversation.tools), template.reasoning.mode(last)
             )
             answer = _answer(bench, prompt, conversation)
             rows.append(prompt + answer)
@@ -181,7 +185,7 @@ def _expected_targets(bench: Bench, row: Row) -> list[int]:
         weight = message.weight if message.weight is not None else 1.0
         if not weight or not (message.content.strip() or message.tool_calls or message.reasoning):
             continue
-        prompt = template.prompt(Conversation(messages[:k], tools))
+        prompt = template.prompt(Conversation(messages[:k], tools), template.reasoning.mode(message))
         expected += _answer(bench, prompt, Conversation(messages[: k + 1], tools))
     return expected
 
