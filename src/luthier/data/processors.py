@@ -10,7 +10,7 @@ import inspect
 from typing import Any
 
 from transformers import ProcessorMixin
-from transformers.utils import is_torchvision_available
+from transformers.utils.import_utils import is_torchvision_available
 
 from luthier.types import ModelError
 
@@ -25,7 +25,7 @@ def processor_class(processor: type[ProcessorMixin]) -> type[ProcessorMixin]:
     parts = [name for name in inspect.signature(processor.__init__).parameters if name != "self"]
     if VIDEO_PART not in parts or is_torchvision_available():
         return processor
-    attributes = processor.get_attributes()
+    attributes: list[str] = processor.get_attributes()  # type: ignore[no-untyped-call]
     if attributes[-1] != VIDEO_PART:
         raise ModelError(
             f"{processor.__name__} needs torchvision, which is not installed: pip install torchvision"
