@@ -13,8 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import transformers
-from transformers import AutoProcessor, PreTrainedConfig, ProcessorMixin
-from transformers.models.auto import processing_auto
+from transformers import PROCESSOR_MAPPING, AutoProcessor, PreTrainedConfig, ProcessorMixin
 from transformers.utils.hub import cached_file
 from transformers.utils.import_utils import is_torchvision_available
 
@@ -38,7 +37,8 @@ def load_processor(path: str, hub: Mapping[str, Any], config: PreTrainedConfig) 
     named = next(
         (content["processor_class"] for content in found.values() if "processor_class" in content), None
     )
-    named = named or processing_auto.PROCESSOR_MAPPING_NAMES.get(config.model_type)
+    if named is None and type(config) in PROCESSOR_MAPPING:
+        named = PROCESSOR_MAPPING[type(config)].__name__
     known = getattr(transformers, str(named), None)
     try:
         if known is None or any("AutoProcessor" in content.get("auto_map", ()) for content in found.values()):
