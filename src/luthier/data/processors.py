@@ -38,7 +38,8 @@ def load_processor(path: str, hub: Mapping[str, Any], config: PreTrainedConfig) 
         (content["processor_class"] for content in found.values() if "processor_class" in content), None
     )
     if named is None and type(config) in PROCESSOR_MAPPING:
-        named = PROCESSOR_MAPPING[type(config)].__name__
+        mapped: Any = PROCESSOR_MAPPING[type(config)]
+        named = mapped.__name__
     known = getattr(transformers, str(named), None)
     try:
         if known is None or any("AutoProcessor" in content.get("auto_map", ()) for content in found.values()):
