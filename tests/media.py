@@ -14,10 +14,12 @@ from transformers import (
     PreTrainedTokenizerFast,
     ProcessorMixin,
     Qwen2_5_VLProcessor,
+    Qwen2VLVideoProcessor,
 )
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 from transformers.models.gemma3.image_processing_pil_gemma3 import Gemma3ImageProcessorPil
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+from transformers.utils.import_utils import is_torchvision_available
 
 from luthier.data.processors import processor_class
 
@@ -89,7 +91,10 @@ def _qwen2_5_vl(changes: dict[str, Any]) -> ProcessorMixin:
         **{"size": {"shortest_edge": 28 * 28, "longest_edge": 28 * 28 * 16}, **changes}
     )
     tokenizer = media_tokenizer(special, template, eos="<|im_end|>")
-    return processor_class(Qwen2_5_VLProcessor)(pictures, tokenizer, chat_template=template)
+    parts = {"image_processor": pictures, "tokenizer": tokenizer}
+    if is_torchvision_available():
+        parts["video_processor"] = Qwen2VLVideoProcessor()
+    return processor_class(Qwen2_5_VLProcessor)(**parts, chat_template=template)
 
 
 def _gemma3(changes: dict[str, Any]) -> ProcessorMixin:

@@ -2,22 +2,27 @@
 
 from __future__ import annotations
 
+import pickle
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, get_args
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
+from transformers import Qwen2_5_VLConfig
 
+from luthier.check.tokens import show_sample
 from luthier.data.collate import branch_batch, flat_batch
 from luthier.data.encode import CUT_MEDIA, EncodeOptions, sft_sample
 from luthier.data.gate import gate
 from luthier.data.media_template import MediaTemplate, load_media_template
 from luthier.data.pairs import feedback_sample, pair_sample
+from luthier.data.processors import load_processor
 from luthier.data.table import SampleTable
 from luthier.recipe.schema import DataSpec
-from luthier.types import Conversation, DataError, Media, Message, Row, Sample
+from luthier.types import Conversation, DataError, Media, Message, ModelError, Row, Sample
 from tests.media import Kind, picture, tiny_processor
 
 PIXELS = ((40, 30), (90, 60), (200, 28), (333, 500))
@@ -259,3 +264,44 @@ def test_an_image_that_changes_after_it_was_counted_names_its_row(load: Load, pi
     picture(Path(pictures[1]), 300, 300)
     with pytest.raises(DataError, match=r"'rows' row 7.*another size than when"):
         flat_batch([sample])
+
+
+def test_a_template_goes_to_other_processes(load: Load, pictures: list[str]) -> None:
+    template = load("qwen2_5_vl")
+    conversation = _asked(pictures)
+    encoded = template.encode(conversation)
+    sent = pickle.loads(pickle.dumps(template))
+    assert sent.fingerprint == template.fingerprint
+    assert sent.encode(conversation) == encoded
+    medium = [Media("image", pictures[1])]
+    ids = torch.tensor([encoded.input_ids[slice(*encoded.media[1])]])
+    ours, theirs = template.reader(medium, ids), sent.reader(medium, ids)
+    assert ours["pixel_values"].equal(theirs["pixel_values"])
+    smaller = load("qwen2_5_vl", media={"image_max_pixels": 1500})
+    assert smaller.fingerprint != template.fingerprint
+    assert [stop - start for start, stop in smaller.encode(conversation).media] == [1, 2, 3, 2]
+
+
+def test_a_processor_is_loaded_from_the_models_folder(tmp_path: Path) -> None:
+    config = Qwen2_5_VLConfig()
+    assert load_processor(str(tmp_path), {}, config) is None  # no file of one
+    made: Any = tiny_processor("qwen2_5_vl", tmp_path)
+    found: Any = load_processor(str(tmp_path), {}, config)
+    assert type(found).__name__ == "Qwen2_5_VLProcessor"
+    assert found.image_processor.to_dict() == made.image_processor.to_dict()
+    assert load_processor(str(tmp_path), {}, config.get_text_config()) is None
+    (tmp_path / "processor_config.json").write_text(
+        '{"processor_class": "LlavaProcessor", "image_processor": {}}'
+    )
+    with pytest.raises(ModelError, match="its processor LlavaProcessor could not be loaded"):
+        load_processor(str(tmp_path), {}, config)
+
+
+def test_check_shows_the_tokens_of_an_image_as_one(load: Load, pictures: list[str]) -> None:
+    template = load("qwen2_5_vl")
+    (sample,) = sft_sample(Row("rows", 0, _asked(pictures)), template, _options(999)).samples
+    shown = show_sample(sample, template)
+    runs = [token.text for token in shown.tokens if token.text.startswith("<|image_pad|>")]
+    assert runs == ["<|image_pad|>", *(f"<|image_pad|> x {n}" for n in (6, 7, 12))]
+    assert len(shown.tokens) == len(sample) - 26 + 4
+    assert shown.learnt == int((sample.weights > 0).sum())

@@ -10,7 +10,7 @@ import inspect
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import transformers
 from transformers import PROCESSOR_MAPPING, AutoProcessor, PreTrainedConfig, ProcessorMixin
@@ -78,8 +78,12 @@ def processor_class(processor: type[ProcessorMixin]) -> type[ProcessorMixin]:
     def get_attributes(cls: type[ProcessorMixin]) -> list[str]:
         return attributes[:-1]
 
+    def build(self: ProcessorMixin, *parts: Any, **options: Any) -> None:
+        cast(Any, processor).__init__(self, *parts, **{VIDEO_PART: None, **options})
+
     # The name is kept: it is what is saved, and what loads it where torchvision is.
     members: dict[str, Any] = {
+        "__init__": build,
         "get_attributes": classmethod(get_attributes),
         "__module__": processor.__module__,
         "__reduce__": _reduced,
