@@ -15,7 +15,7 @@ import pytest
 from PIL import Image
 
 from luthier.data.encode import EncodeOptions, sft_sample
-from luthier.data.formats import to_row
+from luthier.data.formats import require_kind, to_row
 from luthier.data.media_files import Extent, Film, MediaRules, fitted_size, measure, opened
 from luthier.data.media_template import MediaTemplate, load_media_template
 from luthier.data.prepare import Preparation, prepare
@@ -181,6 +181,11 @@ def test_answers_of_a_pair_have_the_same_media(tmp_path: Path) -> None:
     assert found.rejected is not None
     assert found.conversation.messages[0] == found.rejected.messages[0]
     assert found.rejected.messages[0].media == (Media("image", str(tmp_path / "a.png")),)
+
+
+def test_pretraining_refuses_media(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"'rows' has columns of images.*stage 'pt' learns text alone"):
+        require_kind(_attr(tmp_path, images="images"), "text", "pt")
 
 
 # --------------------------------------------------------------------------------------------------

@@ -40,6 +40,11 @@ def require_kind(attr: DatasetAttr, kind: RowKind, stage: str) -> None:
             f"{name} holds preference pairs (ranking: true) and does not say where: name columns.chosen and "
             "columns.rejected"
         )
+    if kind == "text" and (columns.images or columns.videos or columns.audios):
+        raise DataError(
+            f"{name} has columns of images, videos or audios, and stage {stage!r} learns text alone: leave them out of its "
+            "description"
+        )
     if kind == "pair" and not attr.ranking:
         raise DataError(
             f"{name} is not said to hold pairs of answers, which stage {stage!r} learns from: add ranking: true and "
