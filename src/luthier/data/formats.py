@@ -42,8 +42,8 @@ def require_kind(attr: DatasetAttr, kind: RowKind, stage: str) -> None:
         )
     if kind == "text" and (columns.images or columns.videos or columns.audios):
         raise DataError(
-            f"{name} has columns of images, videos or audios, and stage {stage!r} learns text alone: leave them out of its "
-            "description"
+            f"{name} has columns of images, videos or audios, and stage {stage!r} learns text alone: leave them "
+            "out of its description"
         )
     if kind == "pair" and not attr.ranking:
         raise DataError(
