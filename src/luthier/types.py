@@ -190,6 +190,8 @@ class EncodedConversation:
     parts: tuple[tuple[int, int], ...] = ()
     """Tokens [start, stop) of each part that was asked for: those whose last character is in it; (0, 0) of one that
     the template does not show."""
+    media: tuple[tuple[int, int], ...] = ()
+    """Tokens [start, stop) of each image, film and sound, in the order of the messages' media."""
 
 
 class Policy(Protocol):

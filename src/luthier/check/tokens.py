@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import unicodedata
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+from itertools import groupby
 from typing import Any
 
+from luthier.data.media_template import MediaTemplate
 from luthier.data.template import ChatTemplate
 from luthier.show import answer_bounds, answer_titles
 from luthier.types import Sample
@@ -88,7 +90,17 @@ def show_sample(sample: Sample, template: ChatTemplate) -> ShownSample:
     prompt = sample.branches[0] if sample.branches else len(sample)
     answers = zip(answer_titles(sample), answer_bounds(sample), strict=True)
     shown = tuple(ShownAnswer(title, tokens[start:stop]) for title, (start, stop) in answers)
-    return ShownSample(sample.source, sample.index, tokens[:prompt], shown)
+    stands = template.reader.token_ids() if isinstance(template, MediaTemplate) else frozenset()
+    return ShownSample(sample.source, sample.index, runs_together(tokens[:prompt], stands), shown)
+
+
+def runs_together(tokens: Sequence[Token], stands: frozenset[int]) -> tuple[Token, ...]:
+    """The tokens, a run of one that stands for media being one with its number; they are all alike, and many."""
+    runs = groupby(enumerate(tokens), key=lambda at: at[1].id if at[1].id in stands else (at[0],))
+    seen = ([token for _, token in run] for _, run in runs)
+    return tuple(
+        replace(run[0], text=f"{run[0].text} x {len(run)}") if len(run) > 1 else run[0] for run in seen
+    )
 
 
 def token_text(token: int, template: ChatTemplate) -> str:

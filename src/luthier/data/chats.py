@@ -15,6 +15,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from luthier.data.media import content_parts
 from luthier.data.message_weights import message_weight, weighted_spans
 from luthier.data.read import RawRow
 from luthier.data.registry import DatasetAttr
@@ -117,15 +118,15 @@ def message(turn: Any, place: str, attr: DatasetAttr) -> Message:
         content = json.dumps(content, ensure_ascii=False)
     if content is None and calls:
         content = ""
-    content = _joined_text(content, place)
+    content, media = content_parts(content, place)
     if reasoning is not None and not isinstance(reasoning, str):
         raise RowError("reasoning is not text", place)
     role = "assistant" if role == "function" else role
     weight, spans = message_weight(turn, place), weighted_spans(turn, content, place)
     if role != "tool":
-        return Message(role, content, reasoning, calls, weight, spans)
+        return Message(role, content, reasoning, calls, weight, spans, media)
     name, call_id = (_text_or_none(turn.get(key), key, place) for key in ("name", "tool_call_id"))
-    return Message(role, content, reasoning, calls, weight, spans, name=name, tool_call_id=call_id)
+    return Message(role, content, reasoning, calls, weight, spans, media, name, call_id)
 
 
 def _text_or_none(value: Any, key: str, place: str) -> str | None:
@@ -137,17 +138,6 @@ def _text_or_none(value: Any, key: str, place: str) -> str | None:
 def _are_parts(content: Any) -> bool:
     """Whether it is OpenAI's list of parts."""
     return _are_objects(content) and not isinstance(content, Mapping) and all("type" in p for p in content)
-
-
-def _joined_text(content: Any, place: str) -> str:
-    """Text, or the text parts of OpenAI's list form."""
-    if isinstance(content, str):
-        return content
-    if isinstance(content, Sequence) and all(
-        isinstance(p, Mapping) and p.get("type") == "text" for p in content
-    ):
-        return "".join(str(part.get("text", "")) for part in content)
-    raise RowError("content is not text", f"{place}: {type(content).__name__}")
 
 
 def _json(text: Any, place: str, what: str = "tool call") -> Any:

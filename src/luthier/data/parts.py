@@ -95,6 +95,12 @@ def tokens_of(
     return tuple((at[start], at[stop]) for start, stop in places)
 
 
+def _texts(content: str | list[dict[str, str]]) -> list[str]:
+    """The texts of a content, which with media is a list of parts, without what templates trim."""
+    texts = [content] if isinstance(content, str) else [p["text"] for p in content if p["type"] == "text"]
+    return [text.strip() for text in texts]
+
+
 def _shown(content: str, text: str) -> bool:
     """Whether a template shows a content, as it is or as a JSON string (Llama 3.1's tool results)."""
     return content in text or json.dumps(content, ensure_ascii=False)[1:-1] in text
@@ -108,11 +114,11 @@ def require_shown(messages: Sequence[ChatMessage], layout: Layout, reasoning: Re
     """
     text, learnt = layout.text, {answer.message for answer in layout.answers}
     for k, message in enumerate(messages):
-        content = message["content"].strip()
-        thinks = "</think>" in content
-        if not _shown(content, text) and not (thinks and (k not in learnt or reasoning.taken_out)):
-            what = "the reasoning of an answer" if thinks else f"a {message['role']} message"
-            raise RowError(f"template {name!r} leaves out {what}", repr(content[:60]))
+        for content in _texts(message["content"]):
+            thinks = "</think>" in content
+            if not _shown(content, text) and not (thinks and (k not in learnt or reasoning.taken_out)):
+                what = "the reasoning of an answer" if thinks else f"a {message['role']} message"
+                raise RowError(f"template {name!r} leaves out {what}", repr(content[:60]))
         why = message.get(reasoning.field or "") if k in learnt and not reasoning.taken_out else None
         if why and why.strip() not in text:
             raise RowError(f"template {name!r} leaves out the reasoning of an answer", repr(why[:60]))

@@ -66,7 +66,10 @@ def chat_messages(conversation: Conversation) -> list[ChatMessage]:
 
 
 def _chat_message(message: Message) -> ChatMessage:
-    chat: ChatMessage = {"role": message.role, "content": message.content}
+    chat: ChatMessage = {
+        "role": message.role,
+        "content": _parts(message) if message.media else message.content,
+    }
     if message.reasoning is not None:
         chat["reasoning_content"] = message.reasoning
     if message.name is not None:
@@ -80,6 +83,18 @@ def _chat_message(message: Message) -> ChatMessage:
             for call in message.tool_calls
         ]
     return chat
+
+
+def _parts(message: Message) -> list[dict[str, str]]:
+    """Content with media as the list of parts that templates of models with eyes and ears expect."""
+    parts: list[dict[str, str]] = []
+    last = 0
+    for one in message.media:
+        if message.content[last : one.at]:
+            parts.append({"type": "text", "text": message.content[last : one.at]})
+        parts.append({"type": one.kind})
+        last = one.at
+    return [*parts, {"type": "text", "text": message.content[last:]}] if message.content[last:] else parts
 
 
 def with_default_system(source: str, system: str) -> str:
@@ -229,6 +244,13 @@ class Renderer:
         template: jinja2.Template = cast(Any, _cached_compile_jinja_template)(self.source)
         return template
 
+    @property
+    def compiled(self) -> jinja2.Template:
+        """The template that it renders by."""
+        if self._compiled is None:
+            self._compiled = self.compile_anew()
+        return self._compiled
+
     def use(self, compiled: jinja2.Template) -> None:
         """Render by this template from now on."""
         self._compiled = compiled
@@ -244,9 +266,7 @@ class Renderer:
 
         Raises what the template raises.
         """
-        if self._compiled is None:
-            self._compiled = self.compile_anew()
-        text: str = self._compiled.render(
+        text: str = self.compiled.render(
             messages=[_with_names_of_reasoning(message) for message in messages],
             tools=list(tools) or None,
             documents=None,

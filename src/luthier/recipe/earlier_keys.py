@@ -102,8 +102,12 @@ _EARLY_REFUSED = (
     )
     | keys(
         Rule.REFUSED,
-        "images, videos and audio come in a later version; remove it for a text-only run",
+        "whether a model sees is read from its own config; remove it",
         visual_inputs=False,
+    )
+    | keys(
+        Rule.REFUSED,
+        "images, videos and audio come in a later version; remove it for a text-only run",
         train_mm_proj_only=False,
     )
     | keys(

@@ -106,4 +106,11 @@ def _rows(flat: Flat) -> None:
     flat.put("data.shuffle", shuffle, *(key for key in keys if flat.changed(key)), *keys)
 
 
-DATA_SUBJECTS = (_sources, _length, _rows, *THINKING_SUBJECTS)
+def _media(flat: Flat) -> None:
+    """What the processor of a model that sees is told; the limits of pixels are plain names."""
+    for key, target in (("image_do_pan_and_scan", "pan_and_scan"), ("crop_to_patches", "crop_to_patches")):
+        if flat.flag(key):
+            flat.put(f"data.media.{target}", True, key)
+
+
+DATA_SUBJECTS = (_sources, _length, _rows, _media, *THINKING_SUBJECTS)

@@ -91,19 +91,24 @@ MODEL_KEYS: dict[str, Key] = (
         use_kv_cache=True,
         print_param_status=False,
     )
+    | direct(
+        image_max_pixels=("data.media.image_max_pixels", 768 * 768),
+        image_min_pixels=("data.media.image_min_pixels", 32 * 32),
+        video_max_pixels=("data.media.video_max_pixels", 256 * 256),
+        video_min_pixels=("data.media.video_min_pixels", 16 * 16),
+        video_fps=("data.media.video_fps", 2.0),
+        video_maxlen=("data.media.video_max_frames", 128),
+        audio_sampling_rate=("data.media.audio_sampling_rate", 16000),
+    )
+    | read(
+        "false is the processor's own setting, as there",
+        image_do_pan_and_scan=("data.media.pan_and_scan", False),
+        crop_to_patches=("data.media.crop_to_patches", False),
+    )
     | keys(
         Rule.REFUSED,
-        "images, videos and audio come in a later version; remove it for a text-only run",
-        image_max_pixels=768 * 768,
-        image_min_pixels=32 * 32,
-        image_do_pan_and_scan=False,
-        crop_to_patches=False,
-        video_max_pixels=256 * 256,
-        video_min_pixels=16 * 16,
-        video_fps=2.0,
-        video_maxlen=128,
+        "the sound of a film is not read; give it as an audio of its own and remove this",
         use_audio_in_video=False,
-        audio_sampling_rate=16000,
     )
     | keys(
         Rule.REFUSED,
@@ -260,9 +265,5 @@ DATA_KEYS: dict[str, Key] = (
         "packing fills rows from groups of 1000 here, as by default there",
         preprocessing_batch_size=1000,
     )
-    | keys(
-        Rule.REFUSED,
-        "images, videos and audio come in a later version; remove it for a text-only run",
-        media_dir=None,
-    )
+    | direct(media_dir=("data.media.directory", None))
 )
