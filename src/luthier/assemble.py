@@ -32,6 +32,7 @@ from luthier.model.dropout import drop_nothing
 from luthier.model.faults import require_token_rows
 from luthier.model.load import ModelSource, load_config, load_model, load_tokenizer
 from luthier.model.logprobs import chosen_rows
+from luthier.model.multimodal import is_multimodal
 from luthier.model.neftune import EmbeddingNoise
 from luthier.model.norms import upcast_trained
 from luthier.model.original_weights import OriginalWeights
@@ -278,6 +279,7 @@ def build_model(
         arithmetic,
         probe,
         share_prompts=getattr(settings.stage, "share_prompts", False),
+        media=is_multimodal(load_config(settings.model, source)),
     )
     assert isinstance(model, PreTrainedModel | PeftModel)
     if isinstance(methods[-1], Lora) and isinstance(model, PeftModel):
