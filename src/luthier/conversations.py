@@ -16,6 +16,9 @@ class ToolCall:
     id: str | None = None
 
 
+MediaKind = Literal["image", "video", "audio"]
+
+
 @dataclass(frozen=True, slots=True)
 class Media:
     """An image, a film or a sound in a message.
@@ -24,7 +27,7 @@ class Media:
     collated. `at` is the number of characters of the message's content that stand before it.
     """
 
-    kind: Literal["image", "video", "audio"]
+    kind: MediaKind
     source: str | tuple[str, ...]
     at: int = 0
 

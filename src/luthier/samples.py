@@ -5,9 +5,9 @@ Shape legend: as in `types`.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from luthier.conversations import Media
 
@@ -15,6 +15,13 @@ if TYPE_CHECKING:
     import numpy as np
     import torch
     from torch import Tensor
+
+
+class MediaOpener(Protocol):
+    """Opens media: see `data.media_tokens.MediaReader`."""
+
+    def __call__(self, media: Sequence[Media], input_ids: Tensor) -> dict[str, Tensor]:
+        """What the model's forward takes of media in the order of their tokens in input_ids (1, T)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,6 +51,8 @@ class Sample:
     media: tuple[Media, ...] = ()
     """Images, films and sounds of the sequence, or of the prompt of its branches, in the order of their tokens; opened
     when the sample is collated."""
+    opener: MediaOpener | None = field(default=None, compare=False, repr=False)
+    """What opens them; every sample has it where the model takes media, also one without any. Not stored."""
 
     def __len__(self) -> int:
         return len(self.input_ids)

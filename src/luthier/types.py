@@ -173,6 +173,8 @@ class EncodedConversation:
     input_ids: list[int]
     answers: tuple[Span, ...]
     rewritten: tuple[int, ...] = ()
+    media: tuple[tuple[int, int], ...] = ()
+    """Tokens [start, stop) of each image, film and sound, in the order of the messages' media."""
 
 
 class Policy(Protocol):

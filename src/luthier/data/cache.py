@@ -25,7 +25,7 @@ from luthier.data.report import DataReport, ReportBuilder
 from luthier.data.table import Placed, SampleTable, write_table
 from luthier.types import DataError, Encoded
 
-CODE_VERSION = 3
+CODE_VERSION = 4
 """Raise when the code makes other tokens, weights or reports of the same inputs."""
 
 _TOKENS, _REPORT = "tokens.arrow", "report.json"

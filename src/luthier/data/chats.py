@@ -14,6 +14,7 @@ import json
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from luthier.data.media import content_parts
 from luthier.data.read import RawRow
 from luthier.data.registry import DatasetAttr
 from luthier.types import Conversation, DataError, Message, RowError, ToolCall
@@ -105,23 +106,12 @@ def message(turn: Any, place: str, attr: DatasetAttr) -> Message:
         calls, content = _tool_calls(_json(content, place), place), ""
     if content is None and calls:
         content = ""
-    content = _joined_text(content, place)
+    content, media = content_parts(content, place)
     reasoning = turn.get("reasoning_content") or turn.get("reasoning")
     if reasoning is not None and not isinstance(reasoning, str):
         raise RowError("reasoning is not text", place)
     role = "assistant" if role == "function" else role
-    return Message(role, content, reasoning, calls, _weight(turn.get("weight"), role, place))
-
-
-def _joined_text(content: Any, place: str) -> str:
-    """Text, or the text parts of OpenAI's list form."""
-    if isinstance(content, str):
-        return content
-    if isinstance(content, Sequence) and all(
-        isinstance(p, Mapping) and p.get("type") == "text" for p in content
-    ):
-        return "".join(str(part.get("text", "")) for part in content)
-    raise RowError("content is not text", f"{place}: {type(content).__name__}")
+    return Message(role, content, reasoning, calls, _weight(turn.get("weight"), role, place), media=media)
 
 
 def _weight(weight: Any, role: str, place: str) -> float | None:

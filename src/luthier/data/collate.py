@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from luthier.types import IGNORE_INDEX, Batch, DataError, Sample
+from luthier.types import IGNORE_INDEX, Batch, DataError, RowError, Sample
 
 Array = np.ndarray[Any, np.dtype[Any]]
 
@@ -106,7 +106,17 @@ def rows_of(sample: Sample) -> list[Sample]:
         ids = np.concatenate((sample.input_ids[prompt], sample.input_ids[answer]))
         weights = np.concatenate((sample.weights[prompt], sample.weights[answer]))
         rows.append(
-            Sample(ids, weights, sample.source, sample.index, (), sample.label, _reference_of(sample, k))
+            Sample(
+                ids,
+                weights,
+                sample.source,
+                sample.index,
+                (),
+                sample.label,
+                _reference_of(sample, k),
+                media=sample.media,
+                opener=sample.opener,
+            )
         )
     return rows
 
@@ -143,8 +153,9 @@ def _batch(segments: Sequence[_Segment], rows: range, samples: Sequence[Sample])
     targets = np.where(next_weights > 0, np.append(ids[1:], 0), IGNORE_INDEX)
     starts = np.array([segment.start for segment in segments], np.int64)
     positions = np.arange(len(ids)) - np.repeat(bounds[:-1] - starts, lengths)
+    input_ids = torch.from_numpy(ids)[None]
     return Batch(
-        input_ids=torch.from_numpy(ids)[None],
+        input_ids=input_ids,
         position_ids=torch.from_numpy(positions)[None],
         cu_seqlens=torch.from_numpy(bounds.astype(np.int32)),
         targets=torch.from_numpy(targets),
@@ -154,4 +165,25 @@ def _batch(segments: Sequence[_Segment], rows: range, samples: Sequence[Sample])
         samples=[(segment.sample.source, segment.sample.index) for segment in segments],
         rows=torch.arange(rows.start, rows.stop),
         labels=torch.tensor([sample.label for sample in samples], dtype=torch.float32),
+        media=_opened_media(segments, input_ids),
     )
+
+
+def _opened_media(segments: Sequence[_Segment], input_ids: torch.Tensor) -> dict[str, torch.Tensor]:
+    """What the model takes of the media of some segments; those of a shared prompt are in the prompt's own segment.
+
+    Raises DataError where a file cannot be opened any more, naming data set and row.
+    """
+    holders = [segment.sample for segment in segments if not segment.start]
+    opener = next((segment.sample.opener for segment in segments if segment.sample.opener is not None), None)
+    if opener is None:
+        if holder := next((sample for sample in holders if sample.media), None):
+            raise DataError(
+                f"data set {holder.source!r}, row {holder.index}: nothing was given that opens its media"
+            )
+        return {}
+    try:
+        return opener([one for sample in holders for one in sample.media], input_ids)
+    except RowError as error:
+        places = ", ".join(f"{s.source!r} row {s.index}" for s in holders if s.media)
+        raise DataError(f"media of this step ({places}) changed since they were counted: {error}") from error

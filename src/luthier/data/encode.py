@@ -23,6 +23,7 @@ from luthier.types import (
     Encoded,
     EncodedConversation,
     Lost,
+    Media,
     Message,
     Row,
     RowError,
@@ -30,6 +31,8 @@ from luthier.types import (
     Span,
     Template,
 )
+
+CUT_MEDIA = "longer than max_length, and the cut would fall inside or before an image, film or sound"
 
 Overflow = Literal["drop", "truncate", "split", "error"]
 Ids = np.ndarray[Any, np.dtype[np.int32]]
@@ -100,7 +103,10 @@ def sft_sample(row: Row, template: Template, options: EncodeOptions) -> Encoded:
         raise DataError(f"{row.source}, row {row.index}: {error}") from error
     if not options.llamafactory and not any(weights[1:].any() for _, weights, _ in parts):
         return Encoded(lost=Lost(dropped="no answer to learn"))
-    return _fit(row, parts, options)
+    try:
+        return _fit(row, parts, options)
+    except RowError as error:
+        return Encoded(lost=Lost(dropped=error.reason))
 
 
 _Part = tuple[EncodedConversation, Weights, tuple[Span, ...]]
@@ -131,6 +137,8 @@ def _weights(
         weights[span.start : span.stop] = weight
         if options.train_after_stop:
             weights[span.stop : span.end] = weight
+    for start, stop in encoded.media:
+        weights[start:stop] = 0
     return weights
 
 
@@ -138,6 +146,11 @@ def _weight_of(message: Message, options: EncodeOptions) -> float:
     if message.weight is not None:
         return message.weight
     return 1.0 if has_content(message) or options.llamafactory else 0.0
+
+
+def media_of(conversation: Conversation | None) -> tuple[Media, ...]:
+    """All media of a conversation in the order of its messages."""
+    return () if conversation is None else tuple(one for m in conversation.messages for one in m.media)
 
 
 def has_content(message: Message) -> bool:
@@ -161,20 +174,24 @@ def _fit(row: Row, parts: Sequence[_Part], options: EncodeOptions) -> Encoded:
     tokens = answers = 0
     for encoded, weights, spans in parts:
         ids = np.asarray(encoded.input_ids, np.int32)
+        media = media_of(row.conversation)[: len(encoded.media)]
+        sample = Sample(ids, weights, row.source, row.index, media=media)
         if len(ids) <= options.max_length:
-            samples.append(Sample(ids, weights, row.source, row.index))
+            samples.append(sample)
             continue
         refuse_long(row, len(ids), options)
         if options.overflow == "drop":
             return Encoded(lost=Lost("longer than max_length"))
         if options.overflow == "split":
-            pieces = windows(Sample(ids, weights, row.source, row.index), options.max_length)
+            pieces = windows(sample, options.max_length, encoded.media)
             samples += [piece for piece in pieces if piece.weights[1:].any()]
             continue
         kept, gone = _truncated(spans, len(ids), options)
         tokens += len(ids) - len(kept)
         answers += gone
-        samples.append(Sample(ids[kept], weights[kept], row.source, row.index))
+        if not all(np.isin(np.arange(*place), kept).all() for place in encoded.media):
+            raise RowError(CUT_MEDIA)
+        samples.append(Sample(ids[kept], weights[kept], row.source, row.index, media=media))
     if not options.llamafactory:
         samples = [sample for sample in samples if sample.weights[1:].any()]
     dropped = None if samples else "nothing left to learn in max_length"
@@ -259,17 +276,25 @@ def pt_samples(row: Row, template: Template, options: EncodeOptions) -> Encoded:
     return Encoded((cut,), Lost(tokens=len(ids) - options.max_length))
 
 
-def windows(sample: Sample, length: int) -> Iterator[Sample]:
+def windows(sample: Sample, length: int, places: Sequence[tuple[int, int]] = ()) -> Iterator[Sample]:
     """A long sample as consecutive windows of at most `length` tokens.
 
     Each window starts with the last token of the one before, as context only: so every target is trained
     exactly once, which cutting without overlap would not give, as nothing predicts a first token.
+
+    `places` are the tokens of the sample's media; each goes with the window that holds them. Raises RowError where a
+    cut falls inside of them.
     """
     for start in range(0, max(len(sample) - 1, 1), length - 1):
         weights = sample.weights[start : start + length].copy()
         if start:
             weights[0] = 0
-        yield Sample(sample.input_ids[start : start + length], weights, sample.source, sample.index)
+        stop = start + length
+        media = tuple(one for one, (a, b) in zip(sample.media, places, strict=True) if a < stop and b > start)
+        cut = any(a < stop < b or (start and a <= start < b) for a, b in places)
+        if cut:
+            raise RowError(CUT_MEDIA)
+        yield Sample(sample.input_ids[start:stop], weights, sample.source, sample.index, media=media)
 
 
 def blocks(samples: Iterable[Sample], length: int, *, first_id: int | None = None) -> list[Sample]:

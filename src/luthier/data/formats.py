@@ -15,9 +15,11 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator
+from dataclasses import replace
 
 from luthier.data.answers import answered, is_desirable, margin_of, pair, posed
 from luthier.data.chats import cell, history
+from luthier.data.media import with_media
 from luthier.data.read import RawRow
 from luthier.data.registry import DatasetAttr
 from luthier.types import DataError, Row, RowError, RowKind
@@ -67,9 +69,18 @@ def to_row(raw: RawRow, attr: DatasetAttr, kind: RowKind) -> Row:
         row = Row(attr.name, raw.index, pair(raw, attr)[0] if attr.ranking else posed(raw, attr))
     else:
         row = Row(attr.name, raw.index, answered(raw, attr))
+    row = _with_media(row, raw, attr)
     if any(_HALF_PAIR.search(text) for text in _texts(row)):
         raise RowError("text holds half of a surrogate pair", raw.place)
     return row
+
+
+def _with_media(row: Row, raw: RawRow, attr: DatasetAttr) -> Row:
+    if row.text is not None:
+        return row
+    both = (c if c is None else with_media(c, raw, attr) for c in (row.conversation, row.rejected))
+    conversation, rejected = both
+    return replace(row, conversation=conversation, rejected=rejected)
 
 
 def _texts(row: Row) -> Iterator[str]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from luthier.data.rendering import chat_messages
+from luthier.data.media_template import MediaTemplate
 from luthier.data.template import ChatTemplate
 from luthier.types import Conversation, DataError, Row, RowError
 
@@ -38,7 +38,9 @@ def _check(template: ChatTemplate, conversation: Conversation) -> None:
     encoded = template.encode(conversation)
     ids = encoded.input_ids
     saved = template.tokenizer.apply_chat_template(
-        chat_messages(conversation), tools=[dict(tool) for tool in conversation.tools] or None, tokenize=False
+        template.messages(conversation),
+        tools=[dict(tool) for tool in conversation.tools] or None,
+        tokenize=False,
     )
     if template.rendering(conversation) != saved:
         raise DataError("the tokenizer's chat template was changed after it was loaded")
@@ -51,6 +53,8 @@ def _check(template: ChatTemplate, conversation: Conversation) -> None:
         and read_back != template.decode(template.whole(conversation))
     ):
         raise DataError(f"the tokens read back as {_difference(read_back, saved)} of the template's text")
+    if isinstance(template, MediaTemplate):
+        template.check_processor(conversation)
     for span in encoded.answers:
         prompt = template.prompt(Conversation(conversation.messages[: span.message], conversation.tools))
         if prompt != ids[: span.start]:

@@ -16,14 +16,16 @@ from itertools import accumulate
 import numpy as np
 
 from luthier.data.encode import (
+    CUT_MEDIA,
     EncodeOptions,
     Ids,
     check_alternation,
     has_content,
+    media_of,
     refuse_long,
     share_room,
 )
-from luthier.types import Conversation, DataError, Encoded, Lost, Row, RowError, Sample, Template
+from luthier.types import Conversation, DataError, Encoded, Lost, Media, Row, RowError, Sample, Template
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,6 +35,9 @@ class _Answered:
     prompt: Ids
     answer: Ids
     weight: float
+    media: tuple[Media, ...] = ()
+    places: tuple[tuple[int, int], ...] = ()
+    """Tokens of each of the prompt's media."""
 
 
 def pair_sample(row: Row, template: Template, options: EncodeOptions) -> Encoded:
@@ -50,7 +55,7 @@ def pair_sample(row: Row, template: Template, options: EncodeOptions) -> Encoded
         raise DataError(f"{row.source}, row {row.index}: a pair of answers was expected")
     try:
         chosen, rejected = _answers(row, template, options)
-        if not np.array_equal(chosen.prompt, rejected.prompt):
+        if not np.array_equal(chosen.prompt, rejected.prompt) or chosen.media != rejected.media:
             raise RowError("prompts of chosen and rejected differ")
         _refuse_equal(chosen, rejected, options)
         label = math.nan if row.margin is None else row.margin
@@ -121,9 +126,10 @@ def _answered(conversation: Conversation, template: Template, options: EncodeOpt
     if not span.start:
         raise RowError("no prompt")
     ids = np.asarray(encoded.input_ids, np.int32)
-    return _Answered(
-        ids[: span.start], ids[span.start : span.end if options.train_after_stop else span.stop], weight
-    )
+    if any(stop > span.start for _, stop in encoded.media):
+        raise RowError("an answer that is compared holds an image, film or sound")
+    answer = ids[span.start : span.end if options.train_after_stop else span.stop]
+    return _Answered(ids[: span.start], answer, weight, media_of(conversation), encoded.media)
 
 
 def _refuse_equal(chosen: _Answered, rejected: _Answered, options: EncodeOptions) -> None:
@@ -148,13 +154,17 @@ def _fitted(
             raise RowError("longer than max_length")
         before = [prompt, *parts]
         prompt, *parts = after = _truncated(prompt, parts, options)
+        first = 0 if options.llamafactory else len(before[0]) - len(prompt)
+        if any(start < first or stop > first + len(prompt) for start, stop in answers[0].places):
+            raise RowError(CUT_MEDIA)
         tokens = sum(map(len, before)) - sum(map(len, after))
         lost = Lost(None, tokens, sum(not len(part) for part in parts))
     sizes = [len(prompt), *map(len, parts)]
     weights = np.repeat(np.array([0.0, *(answer.weight for answer in answers)], np.float32), np.array(sizes))
     branches = tuple(accumulate(sizes[:-1]))
     ids = np.concatenate((prompt, *parts))
-    return Sample(ids, weights, row.source, row.index, branches, label), lost
+    sample = Sample(ids, weights, row.source, row.index, branches, label, media=answers[0].media)
+    return sample, lost
 
 
 def _truncated(prompt: Ids, answers: Sequence[Ids], options: EncodeOptions) -> list[Ids]:

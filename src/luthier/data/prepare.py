@@ -8,6 +8,8 @@ the other, `dev_split` is taken out, and rows are packed where the recipe says s
 
 from __future__ import annotations
 
+import hashlib
+import json
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -19,9 +21,11 @@ import numpy as np
 
 from luthier import __version__
 from luthier.data.cache import CODE_VERSION, TokenCache, content_key, default_folder
-from luthier.data.encode import blocks
+from luthier.data.encode import blocks, media_of
 from luthier.data.formats import require_kind, to_row
 from luthier.data.gate import gate
+from luthier.data.media_files import stamp
+from luthier.data.media_template import MediaTemplate
 from luthier.data.packing import best_fit, greedy_groups
 from luthier.data.read import RawRow, data_fingerprint, read_rows
 from luthier.data.registry import DatasetAttr, resolve_datasets
@@ -30,6 +34,7 @@ from luthier.data.table import SampleTable
 from luthier.data.template import ChatTemplate
 from luthier.data.workers import map_ordered
 from luthier.recipe.schema import DataSpec
+from luthier.samples import MediaOpener
 from luthier.types import DataError, Encoded, Lost, Row, RowError, RowKind
 
 EncodeRow = Callable[[Row, ChatTemplate], Encoded]
@@ -39,7 +44,17 @@ Progress = Callable[[str, int], None]
 DEV = "dev"
 """Name of the evaluation set that `dev_split` makes."""
 
-_WHERE = ("name", "path", "load_from", "revision", "subset", "split", "folder", "dataset_sha1")
+_WHERE = (
+    "name",
+    "path",
+    "load_from",
+    "revision",
+    "subset",
+    "split",
+    "folder",
+    "dataset_sha1",
+    "media_directory",
+)
 """What says where a data set is and not what is in it: its bytes do."""
 
 _GATE_FIRST, _GATE_EVERY = 50, 100
@@ -75,6 +90,11 @@ class Preparation:
     hub_cache: str | None = None
     hub_token: str | None = None
 
+    @property
+    def opener(self) -> MediaOpener | None:
+        """What opens the media of samples, where the model takes any."""
+        return self.template.reader if isinstance(self.template, MediaTemplate) else None
+
 
 def prepare(spec: DataSpec, how: Preparation, progress: Progress | None = None) -> PreparedData:
     """Tokenize what the recipe names.
@@ -99,9 +119,10 @@ def prepare(spec: DataSpec, how: Preparation, progress: Progress | None = None) 
             reports.append(report)
             fingerprints[attr.name] = key
     train = SampleTable.concat(tables["train"], [report.rows for report in reports[: len(tables["train"])]])
+    train = train.with_opener(how.opener)
     num_rows = sum(report.rows for report in reports[: len(tables["train"])])
     evaluation = {
-        attr.name: _arranged(table, spec, how)
+        attr.name: _arranged(table.with_opener(how.opener), spec, how)
         for attr, table in zip(attrs["eval"], tables["eval"], strict=True)
     }
     if spec.dev_split:
@@ -147,8 +168,29 @@ def cache_key(attr: DatasetAttr, spec: DataSpec, how: Preparation) -> str:
             "rows": [spec.max_samples, how.seed if attr.num_samples is not None else None],
             "template": template.fingerprint,
             "encode": how.identity,
+            "media": _media_stamps(attr, spec, how),
         }
     )
+
+
+def _media_stamps(attr: DatasetAttr, spec: DataSpec, how: Preparation) -> str | None:
+    """SHA-256 of paths, sizes and times of change of all media of a data set; None where the model takes none."""
+    if not isinstance(how.template, MediaTemplate):
+        return None
+    digest, seen = hashlib.sha256(), set()
+    rng = np.random.RandomState(how.seed)
+    for raw in read_rows(
+        attr, max_samples=spec.max_samples, rng=rng, cache_dir=how.hub_cache, token=how.hub_token
+    ):
+        try:
+            found = media_of(to_row(raw, attr, how.kind).conversation)
+        except RowError:
+            continue  # counted when the rows are encoded
+        for one in found:
+            if one.source not in seen:
+                seen.add(one.source)
+                digest.update(json.dumps([one.source, stamp(one)]).encode())
+    return digest.hexdigest()
 
 
 def _one_dataset(

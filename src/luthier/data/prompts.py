@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from luthier.data.encode import EncodeOptions, refuse_long, share_room
+from luthier.data.encode import EncodeOptions, media_of, refuse_long, share_room
 from luthier.types import Conversation, DataError, Encoded, Lost, Message, Row, RowError, Sample, Template
 
 
@@ -34,6 +34,11 @@ def prompt_sample(row: Row, template: Template, options: EncodeOptions) -> Encod
     """
     if row.conversation is None:
         raise DataError(f"{row.source}, row {row.index}: a conversation was expected, found plain text")
+    if media_of(row.conversation):
+        raise DataError(
+            f"{row.source}, row {row.index}: it holds images, films or sounds, and answers to them are not "
+            "generated yet"
+        )
     try:
         before, answer = posed_part(row.conversation)
         ids = np.asarray(template.prompt(before), np.int32)

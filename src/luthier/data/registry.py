@@ -104,6 +104,8 @@ class DatasetAttr:
     columns: ColumnSpec = DEFAULT_COLUMNS["alpaca"]
     tags: TagSpec = DEFAULT_TAGS["alpaca"]
     named: frozenset[str] = frozenset()
+    media_directory: str = ""
+    """Where the files are that rows name."""
 
     def files(self) -> list[Path]:
         """The data files in the order in which they are read; empty for a data set on the hub.
@@ -167,10 +169,11 @@ def resolve_datasets(refs: Sequence[str | DatasetSpec], spec: DataSpec) -> list[
     """
     directory = Path(spec.directory)
     info = _load_info(directory) if any(isinstance(ref, str) for ref in refs) else (None, {})
-    return [
+    attrs = [
         _from_spec(ref, directory) if isinstance(ref, DatasetSpec) else _by_name(ref, *info, directory)
         for ref in refs
     ]
+    return [replace(attr, media_directory=spec.media.directory or spec.directory) for attr in attrs]
 
 
 def _load_info(directory: Path) -> tuple[Path | None, dict[str, Any]]:

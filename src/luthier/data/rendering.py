@@ -60,7 +60,10 @@ def chat_messages(conversation: Conversation) -> list[ChatMessage]:
 
 
 def _chat_message(message: Message) -> ChatMessage:
-    chat: ChatMessage = {"role": message.role, "content": message.content}
+    chat: ChatMessage = {
+        "role": message.role,
+        "content": _parts(message) if message.media else message.content,
+    }
     if message.reasoning is not None:
         chat["reasoning_content"] = message.reasoning
     if message.tool_calls:
@@ -70,6 +73,18 @@ def _chat_message(message: Message) -> ChatMessage:
             for call in message.tool_calls
         ]
     return chat
+
+
+def _parts(message: Message) -> list[dict[str, str]]:
+    """Content with media as the list of parts that templates of models with eyes and ears expect."""
+    parts: list[dict[str, str]] = []
+    last = 0
+    for one in message.media:
+        if message.content[last : one.at]:
+            parts.append({"type": "text", "text": message.content[last : one.at]})
+        parts.append({"type": one.kind})
+        last = one.at
+    return [*parts, {"type": "text", "text": message.content[last:]}] if message.content[last:] else parts
 
 
 def with_default_system(source: str, system: str) -> str:

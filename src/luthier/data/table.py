@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -12,7 +13,8 @@ from typing import Any, overload
 import numpy as np
 import pyarrow as pa
 
-from luthier.types import Sample
+from luthier.samples import MediaOpener
+from luthier.types import Media, Sample
 
 Int64 = np.ndarray[Any, np.dtype[np.int64]]
 
@@ -24,6 +26,7 @@ SCHEMA = pa.schema(
         ("row", pa.int64()),
         ("branches", pa.list_(pa.int32())),
         ("label", pa.float32()),
+        ("media", pa.large_string()),
     ]
 )
 _CHUNK = 1000
@@ -45,9 +48,18 @@ class _Chunk:
     branch_offsets: np.ndarray[Any, np.dtype[np.int32]]
     branches: np.ndarray[Any, np.dtype[np.int32]]
     label: np.ndarray[Any, np.dtype[np.float32]]
+    media: pa.LargeStringArray
 
     def branches_of(self, k: int) -> tuple[int, ...]:
         return tuple(self.branches[self.branch_offsets[k] : self.branch_offsets[k + 1]].tolist())
+
+    def media_of(self, k: int) -> tuple[Media, ...]:
+        if not (text := self.media[k].as_py()):
+            return ()
+        return tuple(
+            Media(kind, source if isinstance(source, str) else tuple(source))
+            for kind, source in json.loads(text)
+        )
 
 
 class SampleTable(Sequence[Sample]):
@@ -63,12 +75,14 @@ class SampleTable(Sequence[Sample]):
         order: Int64 | None = None,
         rows: Int64 | None = None,
         groups: list[list[int]] | None = None,
+        opener: MediaOpener | None = None,
     ) -> None:
         self._chunks = list(chunks)
         self._starts = np.cumsum([0, *(len(chunk.index) for chunk in self._chunks)], dtype=np.int64)
         self._order = order
         self._rows = rows
         self.groups = groups
+        self._opener = opener
 
     @classmethod
     def of(cls, samples: Iterable[Placed], source: str = "") -> SampleTable:
@@ -101,6 +115,7 @@ class SampleTable(Sequence[Sample]):
         return cls(
             [chunk for table in tables for chunk in table._chunks],
             rows=np.concatenate(rows) if rows else np.zeros(0, np.int64),
+            opener=next((table._opener for table in tables), None),
         )
 
     def take_rows(self, positions: Int64) -> SampleTable:
@@ -110,10 +125,15 @@ class SampleTable(Sequence[Sample]):
         ranks = rank[self.rows]
         kept = np.flatnonzero(ranks >= 0)
         kept = kept[np.argsort(ranks[kept], kind="stable")]
-        return SampleTable(self._chunks, kept if self._order is None else self._order[kept], ranks[kept])
+        order = kept if self._order is None else self._order[kept]
+        return SampleTable(self._chunks, order, ranks[kept], opener=self._opener)
 
     def with_groups(self, groups: list[list[int]]) -> SampleTable:
-        return SampleTable(self._chunks, self._order, self._rows, groups)
+        return SampleTable(self._chunks, self._order, self._rows, groups, self._opener)
+
+    def with_opener(self, opener: MediaOpener | None) -> SampleTable:
+        """The same samples, each with what opens its media."""
+        return SampleTable(self._chunks, self._order, self._rows, self.groups, opener)
 
     def __len__(self) -> int:
         return int(self._starts[-1]) if self._order is None else len(self._order)
@@ -140,6 +160,8 @@ class SampleTable(Sequence[Sample]):
             int(chunk.index[k]),
             chunk.branches_of(k),
             float(chunk.label[k]),
+            media=chunk.media_of(k),
+            opener=self._opener,
         )
 
     @cached_property
@@ -197,6 +219,7 @@ def _batches(samples: Iterable[Placed]) -> Iterator[pa.RecordBatch]:
             pa.array([row for row, _ in batch], pa.int64()),
             pa.array([sample.branches for _, sample in batch], pa.list_(pa.int32())),
             pa.array([sample.label for _, sample in batch], pa.float32()),
+            pa.array([_media_text(sample) for _, sample in batch], pa.large_string()),
         ]
         yield pa.record_batch(columns, schema=SCHEMA)
 
@@ -213,7 +236,14 @@ def _chunk(batch: pa.RecordBatch, source: str) -> _Chunk:
         branches.offsets.to_numpy(),
         branches.values.to_numpy(),
         batch.column("label").to_numpy(),
+        batch.column("media"),
     )
+
+
+def _media_text(sample: Sample) -> str:
+    if not sample.media:
+        return ""
+    return json.dumps([[one.kind, one.source] for one in sample.media], ensure_ascii=False)
 
 
 def _longest_rows(chunk: _Chunk) -> Int64:

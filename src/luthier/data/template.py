@@ -51,6 +51,19 @@ def load_template(
     unknown name, a tokenizer without chat template, an end token that the vocabulary lacks, and tokenizers
     without a fast backend.
     """
+    family, marked = install_template(tokenizer, spec)
+    return ChatTemplate(
+        tokenizer,
+        family=family,
+        parse_special_tokens=spec.parse_special_tokens,
+        marked=marked if pieces else None,
+    )
+
+
+def install_template(
+    tokenizer: PreTrainedTokenizerBase, spec: DataSpec
+) -> tuple[families.Family | None, str | dict[str, str]]:
+    """Put the recipe's template on the tokenizer, as `load_template` says; the family, and the text with its marks."""
     if not getattr(tokenizer, "is_fast", False):
         raise DataError(
             f"{type(tokenizer).__name__} has no fast (Rust) backend; convert it to a tokenizer.json first"
@@ -74,12 +87,7 @@ def load_template(
         raise DataError("the tokenizer has no end token (eos_token), so nothing could end an answer")
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
-    return ChatTemplate(
-        tokenizer,
-        family=family,
-        parse_special_tokens=spec.parse_special_tokens,
-        marked=marked if pieces else None,
-    )
+    return family, marked
 
 
 def _family(tokenizer: PreTrainedTokenizerBase, wanted: str | TemplateSpec | None) -> families.Family | None:
@@ -229,11 +237,20 @@ class ChatTemplate:
         text = renderer.render(messages, tools).replace(self._mark, "")
         return self._specials.unmark(text) if marked else text
 
+    def messages(self, conversation: Conversation) -> list[ChatMessage]:
+        """The conversation in the form that the chat template takes; DataError for media: see `media_template`."""
+        if any(message.media for message in conversation.messages):
+            raise DataError(
+                "the data has images, films or sounds, and this model has no processor for them: train one that sees "
+                "or hears, or leave columns.images, videos and audios out of the data set's description"
+            )
+        return chat_messages(conversation)
+
     def _prepared(
         self, conversation: Conversation
     ) -> tuple[list[ChatMessage], Sequence[Any], Renderer, bool]:
         """Messages and tools for the template; marked (and True) if a user's text holds special tokens."""
-        messages: list[ChatMessage] = chat_messages(conversation)
+        messages = self.messages(conversation)
         tools: Sequence[Any] = list(conversation.tools)
         if not messages:
             raise RowError("no messages")

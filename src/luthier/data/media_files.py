@@ -1,0 +1,303 @@
+"""Files of media: whether they can be opened, how large they are, and what is in them.
+
+    MediaRules.of(spec, llamafactory)   the recipe's limits
+    measure(media, rules)               -> Extent, which decides how many tokens it has; the file is checked
+    opened(media, rules)                -> what a processor takes
+
+`measure` reads no more than it must, but enough that a file that passes can be opened in training: a JPEG file is
+decoded at an eighth of its size, which finds one that is cut short.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import io
+import math
+import wave
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+from luthier.conversations import Media
+from luthier.recipe.media import MediaSpec
+from luthier.types import DataError, RowError
+
+_IMAGE_FAULTS = (
+    UnidentifiedImageError,
+    Image.DecompressionBombError,
+    OSError,
+    SyntaxError,
+    ValueError,
+    binascii.Error,
+)
+"""What PIL raises of a file that is not what it says."""
+_ORIENTATION = 0x0112
+_REMEMBERED = 65536
+
+Float32 = np.ndarray[Any, np.dtype[np.float32]]
+
+
+@dataclass(frozen=True, slots=True)
+class MediaRules:
+    """How media are made smaller or larger before the model's processor sees them; None leaves them alone.
+
+    `upright`: turn photographs as their camera says, as transformers does in generation and LLaMA-Factory does not.
+    """
+
+    image_pixels: tuple[int | None, int | None] = (None, None)
+    video_pixels: tuple[int | None, int | None] = (None, None)
+    video_fps: float = 2.0
+    video_max_frames: int = 128
+    audio_sampling_rate: int | None = None
+    upright: bool = True
+
+    @classmethod
+    def of(cls, spec: MediaSpec, *, llamafactory: bool = False) -> MediaRules:
+        """The recipe's; for one translated from LLaMA-Factory, its limits where the file names none."""
+        image, video = (32 * 32, 768 * 768), (16 * 16, 256 * 256)
+        if not llamafactory:
+            image = video = (None, None)  # type: ignore[assignment]
+        return cls(
+            image_pixels=(spec.image_min_pixels or image[0], spec.image_max_pixels or image[1]),
+            video_pixels=(spec.video_min_pixels or video[0], spec.video_max_pixels or video[1]),
+            video_fps=spec.video_fps,
+            video_max_frames=spec.video_max_frames,
+            audio_sampling_rate=spec.audio_sampling_rate or (16000 if llamafactory else None),
+            upright=not llamafactory,
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Extent:
+    """What of a medium its number of tokens depends on: pixels, frames with their times, or samples of a sound."""
+
+    kind: str
+    width: int = 0
+    height: int = 0
+    frames: int = 0
+    fps: float = 0.0
+    samples: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Film:
+    """Frames of a film; `fps` is how many of them a second of it has."""
+
+    frames: list[Image.Image]
+    fps: float
+
+
+def measure(media: Media, rules: MediaRules) -> Extent:
+    """How large a medium is for the processor. Raises RowError for a file that is missing or cannot be opened."""
+    if media.kind == "audio":
+        return Extent("audio", samples=len(_sound(media.source, rules)))
+    if media.kind == "image":
+        width, height = _size(_only(media), rules)
+        return Extent("image", *fitted_size(width, height, *rules.image_pixels))
+    if isinstance(media.source, str):
+        film = _film(media.source, rules)
+        return Extent("video", *film.frames[0].size, frames=len(film.frames), fps=film.fps)
+    sizes = [_size(frame, rules) for frame in media.source]
+    if len(set(sizes)) > 1:
+        raise RowError("frames of a film differ in size", media.source[0])
+    size = fitted_size(*sizes[0], *rules.video_pixels)
+    return Extent("video", *size, frames=len(sizes), fps=rules.video_fps)
+
+
+def opened(media: Media, rules: MediaRules) -> Image.Image | Film | Float32:
+    """An image, the frames of a film, or the samples of a sound (n,) float32. Raises RowError as `measure` does."""
+    if media.kind == "audio":
+        return _sound(media.source, rules)
+    if media.kind == "image":
+        return _fitted(_read_image(_only(media), rules), rules.image_pixels)
+    if isinstance(media.source, str):
+        return _film(media.source, rules)
+    frames = [_fitted(_read_image(frame, rules), rules.video_pixels) for frame in media.source]
+    return Film(frames, rules.video_fps)
+
+
+def fitted_size(width: int, height: int, least: int | None, most: int | None) -> tuple[int, int]:
+    """The size after the limits, the shape kept as far as whole pixels allow (LLaMA-Factory's rounding)."""
+    if most is not None and width * height > most:
+        factor = math.sqrt(most / (width * height))
+        width, height = int(width * factor), int(height * factor)
+    if least is not None and width * height < least:
+        factor = math.sqrt(least / max(width * height, 1))
+        width, height = int(width * factor), int(height * factor)
+    return max(width, 1), max(height, 1)
+
+
+def _fitted(image: Image.Image, limits: tuple[int | None, int | None]) -> Image.Image:
+    size = fitted_size(*image.size, *limits)
+    return image if size == image.size else image.resize(size)
+
+
+# --------------------------------------------------------------------------------------------------
+# Images
+
+
+@contextmanager
+def _image(source: str) -> Iterator[Image.Image]:
+    try:
+        with Image.open(_stream(source)) as image:
+            yield image
+    except FileNotFoundError as error:
+        raise RowError("image file is missing", source) from error
+    except _IMAGE_FAULTS as error:
+        raise RowError("image file is broken", f"{_shown(source)}: {error}") from error
+
+
+def _size(source: str, rules: MediaRules) -> tuple[int, int]:
+    return _checked_size(source, rules.upright, *_stamp(source))
+
+
+@lru_cache(_REMEMBERED)
+def _checked_size(source: str, upright: bool, *stamp: int) -> tuple[int, int]:
+    """Width and height; one look at a file that many rows name. `stamp` forgets a file that changed."""
+    with _image(source) as image:
+        width, height = image.size
+        turned = upright and image.getexif().get(_ORIENTATION, 1) in (5, 6, 7, 8)
+        if image.format == "JPEG":
+            image.draft("L", (max(width // 8, 1), max(height // 8, 1)))
+        image.load()
+    return (height, width) if turned else (width, height)
+
+
+def _read_image(source: str, rules: MediaRules) -> Image.Image:
+    with _image(source) as image:
+        turned = ImageOps.exif_transpose(image) if rules.upright else image
+        return turned.convert("RGB")
+
+
+def stamp(media: Media) -> list[list[int]]:
+    """Size in bytes and time of the last change (ns) of the files of a medium; zeros where one is missing."""
+    sources = media.source if isinstance(media.source, tuple) else (media.source,)
+    return [list(_stamp(source)) for source in sources]
+
+
+def _stamp(source: str) -> tuple[int, int]:
+    if source.startswith("data:"):
+        return len(source), 0
+    try:
+        status = Path(source).stat()
+    except OSError:
+        return 0, 0
+    return status.st_size, status.st_mtime_ns
+
+
+def _stream(source: str) -> Path | io.BytesIO:
+    if not source.startswith("data:"):
+        return Path(source)
+    head, _, body = source.partition(",")
+    return io.BytesIO(base64.b64decode(body, validate=True) if head.endswith(";base64") else body.encode())
+
+
+def _only(media: Media) -> str:
+    if isinstance(media.source, tuple):
+        raise RowError("an image has one file", media.source[0])
+    return media.source
+
+
+def _shown(source: str) -> str:
+    return source if len(source) < 200 else f"{source[:60]}..."
+
+
+# --------------------------------------------------------------------------------------------------
+# Films
+
+
+def _film(source: str, rules: MediaRules) -> Film:
+    """Frames of a film file, evenly spaced: `video_fps` of each second, at most `video_max_frames`."""
+    try:
+        import av
+    except ImportError as error:
+        raise DataError(
+            f"{_shown(source)}: film files need PyAV, which is not installed: pip install av"
+        ) from error
+    try:
+        with av.open(_stream(source) if source.startswith("data:") else source) as container:
+            frames = [frame.to_image() for frame in container.decode(video=0)]
+            rate = float(container.streams.video[0].average_rate or rules.video_fps)
+    except FileNotFoundError as error:
+        raise RowError("video file is missing", source) from error
+    except (OSError, ValueError, IndexError) as error:  # av's own errors are kinds of these
+        raise RowError("video file is broken", f"{_shown(source)}: {error}") from error
+    if not frames:
+        raise RowError("video file is broken", f"{_shown(source)}: no frame in it")
+    wanted = min(
+        len(frames), rules.video_max_frames, max(1, math.floor(len(frames) / rate * rules.video_fps))
+    )
+    chosen = np.linspace(0, len(frames) - 1, wanted).astype(int).tolist()
+    kept = [_fitted(frames[k].convert("RGB"), rules.video_pixels) for k in chosen]
+    return Film(kept, wanted * rate / len(frames))
+
+
+# --------------------------------------------------------------------------------------------------
+# Sounds
+
+
+def _sound(source: str | tuple[str, ...], rules: MediaRules) -> Float32:
+    if isinstance(source, tuple):
+        raise RowError("a sound has one file", source[0])
+    rate = rules.audio_sampling_rate or 16000
+    try:
+        samples, found = _wave(source) if _is_wave(source) else _decoded(source)
+    except FileNotFoundError as error:
+        raise RowError("audio file is missing", source) from error
+    except (wave.Error, EOFError, OSError, RuntimeError, ValueError) as error:
+        raise RowError("audio file is broken", f"{_shown(source)}: {error}") from error
+    if not len(samples):
+        raise RowError("audio file is broken", f"{_shown(source)}: no sound in it")
+    return samples if found == rate else _resampled(samples, found, rate, source)
+
+
+def _is_wave(source: str) -> bool:
+    """Whether it is the plain form (PCM of 16 bits) that Python reads by itself."""
+    try:
+        with wave.open(_opened(source)) as file:
+            return bool(file.getsampwidth() == 2)
+    except (wave.Error, EOFError):
+        return False
+
+
+def _opened(source: str) -> Any:
+    stream = _stream(source)
+    return stream if isinstance(stream, io.BytesIO) else str(stream)
+
+
+def _wave(source: str) -> tuple[Float32, int]:
+    with wave.open(_opened(source)) as file:
+        data = np.frombuffer(file.readframes(file.getnframes()), "<i2")
+        samples = data.reshape(-1, file.getnchannels()).mean(axis=1) / 32768
+        return samples.astype(np.float32), file.getframerate()
+
+
+def _decoded(source: str) -> tuple[Float32, int]:
+    try:
+        import soundfile
+    except ImportError as error:
+        raise DataError(
+            f"{_shown(source)}: sounds that are not 16-bit WAV files need soundfile, which is not installed: "
+            "pip install soundfile"
+        ) from error
+    samples, rate = soundfile.read(_opened(source), dtype="float32", always_2d=True)
+    return samples.mean(axis=1), int(rate)
+
+
+def _resampled(samples: Float32, found: int, rate: int, source: str) -> Float32:
+    try:
+        import soxr
+    except ImportError as error:
+        raise DataError(
+            f"{_shown(source)}: it has {found} samples a second and the model wants {rate}, which needs soxr, which is "
+            "not installed: pip install soxr"
+        ) from error
+    resampled: Float32 = soxr.resample(samples, found, rate)
+    return resampled
