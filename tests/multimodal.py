@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import chain
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -22,6 +23,7 @@ from transformers import (
 
 from luthier.data.collate import branch_batch, flat_batch
 from luthier.types import Batch, Sample
+from tests.media import Kind, tiny_processor
 
 VOCAB = 97
 PLACEHOLDER = 90
@@ -100,6 +102,40 @@ def _audio() -> PreTrainedConfig:
     )
 
 
+KINDS: dict[str, Kind] = {"qwen2.5-vl": "qwen2_5_vl", "gemma3": "gemma3", "llava": "llava"}
+"""The families whose processors `tests.media` makes."""
+
+
+def media_model(folder: Path, family: str) -> Path:
+    """A tiny model with its processor in `folder`, as a hub has them; the smallest weights that still see."""
+    tokenizer: Any = tiny_processor(KINDS[family], folder).tokenizer  # type: ignore[attr-defined]
+    config, ids = MULTIMODAL[family](), tokenizer.convert_tokens_to_ids
+    text = config.get_text_config()
+    text.vocab_size = len(tokenizer)
+    for one in (config, text):
+        one.pad_token_id, one.bos_token_id, one.eos_token_id = 0, 1, tokenizer.eos_token_id
+    text.max_position_embeddings = 512
+    marks = {
+        "qwen2.5-vl": {
+            "image_token_id": "<|image_pad|>",
+            "video_token_id": "<|video_pad|>",
+            "vision_start_token_id": "<|vision_start|>",
+            "vision_end_token_id": "<|vision_end|>",
+        },
+        "gemma3": {
+            "image_token_id": "<image_soft_token>",
+            "boi_token_index": "<start_of_image>",
+            "eoi_token_index": "<end_of_image>",
+        },
+        "llava": {"image_token_id": "<image>"},
+    }
+    for name, token in marks[family].items():
+        assert hasattr(config, name), name
+        setattr(config, name, ids(token))
+    _random_model(config).save_pretrained(folder)
+    return folder
+
+
 MULTIMODAL: dict[str, Callable[[], PreTrainedConfig]] = {
     "qwen2.5-vl": _qwen,
     "gemma3": _gemma,
@@ -110,8 +146,12 @@ MULTIMODAL: dict[str, Callable[[], PreTrainedConfig]] = {
 
 def tiny_multimodal(family: str, seed: int = 0) -> PreTrainedModel:
     """A float32 model with large random weights, so that an image at the wrong place shows in every number."""
+    return _random_model(MULTIMODAL[family](), seed)
+
+
+def _random_model(config: PreTrainedConfig, seed: int = 0) -> PreTrainedModel:
     torch.manual_seed(seed)
-    model = AutoModelForMultimodalLM.from_config(MULTIMODAL[family]())
+    model: PreTrainedModel = AutoModelForMultimodalLM.from_config(config)
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.ndim == 2:

@@ -159,7 +159,7 @@ def load_tokenizer(spec: ModelSpec, source: ModelSource) -> PreTrainedTokenizerF
     if _looks_local(path) and not Path(path).expanduser().exists():
         raise ModelError(f"model.tokenizer={path}: no such folder")
     try:
-        tokenizer = AutoTokenizer.from_pretrained(path, **_hub_arguments(spec))
+        tokenizer = AutoTokenizer.from_pretrained(path, **hub_arguments(spec))
     except LOAD_ERRORS as error:
         raise ModelError(
             f"no tokenizer could be loaded from {path}: {tokenizer_fault(path, error)}"
@@ -173,7 +173,7 @@ def load_tokenizer(spec: ModelSpec, source: ModelSource) -> PreTrainedTokenizerF
 def load_config(spec: ModelSpec, source: ModelSource) -> PreTrainedConfig:
     """The model's config. Raises ModelError where there is none, or it describes no model."""
     try:
-        config = AutoConfig.from_pretrained(source.path, **_hub_arguments(spec))
+        config = AutoConfig.from_pretrained(source.path, **hub_arguments(spec))
     except LOAD_ERRORS as error:
         raise ModelError(f"model.path={spec.path}: its config could not be read: {reason(error)}") from error
     assert isinstance(config, PreTrainedConfig)
@@ -222,7 +222,7 @@ def load_model(
             # Not ignored: they are in the loading info, where a mismatch would else be a table in a log.
             ignore_mismatched_sizes=True,
             **quantized,
-            **_hub_arguments(spec),
+            **hub_arguments(spec),
         )
     except (*LOAD_ERRORS, KeyError, EOFError, UnpicklingError) as error:
         raise _not_loaded(error, attention, config, label, source) from error
@@ -234,7 +234,7 @@ def load_model(
     model.luthier_positions = positions  # type: ignore[assignment]
     hold_parts(model, spec.frozen_parts)
     if is_multimodal(config):
-        remember_processor(model, processor_files(source.path, _hub_arguments(spec)))
+        remember_processor(model, processor_files(source.path, hub_arguments(spec)))
     _apply_tricks(model, spec)
     nn.Module.to(model, device)
     finish_quantization(model, spec.quantization, device, label)
@@ -274,7 +274,8 @@ def _bare(spec: ModelSpec, config: PreTrainedConfig) -> nn.Module:
     return model
 
 
-def _hub_arguments(spec: ModelSpec) -> dict[str, Any]:
+def hub_arguments(spec: ModelSpec) -> dict[str, Any]:
+    """What `from_pretrained` is told beside the path."""
     arguments: dict[str, Any] = {"trust_remote_code": spec.trust_remote_code, "revision": spec.revision}
     if spec.cache_dir is not None:
         arguments["cache_dir"] = spec.cache_dir

@@ -12,11 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from peft import PeftModel
-from transformers import AutoProcessor, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers.utils.hub import cached_file
-
-from luthier.model.faults import LOAD_ERRORS, reason
-from luthier.types import ModelError
 
 PROCESSOR_FILES = ("processor_config.json", "preprocessor_config.json", "video_preprocessor_config.json")
 
@@ -57,17 +54,3 @@ def write_processor(model: PreTrainedModel | PeftModel, folder: Path) -> None:
     files: Mapping[str, bytes] = getattr(inner, "luthier_processor", {})
     for name, content in files.items():
         (folder / name).write_bytes(content)
-
-
-def load_processor(path: str, hub: Mapping[str, Any], label: str) -> Any:
-    """transformers' processor of a model in a folder, or of a hub name with these arguments.
-
-    Raises ModelError, beginning with `label`, where there is none or a library that it needs is missing.
-    """
-    try:
-        return AutoProcessor.from_pretrained(path, **hub)  # type: ignore[no-untyped-call]
-    except (*LOAD_ERRORS, AttributeError) as error:
-        text = reason(error)
-        if "orchvision" in text or "VIDEO_PROCESSOR_MAPPING" in text:
-            text = "it needs torchvision (pip install torchvision, the build that goes with this torch)"
-        raise ModelError(f"{label}: its processor could not be loaded: {text}") from error
