@@ -19,7 +19,9 @@ from transformers import (
 
 from luthier.arrange import Material, first_batches
 from luthier.data.encode import EncodeOptions
+from luthier.data.media_template import load_media_template
 from luthier.data.prepare import Preparation, Progress, prepare
+from luthier.data.processors import load_processor
 from luthier.data.template import ChatTemplate, load_template
 from luthier.engine.precedence import rollout_settings
 from luthier.environment import require
@@ -30,7 +32,7 @@ from luthier.methods.lora import Lora
 from luthier.model.calibration import Calibration
 from luthier.model.dropout import drop_nothing
 from luthier.model.faults import require_token_rows
-from luthier.model.load import ModelSource, load_config, load_model, load_tokenizer
+from luthier.model.load import ModelSource, hub_arguments, load_config, load_model, load_tokenizer, locate
 from luthier.model.logprobs import chosen_rows
 from luthier.model.multimodal import is_multimodal
 from luthier.model.neftune import EmbeddingNoise
@@ -152,12 +154,28 @@ def load_tokens(
 
 def read_material(settings: Recipe, tokenizer: PreTrainedTokenizerFast, say: Say) -> Material:
     """Read, check and tokenize the data, saying how far it is. Raises DataError for data that cannot be used."""
-    template = load_template(tokenizer, settings.data, pieces=settings.data.rules == "llamafactory")
+    template = _template(settings, tokenizer, say)
     if isinstance(settings.stage, RmSpec):
         _choose_padding(settings, template, say)
     stage, how = preparation(settings, template)
     data = prepare(settings.data, how, _row_progress(say))
     return Material(template, stage, data)
+
+
+def _template(settings: Recipe, tokenizer: PreTrainedTokenizerFast, say: Say) -> ChatTemplate:
+    """The template, with the model's processor where it has one."""
+    pieces = settings.data.rules == "llamafactory"
+    source = locate(settings.model)
+    try:
+        processor = load_processor(
+            source.path, hub_arguments(settings.model), load_config(settings.model, source)
+        )
+    except ModelError as error:  # text can be trained without
+        say(f"note: {error}; rows with images, films or sounds are refused")
+        processor = None
+    if processor is None:
+        return load_template(tokenizer, settings.data, pieces=pieces)
+    return load_media_template(tokenizer, processor, settings.data, pieces=pieces)
 
 
 def preparation(settings: Recipe, template: ChatTemplate) -> tuple[Stage, Preparation]:

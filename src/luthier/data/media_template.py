@@ -72,6 +72,10 @@ _LISTS = (
 """Put before a template that takes nothing but lists of parts, so that it takes plain texts too."""
 
 
+MEDIA_PARTS = "{%- set messages = plain.messages -%}"
+"""What `with_media_parts` writes right before the template."""
+
+
 def with_media_parts(source: str, placeholders: dict[str, str]) -> str:
     """The same template, for which a list of parts is its text with a placeholder for each medium."""
     cases = "".join(
@@ -87,7 +91,7 @@ def with_media_parts(source: str, placeholders: dict[str, str]) -> str:
         "{%- if part['type'] == 'text' -%}{%- set joined.text = joined.text + part['text'] -%}{%- endif -%}"
         + cases
         + "{%- endfor -%}{%- set plain.messages = plain.messages + [dict(message, content=joined.text)] -%}"
-        "{%- endif -%}{%- endfor -%}{%- set messages = plain.messages -%}" + source
+        "{%- endif -%}{%- endfor -%}" + MEDIA_PARTS + source
     )
 
 

@@ -76,7 +76,7 @@ class MediaReader:
     def _part(self, kind: str) -> Any:
         return next((part for name in _PARTS[kind] if (part := getattr(self.processor, name, None))), None)
 
-    def takes(self, kind: MediaKind) -> bool:
+    def takes(self, kind: str) -> bool:
         return kind in self.placeholders and self._part(kind) is not None
 
     def require(self, kind: MediaKind) -> None:

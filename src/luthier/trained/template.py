@@ -7,6 +7,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerFast
 
+from luthier.data.media_template import MEDIA_PARTS
 from luthier.data.template import ChatTemplate, load_template
 from luthier.model.load import load_tokenizer, locate
 from luthier.model.value_head import choose_padding
@@ -42,6 +43,8 @@ def trained_template(trained: Trained, say: Callable[[str], object]) -> ChatTemp
         data = data.model_copy(update=update)
     saved = tokenizer.chat_template
     template = load_template(tokenizer, data, pieces=data.rules == "llamafactory")
+    if isinstance(saved, str) and saved.endswith(MEDIA_PARTS + str(tokenizer.chat_template)):
+        tokenizer.chat_template = saved  # it was trained with images, films or sounds, and takes them
     if not trained.named_template and tokenizer.chat_template != saved:
         raise ModelError(
             f"{trained.tokenizer}: its chat template is not the one that this Luthier has under the name "
