@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from peft import PeftModel
 from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor
@@ -18,8 +19,6 @@ import luthier
 from luthier.data.processors import processor_class
 from luthier.export_verb import export
 from luthier.model.multimodal import PARTS
-from luthier.trained import load
-from luthier.trained.source import from_folder
 from luthier.types import ModelError
 from tests.media import picture
 from tests.multimodal import media_model
@@ -135,7 +134,9 @@ def test_the_loss_is_that_of_plain_transformers_on_the_demonstration(
             total += float(model(**inputs, labels=torch.tensor([labels])).loss) * targets
         num_targets += targets
     assert num_targets == 880
-    assert _log(tmp_path / "run")[0] == pytest.approx(total / num_targets, abs=1e-4)  # the log has four places
+    assert _log(tmp_path / "run")[0] == pytest.approx(
+        total / num_targets, abs=1e-4
+    )  # the log has four places
 
 
 @pytest.mark.parametrize(
@@ -234,8 +235,7 @@ def test_the_merged_model_sees_what_was_trained(bases: dict[str, Path], tmp_path
     assert any(".visual.merger." in name for name in weights)
     assert not any(".visual.blocks." in name for name in weights)
     assert export(run, output=out, quiet=True).passed
-    trained = from_folder(run, base=None)
-    live = load.Loader(trained, load.locate(trained.model), torch.device("cpu")).live()
+    live = PeftModel.from_pretrained(AutoModelForMultimodalLM.from_pretrained(bases[family]), run).eval()
     merged, processor = AutoModelForMultimodalLM.from_pretrained(out).eval(), _processor(out, family)
     text = "<|vision_start|><|image_pad|><|vision_end|>What is it?"
     inputs = processor(text=[text], images=[Image.open(tmp_path / "4.png")], return_tensors="pt")

@@ -146,8 +146,10 @@ def test_models_without_parts() -> None:
 def test_an_unknown_structure_says_so() -> None:
     model = tiny_multimodal("llava")
     model.model.ears = nn.Linear(2, 2)
-    with pytest.raises(ModelError, match=r"to which part model\.ears\.weight belongs; set it to \[\]"):
-        hold_parts(model, None)
+    hold_parts(model, None)  # it can be asked all the same
+    for spec in (FULL, FREEZE, LORA):
+        with pytest.raises(ModelError, match=r"to which part model\.ears\.weight belongs; set it to \[\]"):
+            build_method(spec).apply(model)
     hold_parts(model, ())
     assert frozen_modules(model) is None
 

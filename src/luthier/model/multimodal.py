@@ -114,21 +114,22 @@ def sorter(model: PreTrainedModel) -> Sorter:
 def hold_parts(model: PreTrainedModel, wanted: Sequence[ModelPart] | None) -> None:
     """Remember which parts of a loaded model are frozen; `wanted` is the recipe's, None for the default.
 
-    Raises ModelError for parts of a model that has none, and for one whose parts are not known.
+    Raises ModelError for parts of a model that has none. Whether they are known is asked only where it trains.
     """
     if not is_multimodal(model.config):
         if wanted:
             raise ModelError(f"{KEY}: {type(model).__name__} reads no media, so it has no parts; remove it")
         return
-    frozen, part_of = DEFAULT_FROZEN if wanted is None else tuple(wanted), sorter(model)
-    if frozen:
-        for name, _ in model.named_parameters():
-            if part_of(name) is None:
-                raise ModelError(
-                    f"{KEY}: of {type(model).__name__} it is not known to which part {name} belongs; set it to [], "
-                    "and say by name what trains, with method.frozen or method.targets"
-                )
-    model.luthier_frozen_parts = frozen  # type: ignore[assignment]
+    model.luthier_frozen_parts = DEFAULT_FROZEN if wanted is None else tuple(wanted)  # type: ignore[assignment]
+
+
+def _require_known(model: PreTrainedModel, part_of: Sorter) -> None:
+    for name, _ in model.named_parameters():
+        if part_of(name) is None:
+            raise ModelError(
+                f"{KEY}: of {type(model).__name__} it is not known to which part {name} belongs; set it to [], "
+                "and say by name what trains, with method.frozen or method.targets"
+            )
 
 
 def frozen_parts(model: nn.Module) -> tuple[ModelPart, ...]:
@@ -138,10 +139,12 @@ def frozen_parts(model: nn.Module) -> tuple[ModelPart, ...]:
 
 
 def frozen_parameters(model: PreTrainedModel) -> dict[nn.Parameter, str]:
-    """The parameters of the parts that are held still, and their names."""
+    """The parameters of the parts that are held still, and their names. Raises ModelError where it is not known of all
+    parameters to which part they belong."""
     frozen, part_of = frozen_parts(model), sorter(model)
     if not frozen:
         return {}
+    _require_known(model, part_of)
     return {one: name for name, one in model.named_parameters() if part_of(name) in frozen}
 
 
@@ -162,8 +165,13 @@ def in_language(model: PreTrainedModel) -> Callable[[str], bool]:
 
 
 def frozen_modules(model: PreTrainedModel) -> str | None:
-    """A pattern of the full names of all modules of frozen parts, for PEFT's `exclude_modules`; None for none."""
+    """A pattern of the full names of all modules of frozen parts, for PEFT's `exclude_modules`; None for none.
+
+    Raises ModelError as `frozen_parameters` does.
+    """
     frozen, prefix = frozen_parts(model), re.escape(_prefix(model))
+    if frozen:
+        _require_known(model, sorter(model))
     names = []
     for known, part in PARTS.items():
         if part in frozen:
