@@ -297,12 +297,19 @@ def build_model(
         arithmetic,
         probe,
         share_prompts=getattr(settings.stage, "share_prompts", False),
-        media=is_multimodal(load_config(settings.model, source)),
+        media=is_multimodal(load_config(settings.model, source)) and _has_media(material),
     )
     assert isinstance(model, PreTrainedModel | PeftModel)
     if isinstance(methods[-1], Lora) and isinstance(model, PeftModel):
         begin_adapter(settings, source, device, model, methods[-1], material, resumed, say)
     return model, _finish(settings, model, methods[-1], say)
+
+
+def _has_media(material: Material | None) -> bool:
+    """Whether rows may have images, films or sounds; of data that nobody has seen they may."""
+    if material is None:
+        return True
+    return any(table.has_media for table in (material.data.train, *material.data.eval.values()))
 
 
 def _finish(settings: Recipe, model: PreTrainedModel | PeftModel, method: Method, say: Say) -> Method:

@@ -217,6 +217,24 @@ def test_pairs_with_pictures(
     assert (tmp_path / "run" / PROCESSOR_FILE).is_file()
 
 
+@pytest.mark.parametrize("family", [QWEN, "gemma3"])
+def test_text_alone_needs_no_padding(family: str, bases: dict[str, Path], tmp_path: Path) -> None:
+    """The same model with and without pictures in its data: flat rows where they are proven, the same first loss."""
+    recipe = _recipe(tmp_path, bases[family], train={"epochs": 1})
+    rows = json.loads((tmp_path / "rows.json").read_text())
+    for row in rows:
+        row["images"], row["messages"][0]["content"] = [], "What is it?"
+    (tmp_path / "rows.json").write_text(json.dumps(rows), encoding="utf-8")
+    losses = []
+    for layout in ("flat", "padded"):
+        recipe["train"]["output"] = str(tmp_path / layout)
+        recipe["model"]["rows"] = "auto" if layout == "flat" else layout
+        luthier.train(recipe, quiet=True)
+        assert json.loads((tmp_path / layout / "run.json").read_text())["rows"]["layout"] == layout
+        losses.append(_log(tmp_path / layout))
+    assert losses[0] == pytest.approx(losses[1], abs=2e-4)
+
+
 def test_a_family_without_value_head_says_so(bases: dict[str, Path], tmp_path: Path) -> None:
     recipe = _recipe(tmp_path, bases[QWEN], "pair", stage={"type": "rm"})
     with pytest.raises(ModelError, match="cannot be a reward model"):

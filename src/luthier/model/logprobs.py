@@ -24,7 +24,7 @@ from luthier.model.kernel import Anchor, Logits, chunk_rows, token_logprobs
 from luthier.model.multimodal import makes_positions
 from luthier.model.offload import keeping_activations
 from luthier.model.reference import Reference
-from luthier.model.rows import FLAT, Rows, padded_media, padded_rows
+from luthier.model.rows import FLAT, Rows, is_token_types, padded_media, padded_rows
 from luthier.types import IGNORE_INDEX, Batch, ModelError, TokenLogprobs
 
 # --------------------------------------------------------------------------------------------------
@@ -153,6 +153,8 @@ def backbone_inputs(
     """
     inputs = dict(zip(("input_ids",), args, strict=False)) | kwargs
     media = inputs.pop("media", {})
+    if all(is_token_types(name) for name in media):
+        media = {}  # text alone: all tokens are of one type
     if inputs.get("segment_parents") is not None and not rows.shares_prompts:
         raise ModelError("a batch whose answers share prompts needs a model that is proven to share them")
     if rows.padded:

@@ -107,14 +107,16 @@ def padded_rows(
     )
 
 
+def is_token_types(name: str) -> bool:
+    """Whether a forward argument says of each token what it stands for."""
+    return name.endswith("token_type_ids")
+
+
 def padded_media(media: Mapping[str, Tensor], cu_seqlens: Tensor, side: Side) -> dict[str, Tensor]:
     """Forward arguments of media for padded rows: what says of each token (1, T) whether it stands for media becomes
     (S, L), with 0 for padding, as text has it; the media themselves stay in the order of the rows."""
     spread = _spreader(cu_seqlens, side)
-    return {
-        name: spread(values[0], 0) if name.endswith("token_type_ids") else values
-        for name, values in media.items()
-    }
+    return {name: spread(values[0], 0) if is_token_types(name) else values for name, values in media.items()}
 
 
 def _spreader(cu_seqlens: Tensor, side: Side) -> Callable[[Tensor, int], Tensor]:
