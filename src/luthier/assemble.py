@@ -36,6 +36,7 @@ from luthier.model.dropout import drop_nothing
 from luthier.model.faults import require_token_rows
 from luthier.model.load import ModelSource, hub_arguments, load_config, load_model, load_tokenizer, locate
 from luthier.model.logprobs import chosen_rows
+from luthier.model.multimodal import is_multimodal
 from luthier.model.neftune import EmbeddingNoise
 from luthier.model.norms import upcast_trained
 from luthier.model.original_weights import OriginalWeights
@@ -301,11 +302,19 @@ def build_model(
         arithmetic,
         probe,
         share_prompts=getattr(settings.stage, "share_prompts", False),
+        media=is_multimodal(load_config(settings.model, source)) and _has_media(material),
     )
     assert isinstance(model, PreTrainedModel | PeftModel)
     if isinstance(methods[-1], Lora) and isinstance(model, PeftModel):
         begin_adapter(settings, source, device, model, methods[-1], material, resumed, say)
     return model, _finish(settings, model, methods[-1], say)
+
+
+def _has_media(material: Material | None) -> bool:
+    """Whether rows may have images, films or sounds; of data that nobody has seen they may."""
+    if material is None:
+        return True
+    return any(table.has_media for table in (material.data.train, *material.data.eval.values()))
 
 
 def _finish(settings: Recipe, model: PreTrainedModel | PeftModel, method: Method, say: Say) -> Method:

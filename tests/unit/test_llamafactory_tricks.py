@@ -102,3 +102,26 @@ def test_freezing() -> None:
     values = {"finetuning_type": "freeze", "freeze_trainable_layers": 3, "freeze_extra_modules": "norm"}
     method = load(**values, freeze_trainable_modules="mlp").recipe.method
     assert method == FreezeSpec(layers=3, modules=("mlp",), extra_modules=("norm",))
+
+
+PROJECTOR = "freeze_multi_modal_projector: no effect with lora_target: all, which leaves projectors out there"
+
+
+@pytest.mark.parametrize(
+    ("values", "frozen", "notes"),
+    [
+        ({"freeze_vision_tower": True, "freeze_multi_modal_projector": True}, None, ()),
+        ({"freeze_vision_tower": False}, ("projector",), ()),
+        ({"freeze_vision_tower": False, "freeze_language_model": True}, ("projector", "language"), ()),
+        ({"freeze_multi_modal_projector": False}, None, (PROJECTOR,)),
+        ({"freeze_multi_modal_projector": False, "lora_target": "q_proj,linear_1"}, ("tower",), ()),
+        ({"freeze_multi_modal_projector": False, "finetuning_type": "full"}, ("tower",), ()),
+    ],
+)
+def test_parts_of_models_with_images(
+    values: dict[str, Any], frozen: tuple[str, ...] | None, notes: tuple[str, ...]
+) -> None:
+    loaded = load(**values)
+    assert loaded.recipe.model.frozen_parts == frozen
+    if "finetuning_type" not in values:
+        assert said(loaded) == notes

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 from peft import PeftModel
-from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from luthier.arrange import Material, training_steps
 from luthier.assemble import (
@@ -43,6 +43,7 @@ from luthier.methods.groups import count_parameters
 from luthier.model.faults import LOAD_ERRORS
 from luthier.model.load import ModelSource, fingerprint, load_config, locate
 from luthier.model.logprobs import chosen_rows
+from luthier.model.multimodal import language_class
 from luthier.model.quantize import DTYPES
 from luthier.model.reference import Reference
 from luthier.model.vocabulary import VocabularyChange
@@ -337,7 +338,7 @@ def _least_bytes(settings: Recipe, source: ModelSource) -> int:
     dtype = DTYPES.get(settings.model.dtype, getattr(config, "dtype", None) or torch.float32)
     try:
         with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]
+            model = language_class(config).from_config(
                 config, dtype=dtype, trust_remote_code=settings.model.trust_remote_code
             )
     except LOAD_ERRORS:

@@ -12,6 +12,7 @@ from typing import Any, overload
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from luthier.samples import MediaOpener
 from luthier.types import Media, Sample
@@ -134,6 +135,11 @@ class SampleTable(Sequence[Sample]):
     def with_opener(self, opener: MediaOpener | None) -> SampleTable:
         """The same samples, each with what opens its media."""
         return SampleTable(self._chunks, self._order, self._rows, self.groups, opener)
+
+    @property
+    def has_media(self) -> bool:
+        """Whether any row of its files has images, films or sounds."""
+        return any(pc.max(pc.binary_length(chunk.media)).as_py() for chunk in self._chunks)
 
     def __len__(self) -> int:
         return int(self._starts[-1]) if self._order is None else len(self._order)

@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from luthier.model.processor import write_processor
 from luthier.model.quantized_layers import num_weights
 from luthier.model.value_head import HEAD_WEIGHT, VALUE_HEAD_NAME, value_head, write_value_head
 from luthier.trained.source import Trained
@@ -59,6 +60,7 @@ def write_model(
     _say_special_tokens(model, tokenizer, stop_ids)
     model.config.dtype = next(model.parameters()).dtype
     model.save_pretrained(folder, max_shard_size=shard_size)
+    write_processor(model, folder)
     tokenizer.save_pretrained(folder)
 
 

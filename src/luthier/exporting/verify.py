@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 from transformers import (
-    AutoModelForCausalLM,
+    AutoConfig,
     AutoModelForSequenceClassification,
     AutoTokenizer,
     PreTrainedModel,
@@ -42,6 +42,7 @@ from luthier.exporting.answers import (
 from luthier.exporting.merge import changed_tensors, tensor_hashes, value_head_fault
 from luthier.exporting.probes import Probes
 from luthier.model.faults import LOAD_ERRORS, reason, require_all_weights
+from luthier.model.multimodal import language_class
 from luthier.model.value_head import value_head
 from luthier.model.vocabulary import token_modules
 from luthier.types import ModelError, ModelKind
@@ -133,7 +134,8 @@ def load_plain(
     folder: Path, kind: ModelKind, device: torch.device, trust_remote_code: bool
 ) -> PreTrainedModel:
     """The model in `folder` as anybody loads it. Raises ModelError where weights were missing and are drawn."""
-    auto: Any = AutoModelForSequenceClassification if kind == "reward" else AutoModelForCausalLM
+    config = AutoConfig.from_pretrained(str(folder), trust_remote_code=trust_remote_code)
+    auto: Any = AutoModelForSequenceClassification if kind == "reward" else language_class(config)
     model, report = auto.from_pretrained(
         str(folder), dtype="auto", output_loading_info=True, trust_remote_code=trust_remote_code
     )

@@ -21,11 +21,13 @@ from luthier.methods.adapter_files import (
     missing_weights,
     require_base,
 )
-from luthier.methods.groups import checkpoints_activations, decay_groups
+from luthier.methods.groups import checkpoints_activations, decay_groups, require_input_gradients
 from luthier.methods.token_rows import fuse_token_rows
 from luthier.model.base_record import remembered_base, write_base
 from luthier.model.faults import reason
+from luthier.model.multimodal import frozen_modules
 from luthier.model.positions import loaded_positions, read_positions, stretch_loaded, write_positions
+from luthier.model.processor import write_processor
 from luthier.model.value_head import value_head, write_value_head
 from luthier.model.vocabulary import (
     VocabularyChange,
@@ -74,10 +76,11 @@ class Adapter(ABC):
         continued = adapters.pop() if self.spec.continues else None
         for folder in adapters:
             model = self.merged(model, folder)
+        inner = model
         peft_model = self._new(model) if continued is None else self._continued(model, continued)
         if checkpoints_activations(model):
             # Without it the first checkpointed layer has no input that asks for a gradient.
-            model.enable_input_require_grads()  # type: ignore[no-untyped-call]
+            require_input_gradients(inner)
         fuse_token_rows(peft_model)
         return peft_model
 
@@ -115,7 +118,7 @@ class Adapter(ABC):
                     warnings.filterwarnings("ignore", message=text)
                 # Another size than the recipe's, chosen by PEFT, is not what the recipe says.
                 warnings.filterwarnings("error", message=".*[Aa]djusted")
-                config = self.configuration(model, task, trained)
+                config = self._spared(self.configuration(model, task, trained), model)
                 require_base(model, config, f"method.type={self.spec.type}")  # type: ignore[attr-defined]
                 peft_model = get_peft_model(model, config)
         except ATTACH_ERRORS as error:
@@ -123,6 +126,19 @@ class Adapter(ABC):
             raise ModelError(f"{self._label()}: {said}; the linear layers are {linear}") from error
         assert isinstance(peft_model, PeftModel)
         return peft_model
+
+    def _spared(self, config: PeftConfig, model: PreTrainedModel) -> PeftConfig:
+        """The configuration, which leaves frozen parts of the model out."""
+        spared: Any = config
+        if (pattern := frozen_modules(model)) is None:
+            return config
+        if not hasattr(spared, "exclude_modules"):
+            raise ModelError(
+                f"method.type={self.spec.type}: {type(config).__name__} cannot leave parts of a model out; set "  # type: ignore[attr-defined]
+                "model.frozen_parts: [] and name its layers, or choose method: lora"
+            )
+        spared.exclude_modules = pattern
+        return config
 
     def _label(self) -> str:
         return "method" if self.targets is None else f"method.targets={self.targets!r}"
@@ -194,6 +210,7 @@ class Adapter(ABC):
         positions = loaded_positions(model)
         if positions is not None:
             write_positions(folder, positions)
+        write_processor(model, folder)
         base = remembered_base(model)
         if base is not None:
             write_base(folder, base)

@@ -8,11 +8,20 @@ from typing import Any
 
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import AutoModelForSequenceClassification, PreTrainedModel
 
-from luthier.methods.groups import checkpoints_activations, decay_groups
+from luthier.methods.groups import checkpoints_activations, decay_groups, require_input_gradients
 from luthier.methods.patterns import matched
+from luthier.model.faults import LOAD_ERRORS
+from luthier.model.multimodal import (
+    frozen_parameters,
+    frozen_parts,
+    in_language,
+    language_class,
+    outside_language,
+)
 from luthier.model.norms import write_type
+from luthier.model.processor import write_processor
 from luthier.model.value_head import value_head, write_value_head
 from luthier.model.vocabulary import VocabularyChange, token_modules
 from luthier.recipe.schema import FreezeSpec, FullSpec
@@ -37,6 +46,7 @@ class Full:
     def _finished(self, model: PreTrainedModel) -> PreTrainedModel:
         """The model with what is frozen by pattern, and gradients that reach what trains."""
         frozen = matched(model, getattr(self.spec, "frozen", ()), "method.frozen")
+        held = frozen_parameters(model)
         needed = {one for module in self._starts_as_noise(model) for one in module.parameters()}
         for parameter, names in frozen.items():
             if parameter in needed:
@@ -45,13 +55,20 @@ class Full:
                     "narrow the pattern"
                 )
             parameter.requires_grad_(False)
+        for parameter, name in held.items():
+            if parameter in needed:
+                raise ModelError(
+                    f"model.frozen_parts holds {name} still, and it has rows that are noise until they train"
+                )
+            parameter.requires_grad_(False)
         if not any(parameter.requires_grad for parameter in model.parameters()):
-            raise ModelError(f"method.{self.spec.type} trains nothing: {self._why_nothing()}")
+            also = f"; model.frozen_parts holds {list(frozen_parts(model))}" if held else ""
+            raise ModelError(f"method.{self.spec.type} trains nothing: {self._why_nothing()}{also}")
         if any(parameter.requires_grad for parameter in model.get_input_embeddings().parameters()):
             return model
         # Checkpointed layers below the first trained one would otherwise see inputs without a gradient.
         if checkpoints_activations(model):
-            model.enable_input_require_grads()  # type: ignore[no-untyped-call]
+            require_input_gradients(model)
         return model
 
     def _starts_as_noise(self, model: PreTrainedModel) -> list[nn.Module]:
@@ -68,6 +85,7 @@ class Full:
     def save(self, model: PreTrainedModel, folder: Path, state: Mapping[str, Tensor] | None = None) -> None:
         model.save_pretrained(folder, state_dict=None if state is None else dict(state))
         write_type(model, folder)
+        write_processor(model, folder)
         if value_head(model) is not None:
             write_value_head(folder, model.state_dict() if state is None else state)
 
@@ -78,6 +96,8 @@ class Full:
             raise CheckpointError(f"{folder} holds no model weights (model*.safetensors)")
         state = {name: tensor for file in files for name, tensor in load_file(file).items()}
         own = model.state_dict()
+        if state.keys() - own.keys():
+            state = _under_own_names(model, folder) or state
         wrong = [name for name in state.keys() & own.keys() if state[name].shape != own[name].shape]
         if wrong:
             raise CheckpointError(
@@ -109,6 +129,8 @@ class Freeze(Full):
         Raises ModelError for what the model does not have, and where nothing would train.
         """
         model.requires_grad_(False)
+        for parameter in outside_language(model):
+            parameter.requires_grad_(True)  # those that model.frozen_parts holds are frozen in the end
         prefix, layers = decoder_layers(model)
         for index in self._layer_indices(len(layers)):
             self._train_layer(f"{prefix}.{index}", layers[index])
@@ -159,10 +181,25 @@ class Freeze(Full):
             module.requires_grad_(True)
 
 
+def _under_own_names(model: PreTrainedModel, folder: Path) -> dict[str, Tensor]:
+    """The weights of `folder` as transformers reads them; none where it cannot, or misses some.
+
+    It writes many families under the names that their first checkpoints had (LLaVA, Qwen2.5-VL, experts of mixtures).
+    """
+    auto: Any = AutoModelForSequenceClassification if value_head(model) is not None else None
+    try:
+        loaded, report = (auto or language_class(model.config)).from_pretrained(
+            str(folder), dtype="auto", output_loading_info=True, ignore_mismatched_sizes=True
+        )
+    except LOAD_ERRORS:
+        return {}
+    return {} if report["missing_keys"] or report["mismatched_keys"] else dict(loaded.state_dict())
+
+
 def decoder_layers(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
     """Name and list of the decoder layers. Raises ModelError for a model that has no such list."""
-    num_layers = model.config.get_text_config().num_hidden_layers
+    num_layers, chosen = model.config.get_text_config().num_hidden_layers, in_language(model)
     for name, module in model.named_modules():
-        if isinstance(module, nn.ModuleList) and len(module) == num_layers:
+        if isinstance(module, nn.ModuleList) and len(module) == num_layers and chosen(name):
             return name, module
     raise ModelError(f"{type(model).__name__} has no list of {num_layers} decoder layers to freeze by")

@@ -6,8 +6,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
+from transformers import PreTrainedModel
 from transformers.trainer_pt_utils import get_parameter_names
 
+from luthier.model.multimodal import frozen_parts
 from luthier.model.quantized_layers import num_weights
 
 NO_DECAY_NAMES = [r"bias", r"layernorm", r"rmsnorm", r"(?:^|\.)norm(?:$|\.)", r"_norm(?:$|\.)"]
@@ -28,6 +30,22 @@ def count_parameters(model: nn.Module) -> ParameterCount:
 def checkpoints_activations(model: nn.Module) -> bool:
     """Whether any layer computes its activations again in backward; transformers renamed its own property."""
     return any(getattr(module, "gradient_checkpointing", False) for module in model.modules())
+
+
+def require_input_gradients(model: PreTrainedModel) -> None:
+    """Let the embedded tokens ask for a gradient, and what goes into towers that train or carry an adapter.
+
+    Into a frozen tower none is sent: its activations would be kept for nothing.
+    """
+    if "tower" not in frozen_parts(model):
+        model.enable_input_require_grads()  # type: ignore[no-untyped-call]
+        return
+    for module in model.modules():
+        # PEFT asks transformers for the hooks on all towers, more than once, and keeps only the last handles.
+        for number, hook in list(module._forward_hooks.items()):
+            if getattr(hook, "__name__", "") == "make_inputs_require_grads":
+                del module._forward_hooks[number]
+    model.get_input_embeddings().register_forward_hook(lambda module, args, out: out.requires_grad_(True))
 
 
 def decay_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:

@@ -9,6 +9,7 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from luthier.model.multimodal import in_language
 from luthier.recipe.schema import CheckpointingSpec
 from luthier.types import ModelError
 
@@ -24,7 +25,12 @@ def checkpoint_layers(model: PreTrainedModel, spec: CheckpointingSpec) -> list[i
         raise ModelError(f"{KEY}: {type(model).__name__} does not compute activations again; set it to false")
     renamed = getattr(model, "activation_checkpointing_enable", None)  # transformers 5.23
     (renamed or model.gradient_checkpointing_enable)({"use_reentrant": spec.reentrant})
-    layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
+    own = in_language(model)
+    layers = [
+        module
+        for name, module in model.named_modules()
+        if isinstance(module, GradientCheckpointingLayer) and own(name)
+    ]
     chosen = _numbers(model, spec, len(layers))
     for number, layer in enumerate(layers):
         layer.gradient_checkpointing = number in chosen

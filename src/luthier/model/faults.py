@@ -18,6 +18,7 @@ from transformers import PreTrainedConfig, __version__
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
+from luthier.model.multimodal import is_multimodal
 from luthier.types import ModelError
 
 LOAD_ERRORS = (OSError, ValueError, RuntimeError, ImportError, SafetensorError, StrictDataclassError)
@@ -88,6 +89,8 @@ def require_causal(config: PreTrainedConfig, label: str) -> None:
     """Raise ModelError for a model that has no form with a language-model head (T5, CLIP)."""
     brings = getattr(config, "auto_map", None) or {}
     if type(config) in MODEL_FOR_CAUSAL_LM_MAPPING or "AutoModelForCausalLM" in brings:
+        return
+    if is_multimodal(config):
         return
     name = (config.architectures or [config.model_type])[0]
     raise ModelError(f"{label}: {name} is no causal language model")

@@ -41,9 +41,11 @@ from luthier.model.faults import (
     tokenizer_fault,
     weights_fault,
 )
+from luthier.model.multimodal import hold_parts, is_multimodal, language_class
 from luthier.model.norms import upcast_norms
 from luthier.model.offload import offload_activations
 from luthier.model.positions import PositionsChange, stretch
+from luthier.model.processor import processor_files, remember_processor
 from luthier.model.quantize import DTYPES, finish_quantization, loading_arguments
 from luthier.model.value_head import HEAD_WEIGHT, finish_loading, reward_config
 from luthier.recipe.schema import EMBEDDED_MODEL, CheckpointingSpec, ModelSpec
@@ -199,7 +201,7 @@ def load_model(
     config = load_config(spec, source)
     require_causal(config, label)
     drawn = frozenset({HEAD_WEIGHT}) if kind == "reward" and not reward_config(config, label) else frozenset()
-    auto = AutoModelForSequenceClassification if kind == "reward" else AutoModelForCausalLM
+    auto = AutoModelForSequenceClassification if kind == "reward" else language_class(config)
     if positions is not None:
         stretch(config, positions)
     quantized = loading_arguments(
@@ -230,6 +232,9 @@ def load_model(
     if kind == "reward":
         finish_loading(model, label)
     model.luthier_positions = positions  # type: ignore[assignment]
+    hold_parts(model, spec.frozen_parts)
+    if is_multimodal(config):
+        remember_processor(model, processor_files(source.path, hub_arguments(spec)))
     _apply_tricks(model, spec)
     nn.Module.to(model, device)
     finish_quantization(model, spec.quantization, device, label)
@@ -264,7 +269,7 @@ def _apply_tricks(model: PreTrainedModel, spec: ModelSpec) -> None:
 def _bare(spec: ModelSpec, config: PreTrainedConfig) -> nn.Module:
     """The model of a config without weights."""
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, trust_remote_code=spec.trust_remote_code)  # type: ignore[no-untyped-call]
+        model = language_class(config).from_config(config, trust_remote_code=spec.trust_remote_code)
     assert isinstance(model, nn.Module)
     return model
 

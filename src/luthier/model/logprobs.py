@@ -21,9 +21,10 @@ from torch import Tensor, nn
 
 from luthier.model.critic import PART
 from luthier.model.kernel import Anchor, Logits, chunk_rows, token_logprobs
+from luthier.model.multimodal import makes_positions
 from luthier.model.offload import keeping_activations
 from luthier.model.reference import Reference
-from luthier.model.rows import FLAT, Rows, padded_rows
+from luthier.model.rows import FLAT, Rows, is_token_types, padded_media, padded_rows
 from luthier.types import IGNORE_INDEX, Batch, ModelError, TokenLogprobs
 
 # --------------------------------------------------------------------------------------------------
@@ -151,6 +152,9 @@ def backbone_inputs(
     Models without positions of their own (Mamba, Bloom) take none; the self-test shows whether that is right.
     """
     inputs = dict(zip(("input_ids",), args, strict=False)) | kwargs
+    media = inputs.pop("media", {})
+    if all(is_token_types(name) for name in media):
+        media = {}  # text alone: all tokens are of one type
     if inputs.get("segment_parents") is not None and not rows.shares_prompts:
         raise ModelError("a batch whose answers share prompts needs a model that is proven to share them")
     if rows.padded:
@@ -161,8 +165,16 @@ def backbone_inputs(
             "input_ids": spread.input_ids,
             "attention_mask": spread.attention_mask,
             "position_ids": spread.position_ids,
+            **padded_media(media, kwargs["cu_seq_lens_q"], rows.side),
         }
+        if media and makes_positions(backbone):
+            del inputs["position_ids"]
         targets = spread.targets.flatten()
+    elif media:
+        raise ModelError(
+            "images, films and sounds need padded rows: towers and positions of media know no segments of a flat row; "
+            "give model.rows=padded or auto"
+        )
     else:
         inputs["attention_mask"] = None
     inputs["use_cache"] = False
@@ -170,7 +182,7 @@ def backbone_inputs(
     if not takes_others:
         inputs = {name: value for name, value in inputs.items() if name in names}
     elif rows.padded and "position_ids" not in names:
-        del inputs["position_ids"]
+        inputs.pop("position_ids", None)
     return inputs, targets
 
 
@@ -360,4 +372,6 @@ def model_inputs(batch: Batch) -> dict[str, Any]:
     }
     if bool((batch.parent >= 0).any()):
         inputs["segment_parents"] = batch.parent
+    if batch.media:
+        inputs["media"] = batch.media
     return inputs

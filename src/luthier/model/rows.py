@@ -9,7 +9,7 @@ Shapes: S segments, T tokens of the flat row, L length of the longest segment.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
@@ -98,10 +98,33 @@ def padded_rows(
 
     Padding has token 0, position 0 and no target.
     """
+    spread = _spreader(cu_seqlens, side)
+    return PaddedRows(
+        input_ids=spread(input_ids[0], 0),
+        attention_mask=spread(torch.ones_like(input_ids[0]), 0),
+        position_ids=spread(position_ids[0], 0),
+        targets=spread(targets, IGNORE_INDEX),
+    )
+
+
+def is_token_types(name: str) -> bool:
+    """Whether a forward argument says of each token what it stands for."""
+    return name.endswith("token_type_ids")
+
+
+def padded_media(media: Mapping[str, Tensor], cu_seqlens: Tensor, side: Side) -> dict[str, Tensor]:
+    """Forward arguments of media for padded rows: what says of each token (1, T) whether it stands for media becomes
+    (S, L), with 0 for padding, as text has it; the media themselves stay in the order of the rows."""
+    spread = _spreader(cu_seqlens, side)
+    return {name: spread(values[0], 0) if is_token_types(name) else values for name, values in media.items()}
+
+
+def _spreader(cu_seqlens: Tensor, side: Side) -> Callable[[Tensor, int], Tensor]:
+    """Lays values of the tokens of a flat row (T,) out as padded rows (S, L)."""
     starts_S, lengths_S = cu_seqlens[:-1].long(), cu_seqlens.diff().long()
-    num_rows, width, device = len(lengths_S), int(lengths_S.max()), input_ids.device
+    num_rows, width, device = len(lengths_S), int(lengths_S.max()), cu_seqlens.device
     rows_T = torch.repeat_interleave(torch.arange(num_rows, device=device), lengths_S)
-    columns_T = torch.arange(input_ids.shape[1], device=device) - starts_S[rows_T]
+    columns_T = torch.arange(len(rows_T), device=device) - starts_S[rows_T]
     if side == "left":
         columns_T = columns_T + (width - lengths_S)[rows_T]
 
@@ -110,9 +133,4 @@ def padded_rows(
         table[rows_T, columns_T] = values_T
         return table
 
-    return PaddedRows(
-        input_ids=spread(input_ids[0], 0),
-        attention_mask=spread(torch.ones_like(input_ids[0]), 0),
-        position_ids=spread(position_ids[0], 0),
-        targets=spread(targets, IGNORE_INDEX),
-    )
+    return spread

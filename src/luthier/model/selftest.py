@@ -201,15 +201,19 @@ def build_with_rows(
     probe: Probe = LANGUAGE,
     *,
     share_prompts: bool = False,
+    media: bool = False,
 ) -> nn.Module:
     """The model with the probe's forward, laid out as `model.rows` wants and the self-test allows.
 
-    `auto` tries flat rows first; a model that they are not exact on is built again with its own attention, for padded
-    rows. Where `share_prompts` asks for it, flat rows are tried with shared prompts too (`luthier.model.sharing`); a
-    model that may not share them has `Rows.unshared_reason`. Raises ModelError with all that was measured where
-    neither layout is exact, or the one that is wanted is not.
+    `auto` tries flat rows first, but not where `media` says that rows may have images, films or sounds; a model that
+    they are not exact on is built again with its own attention, for padded rows. Where `share_prompts` asks for it,
+    flat rows are tried with shared prompts too (`luthier.model.sharing`); a model that may not share them has
+    `Rows.unshared_reason`. Raises ModelError with all that was measured where neither layout is exact, or the one that
+    is wanted is not.
     """
     reason, model = "model.rows=padded", None
+    if media and wanted == "auto":
+        reason, wanted = "the towers of media know no segments of a flat row", "padded"
     if wanted != "padded":
         try:
             model = build(False)

@@ -36,12 +36,11 @@ _METHODS = (
         "of freeze: the model was expanded before, as there; with lora refused",
         use_llama_pro=("method.type", False),
     )
-    | keys(
-        Rule.REFUSED,
-        "images, videos and audio come in a later version; remove it for a text-only run",
-        freeze_vision_tower=True,
-        freeze_multi_modal_projector=True,
-        freeze_language_model=False,
+    | read(
+        "the parts that are held still, of a model with images or sounds",
+        freeze_vision_tower=("model.frozen_parts", True),
+        freeze_multi_modal_projector=("model.frozen_parts", True),
+        freeze_language_model=("model.frozen_parts", False),
     )
     | keys(
         Rule.REFUSED,

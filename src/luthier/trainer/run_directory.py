@@ -35,6 +35,7 @@ RUN_FILES = (
     *("generated_predictions.jsonl", "README.md", "config.json", "generation_config.json"),
     *("vocabulary.json", "positions.json", "base.json"),
     *("adapter_config.json", "adapter_model.safetensors", "value_head.safetensors"),
+    *("processor_config.json", "preprocessor_config.json", "video_preprocessor_config.json"),
     *("model.safetensors", "model-*-of-*.safetensors"),
     *("model.safetensors.index.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"),
     *("tokenizer.model", "spiece.model", "sentencepiece.bpe.model", "added_tokens.json"),
