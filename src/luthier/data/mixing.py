@@ -2,9 +2,12 @@
 
     shares(spec, names, sizes)              -> how many samples of each set an epoch has
     turns(spec, names, sizes, seed, epoch)  -> whose turn it is, one after the other
+    epoch_visits(spec, members, seed, epoch, shuffle)
+                                            -> the samples of an epoch in the order of turns
+    mixed_rows(spec, sizes, seed)           -> the rows of LLaMA-Factory's merged data set
 
-Shares are kept exactly, not on average: an epoch holds a fixed number of samples of each set, and in turns no set ever
-is more than one sample ahead of its share or behind it. `probabilities` alone draws at random.
+Shares are kept exactly, not on average: an epoch holds a fixed number of samples of each set, and turns space them
+evenly over it. `probabilities` alone draws at random.
 """
 
 from __future__ import annotations
@@ -12,14 +15,17 @@ from __future__ import annotations
 import difflib
 import heapq
 import math
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from fractions import Fraction
 from itertools import chain, repeat
+from typing import Any
 
 import numpy as np
 
 from luthier.recipe.mixture import MixSpec
 from luthier.types import DataError
+
+Int64 = np.ndarray[Any, np.dtype[np.int64]]
 
 _BLOCK = 1000
 """Draws at once; `datasets` takes as many, and the numbers depend on it."""
@@ -77,6 +83,55 @@ def shares(spec: MixSpec, names: Sequence[str], sizes: Sequence[int] | None) -> 
         total = sum(sizes)
     found = _apportioned(total, weights)
     return [min(n, size) for n, size in zip(found, sizes, strict=True)] if spec.end == "first" else found
+
+
+def epoch_visits(
+    spec: MixSpec, members: Mapping[str, Int64], *, seed: int, epoch: int, shuffle: bool
+) -> Int64:
+    """(N,) the samples of an epoch in the order of turns; `members` are those of each set by its name.
+
+    Each set is gone through from its beginning to its end, again and again, without regard to where epochs end: what is
+    left of a set after one epoch comes first in the next. With `shuffle` every time in a new random order; without, in
+    its own. Raises DataError as `turns`.
+    """
+    names, sizes = list(members), [len(samples) for samples in members.values()]
+    if spec.probabilities is None and shuffle:  # nobody sees whose turn it was
+        order = np.repeat(np.arange(len(names)), shares(spec, names, sizes))
+    else:
+        order = np.fromiter(turns(spec, names, sizes, seed=seed, epoch=epoch), np.int64)
+    visits = np.empty(len(order), np.int64)
+    for number, samples in enumerate(members.values()):
+        places = np.flatnonzero(order == number)
+        if len(places):
+            start = epoch * len(places)
+            visits[places] = _endless(samples, start, start + len(places), [seed, number], shuffle)
+    return visits
+
+
+def _endless(samples: Int64, start: int, stop: int, seed: Sequence[int], shuffle: bool) -> Int64:
+    """Samples [start, stop) of the endless repetition of a set."""
+    size = len(samples)
+    rounds = range(start // size, (stop - 1) // size + 1)
+    orders = [
+        np.random.default_rng([*seed, i]).permutation(size) if shuffle else np.arange(size) for i in rounds
+    ]
+    skipped = rounds.start * size
+    return samples[np.concatenate(orders)[start - skipped : stop - skipped]]
+
+
+def mixed_rows(spec: MixSpec, names: Sequence[str], sizes: Sequence[int], *, seed: int) -> Int64:
+    """(N,) rows of `datasets.interleave_datasets`, numbered as if the sets stood one after the other.
+
+    The same in every epoch; a set that is used up starts anew where the spec repeats it. Raises DataError as `turns`.
+    """
+    order = np.fromiter(turns(spec, names, sizes, seed=seed, epoch=0), np.int64)
+    rows = np.empty(len(order), np.int64)
+    offset = 0
+    for number, size in enumerate(sizes):
+        places = np.flatnonzero(order == number)
+        rows[places] = offset + np.arange(len(places)) % max(size, 1)
+        offset += size
+    return rows
 
 
 def check_mix(spec: MixSpec, names: Sequence[str], sizes: Sequence[int] | None) -> None:

@@ -29,7 +29,7 @@ class MixSpec(Spec):
     @classmethod
     def _positive(cls, values: dict[str, float] | None) -> dict[str, float] | None:
         for name, value in (values or {}).items():
-            if not (math.isfinite(value) and value > 0):
+            if value <= 0:
                 raise ValueError(
                     f"{name}: {value:g} should be greater than 0; remove the set from data.train instead"
                 )
@@ -42,7 +42,7 @@ class MixSpec(Spec):
     def _sum_to_one(cls, values: tuple[float, ...] | None) -> tuple[float, ...] | None:
         if values is None:
             return None
-        if not all(math.isfinite(value) and value >= 0 for value in values):
+        if any(value < 0 for value in values):
             raise ValueError("should be numbers from 0 to 1")
         if not math.isclose(sum(values), 1.0, rel_tol=0, abs_tol=1e-8):  # what NumPy's `choice` allows
             raise ValueError(f"should sum to 1, and sum to {sum(values):.10g}")
