@@ -65,7 +65,13 @@ def training_steps(
     stage = material.stage
     samples = samples_of(stage, material.data.train, settings.data.max_length)
     plan = partial(_epoch, settings, material, world_size, padded)
-    return StepDataset(samples if attach is None else attach(samples), plan, stage.collate, rank)
+    samples = samples if attach is None else attach(samples)
+    return StepDataset(samples, plan, stage.collate, rank, training_sets(settings, material))
+
+
+def training_sets(settings: Recipe, material: Material) -> list[str]:
+    """The names of the training sets, in the order of the recipe."""
+    return [report.dataset for report in material.data.reports[: len(settings.data.train)]]
 
 
 def first_batches(
@@ -126,7 +132,7 @@ def mixture(settings: Recipe, material: Material) -> Visits | None:
     if data.mix.is_plain or data.rules == "llamafactory":
         return None
     table = material.data.train
-    names = [report.dataset for report in material.data.reports[: len(data.train)]]
+    names = training_sets(settings, material)
     seed = train_spec.seed if train_spec.data_seed is None else train_spec.data_seed
     members = {name: table.members(name) for name in names}
 
