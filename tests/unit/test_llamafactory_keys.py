@@ -445,7 +445,7 @@ def test_overrides_flat_then_native() -> None:
         ("mix_strategy: interleave_under\ninterleave_probs: 0.5", "lf.yaml:5: interleave_probs: should sum to 1, "
          "and sum to 0.5"),
         ("mix_strategy: interleave_under\ninterleave_probs: a,b", "lf.yaml:5: interleave_probs: expected numbers "
-         "from 0 to 1 with commas between them, found 'a,b'"),
+         "from 0 to 1 with commas between them, found the text 'a,b'"),
         ("train_sampling_strategy: group_by_length", "lf.yaml:4: train_sampling_strategy: rows "
          "are not padded here, so grouping them by length saves nothing; remove it"),
     ],

@@ -12,6 +12,10 @@ import datasets
 import pytest
 
 from luthier.arrange import Material, mixture, training_steps
+from luthier.check.findings import Findings
+from luthier.check.mixture import shares_of
+from luthier.check.page import page
+from luthier.check.text import report
 from luthier.data.encode import EncodeOptions, pt_samples, sft_sample
 from luthier.data.prepare import Preparation, PreparedData, prepare
 from luthier.data.template import load_template
@@ -153,3 +157,32 @@ def test_names_are_checked_before_anything_is_read(folder: Path) -> None:
     (folder / "a.json").write_text("{broken")
     with pytest.raises(DataError, match=r"data\.mix\.counts: 'd' is no training set"):
         prepared(spec_of(folder, mix={"counts": {"d": 3}}))
+
+
+# --------------------------------------------------------------------------------------------------
+# What `luthier check` says of it
+
+
+def test_check_says_what_an_epoch_has_of_each_set(folder: Path) -> None:
+    recipe, made = material(folder, mix={"weights": {"a": 1, "b": 1, "c": 2}, "until": "all"})
+    shares = {one.dataset: one for one in shares_of(recipe, made)}
+    # a is used up at last: 7 / (1/4) = 28 samples
+    assert {name: (one.samples, one.different, one.of) for name, one in shares.items()} == {
+        "a": (7, 7, 7),
+        "b": (7, 3, 3),
+        "c": (14, 5, 5),
+    }
+    assert [one.sample_share for one in shares.values()] == [0.25, 0.25, 0.5]
+    assert sum(one.token_share for one in shares.values()) == pytest.approx(1)
+    text = report(Findings(mixture=list(shares.values())))
+    assert "c              14          5          5  50.0% " in text
+    assert "<td>c</td><td>14</td><td>5</td>" in page(Findings(mixture=list(shares.values())), "recipe")
+
+
+def test_check_says_it_of_sets_that_come_whole(folder: Path) -> None:
+    recipe, made = material(folder)
+    assert [(one.samples, one.different, one.of) for one in shares_of(recipe, made)] == [
+        (size, size, size) for size in SIZES.values()
+    ]
+    alone, single = material(folder, train=["a.json"])
+    assert shares_of(alone, single) == []
