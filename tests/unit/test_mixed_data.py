@@ -20,9 +20,10 @@ from luthier.data.encode import EncodeOptions, pt_samples, sft_sample
 from luthier.data.prepare import Preparation, PreparedData, prepare
 from luthier.data.template import load_template
 from luthier.recipe.load import load_recipe
-from luthier.recipe.schema import DataSpec, Recipe
+from luthier.recipe.mixture import MixSpec
+from luthier.recipe.schema import DatasetSpec, DataSpec, Recipe
 from luthier.stages import build_stage
-from luthier.types import DataError
+from luthier.types import DataError, RecipeError
 from tests.tiny import chat_tokenizer
 from tests.training import recipe_of
 
@@ -186,3 +187,40 @@ def test_check_says_it_of_sets_that_come_whole(folder: Path) -> None:
     ]
     alone, single = material(folder, train=["a.json"])
     assert shares_of(alone, single) == []
+
+
+# --------------------------------------------------------------------------------------------------
+# The words of LLaMA-Factory
+
+
+FILE = {"model_name_or_path": "m", "do_train": True, "stage": "sft", "template": "default"}
+
+
+def test_interleaving_is_translated() -> None:
+    pair = {"dataset": "a,b", "mix_strategy": "interleave_over", "interleave_probs": "0.3, 0.7"}
+    data = load_recipe(FILE | pair).recipe.data
+    assert data.mix == MixSpec(strategy="interleave", until="all", probabilities=(0.3, 0.7))
+    loaded = load_recipe(FILE | {"dataset": "a,b", "mix_strategy": "interleave_once", "eval_dataset": "c,d"})
+    assert loaded.recipe.data.mix == MixSpec(strategy="interleave", until="once")
+    said = "mix_strategy: evaluation sets are evaluated whole; there interleave_once mixes them, too"
+    assert said in loaded.notes
+    assert load_recipe(FILE | {"dataset": "a", "mix_strategy": "interleave_under"}).recipe.data.mix.is_plain
+
+
+def test_remote_and_online_directories_are_translated(monkeypatch: pytest.MonkeyPatch) -> None:
+    remote = load_recipe(FILE | {"dataset": "a", "dataset_dir": "REMOTE:org/set"}).recipe.data
+    assert (remote.directory, remote.train) == ("hf://datasets/org/set", ("a",))
+    online = FILE | {"dataset": "org/a", "dataset_dir": "ONLINE"}
+    assert load_recipe(online).recipe.data.train == (DatasetSpec(hf_hub_url="org/a"),)
+    monkeypatch.setenv("USE_MODELSCOPE_HUB", "1")
+    assert load_recipe(online).recipe.data.train == (DatasetSpec(ms_hub_url="org/a"),)
+
+
+def test_rollouts_take_no_mixture() -> None:
+    tree: dict[str, Any] = {
+        "model": {"path": "m"},
+        "data": {"train": ["a", "b"], "mix": {"weights": {"a": 1, "b": 2}}},
+        "stage": {"type": "grpo", "rewards": [{"type": "length", "most": 9}]},
+    }
+    with pytest.raises(RecipeError, match="mix does not go with stage: grpo"):
+        load_recipe(tree)

@@ -28,7 +28,7 @@ from luthier.types import DataError
 Int64 = np.ndarray[Any, np.dtype[np.int64]]
 
 _BLOCK = 1000
-"""Draws at once; `datasets` takes as many, and the numbers depend on it."""
+"""Draws at once."""
 
 
 def turns(
