@@ -6,7 +6,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 
-from luthier.data.batching import EpochPlan, Lengths, RowsRule, TokensRule, branch_sizes, plan_epoch
+from luthier.data.batching import EpochPlan, Lengths, RowsRule, TokensRule, Visits, branch_sizes, plan_epoch
+from luthier.data.mixing import epoch_visits
 from luthier.data.partners import Mismatched
 from luthier.data.prepare import PreparedData
 from luthier.data.table import SampleTable
@@ -64,7 +65,13 @@ def training_steps(
     stage = material.stage
     samples = samples_of(stage, material.data.train, settings.data.max_length)
     plan = partial(_epoch, settings, material, world_size, padded)
-    return StepDataset(samples if attach is None else attach(samples), plan, stage.collate, rank)
+    samples = samples if attach is None else attach(samples)
+    return StepDataset(samples, plan, stage.collate, rank, training_sets(settings, material))
+
+
+def training_sets(settings: Recipe, material: Material) -> list[str]:
+    """The names of the training sets, in the order of the recipe."""
+    return [report.dataset for report in material.data.reports[: len(settings.data.train)]]
 
 
 def first_batches(
@@ -102,6 +109,7 @@ def batch_rule(settings: Recipe) -> RowsRule | TokensRule:
 
 def _epoch(settings: Recipe, material: Material, world_size: int, padded: bool, epoch: int) -> EpochPlan:
     table, rule, train_spec = material.data.train, batch_rule(settings), settings.train
+    visits = mixture(settings, material)
     return plan_epoch(
         table.lengths,
         rule=rule,
@@ -113,7 +121,25 @@ def _epoch(settings: Recipe, material: Material, world_size: int, padded: bool, 
         groups=table.groups if isinstance(rule, RowsRule) else None,
         padded=padded,
         sizes=pass_sizes(material.stage, table, padded=padded),
+        visits=visits,
+        row_tokens=settings.data.max_length if table.groups is not None else None,
     )
+
+
+def mixture(settings: Recipe, material: Material) -> Visits | None:
+    """The samples of each epoch where the recipe mixes its training sets; None where an epoch has all, each once."""
+    data, train_spec = settings.data, settings.train
+    if data.mix.is_plain or data.rules == "llamafactory":
+        return None
+    table = material.data.train
+    names = training_sets(settings, material)
+    seed = train_spec.seed if train_spec.data_seed is None else train_spec.data_seed
+    members = {name: table.members(name) for name in names}
+
+    def visits(epoch: int) -> Lengths:
+        return epoch_visits(data.mix, members, seed=seed, epoch=epoch, shuffle=data.shuffle)
+
+    return visits
 
 
 def padding_share(settings: Recipe, material: Material) -> float:

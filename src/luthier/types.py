@@ -71,11 +71,14 @@ class LossSum:
     """A loss as sums. The trainer divides by global weights; no stage ever takes a mean.
 
     `terms` are added after each is divided by its own global weight. `metrics` are detached
-    (sum, weight) pairs that are averaged the same way for the log.
+    (sum, weight) pairs that are averaged the same way for the log. `by_target` (N,) or `by_sample` (n,), detached, say
+    what each target or sample adds to the loss and with which weight, for the loss of each data set.
     """
 
     terms: dict[str, Term]
     metrics: dict[str, Term] = field(default_factory=dict)
+    by_target: Term | None = None
+    by_sample: Term | None = None
 
 
 @dataclass(slots=True)

@@ -128,14 +128,14 @@ CASES: list[BadInput] = [
     described(
         "another hub",
         {"ms_hub_url": "org/demo"},
-        "data/dataset_info.json: demo: ms_hub_url names a data set on ModelScope, which is not read; download it "
-        "and name the file in file_name",
+        "data set 'demo': org/demo on ModelScope is not on this machine, and HF_HUB_OFFLINE is set; download it and "
+        "give its path in file_name, or allow the network",
     ),
     described(
         "a file in a cloud",
         {"cloud_file_name": "s3://bucket/demo.json"},
-        "data/dataset_info.json: demo: cloud_file_name names a file in a cloud store, which is not read; download "
-        "it and name it in file_name",
+        "data set 'demo': s3://bucket/demo.json is not on this machine, and HF_HUB_OFFLINE is set; download it and "
+        "give its path in file_name, or allow the network",
     ),
     described(
         "no place of the data",

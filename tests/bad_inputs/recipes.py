@@ -237,7 +237,7 @@ CASES: list[BadInput] = [
         "a data set from two places",
         "r.yaml",
         "model: {path: m}\ndata:\n  train:\n  - {file_name: a.json, hf_hub_url: o/a}\n",
-        "r.yaml:4: data.train[0]: give exactly one of file_name and hf_hub_url",
+        "r.yaml:4: data.train[0]: give exactly one of file_name, hf_hub_url, ms_hub_url and cloud_file_name",
     ),
     file(
         "a model that is only a name",

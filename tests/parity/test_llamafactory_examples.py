@@ -164,7 +164,6 @@ REFUSED: dict[str, tuple[str, ...]] = {
     "train_full/qwen3vl_full_sft.yaml": (*MEDIA, DEEPSPEED),
     "train_lora/qwen3_lora_sft_ds3.yaml": (DEEPSPEED,),
     "train_lora/qwen3_lora_sft_ray.yaml": (
-        "dataset_dir: download that folder and give its path",
         "ray_num_workers: start the run with torchrun instead of Ray; remove it",
     ),
     "train_lora/qwen3vl_lora_dpo.yaml": MEDIA,

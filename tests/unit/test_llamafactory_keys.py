@@ -438,7 +438,14 @@ def test_overrides_flat_then_native() -> None:
          "remove it to train with plain data parallelism"),
         ("output_dir: ${HOME}/x", "lf.yaml:4: output_dir: variables (${...}) are not replaced; "
          "write the value itself"),
-        ("dataset_dir: REMOTE:x/y", "lf.yaml:4: dataset_dir: download that folder and give its path"),
+        ("interleave_probs: 0.5,0.5", "lf.yaml:4: interleave_probs: goes with mix_strategy: interleave_under, "
+         "interleave_over, interleave_once; remove it or give one of these"),
+        ("mix_strategy: interleave_under\ninterleave_probs: 0.5,0.5", "lf.yaml:5: interleave_probs: there are 2 "
+         "for 1 data sets; give each one"),
+        ("mix_strategy: interleave_under\ninterleave_probs: 0.5", "lf.yaml:5: interleave_probs: should sum to 1, "
+         "and sum to 0.5"),
+        ("mix_strategy: interleave_under\ninterleave_probs: a,b", "lf.yaml:5: interleave_probs: expected numbers "
+         "from 0 to 1 with commas between them, found the text 'a,b'"),
         ("train_sampling_strategy: group_by_length", "lf.yaml:4: train_sampling_strategy: rows "
          "are not padded here, so grouping them by length saves nothing; remove it"),
     ],

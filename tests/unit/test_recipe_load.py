@@ -312,7 +312,7 @@ def test_errors_name_file_line_and_key(text: str, message: str) -> None:
 
 def test_errors_inside_data_sets() -> None:
     assert problems("model: {path: m}\ndata: {train: [{subset: x}]}\n") == [
-        "r.yaml:2: data.train[0]: give exactly one of file_name and hf_hub_url"
+        "r.yaml:2: data.train[0]: give exactly one of file_name, hf_hub_url, ms_hub_url and cloud_file_name"
     ]
     assert problems("model: {path: m}\ndata:\n  train:\n  - a\n  - {file_nam: x}\n  - 3\n") == [
         "r.yaml:5: data.train[1].file_nam: unknown key; did you mean data.train[1].file_name?",

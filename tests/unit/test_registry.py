@@ -100,9 +100,15 @@ def test_yaml_and_paths_are_read_too(folder: Path, monkeypatch: pytest.MonkeyPat
             "demo: script_url names a data set script, which the library `datasets` no longer runs; save its",
         ),
         ({"file_name": "load.py"}, r"load\.py is a data set script, which the library `datasets` no longer"),
-        ({"ms_hub_url": "x/y"}, "demo: ms_hub_url names a data set on ModelScope, which is not read; down"),
+        (
+            {"ms_hub_url": "x/y"},
+            "data set 'demo': x/y on ModelScope is not on this machine, and HF_HUB_OFFLINE is set; download it",
+        ),
         ({"om_hub_url": "x/y"}, "demo: om_hub_url names a data set on Modelers, which is not read; download"),
-        ({"cloud_file_name": "s3://x"}, "demo: cloud_file_name names a file in a cloud store, which is not"),
+        (
+            {"cloud_file_name": "s3://x/rows.json"},
+            "data set 'demo': s3://x/rows.json is not on this machine, and HF_HUB_OFFLINE is set; download it",
+        ),
         ({"formatting": "alpaca"}, "demo: says nowhere where the data is; give file_name or hf_hub_url"),
         ({"file_name": "rows.json", "num_samples": 0}, "demo.num_samples: Input should be greater than 0"),
         (

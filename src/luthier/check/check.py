@@ -31,6 +31,7 @@ from luthier.assemble import (
 from luthier.check.estimate import estimate_memory, memory_before
 from luthier.check.findings import DataSet, Findings, histogram_of, settings_of
 from luthier.check.memory import PassShape, weight_bytes
+from luthier.check.mixture import shares_of
 from luthier.check.parameters import count_by_kind
 from luthier.check.probe import run_probe
 from luthier.check.rollouts import plan_rollouts
@@ -143,6 +144,7 @@ class _Check:
             self._one_by_one(settings, tokenizer)
             return None
         found.datasets = _datasets(settings, material.data)
+        found.mixture = found.ask("data", lambda: shares_of(settings, material)) or []
         found.ask("data", lambda: check_max_lost(material.data.reports, settings.data.max_lost))
         table = material.data.train
         shown = table if len(table) else next(iter(material.data.eval.values()))

@@ -9,6 +9,8 @@ The object that `--json` prints has these keys; a part that could not be found o
     hardware         {device, name, memory, bf16, cores, world_size}
     datasets         [{dataset, rows, samples, tokens, targets, dropped, examples, cut_rows, cut_tokens, lost_answers,
                      unsupervised, lost_rows, lost_share, lengths, part, histogram: {edges, counts}}]
+    mixture          [{dataset, samples, different, of, sample_share, token_share}] of the first epoch, with several
+                     training sets
     samples          [{dataset, row, learnt, tokens: [{id, text, weight, learnt}], answers: [{name, learnt, tokens}]}];
                      where there are answers, `tokens` are the prompt that each of them continues
     parameters       {kind: {trainable, total}}, with the kind "all" for the sum
@@ -27,6 +29,7 @@ from typing import Any, TypeVar
 import numpy as np
 
 from luthier.check.memory import Memory
+from luthier.check.mixture import Share
 from luthier.check.probe import Probe
 from luthier.check.schedule import Schedule
 from luthier.check.tokens import ShownSample
@@ -91,6 +94,7 @@ class Findings:
     recipe: list[Setting] = field(default_factory=list)
     hardware: Hardware | None = None
     datasets: list[DataSet] = field(default_factory=list)
+    mixture: list[Share] = field(default_factory=list)
     samples: list[ShownSample] = field(default_factory=list)
     parameters: dict[str, ParameterCount] = field(default_factory=dict)
     schedule: Schedule | None = None
@@ -119,6 +123,7 @@ class Findings:
             "recipe": [asdict(setting) for setting in self.recipe],
             "hardware": asdict(self.hardware) if self.hardware else None,
             "datasets": [dataset.to_dict() for dataset in self.datasets],
+            "mixture": [share.to_dict() for share in self.mixture],
             "samples": [sample.to_dict() for sample in self.samples],
             "parameters": {kind: asdict(count) for kind, count in self.parameters.items()},
             "schedule": self.schedule.to_dict() if self.schedule else None,

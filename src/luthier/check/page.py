@@ -10,7 +10,7 @@ from luthier.check import plots
 from luthier.check.findings import DataSet, Findings
 from luthier.check.memory import PARTS, Memory
 from luthier.check.style import STYLE
-from luthier.check.text import size_text, time_text
+from luthier.check.text import MIXTURE, mixture_rows, size_text, time_text
 from luthier.check.tokens import ShownSample, Token
 from luthier.recipe.source import dump_value
 
@@ -38,6 +38,8 @@ def _sections(found: Findings) -> Iterator[str]:
         yield _section("Memory", _memory(found.memory, found))
     if found.datasets:
         yield _section("Data", "".join(_dataset(dataset) for dataset in found.datasets))
+    if found.mixture:
+        yield _section("An epoch's samples", _table(MIXTURE, mixture_rows(found.mixture), numbers=2))
     if found.samples:
         yield _section("Samples", _LEGEND + "".join(_sample(sample) for sample in found.samples))
     if found.parameters:

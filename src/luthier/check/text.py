@@ -10,6 +10,7 @@ from rich.markup import escape
 
 from luthier.check.findings import Findings, Setting
 from luthier.check.memory import PARTS, Memory
+from luthier.check.mixture import Share
 from luthier.check.probe import Probe
 from luthier.check.schedule import Schedule
 from luthier.check.tokens import ShownSample, Token
@@ -21,6 +22,9 @@ from luthier.trainer.pace import clock_text
 
 MOST_TOKENS = 400
 """Tokens of a sample that a terminal shows; of a longer one the beginning and the end."""
+
+
+MIXTURE = ("data set", "samples", "different", "there are", "share", "share of tokens")
 
 
 def size_text(size: float) -> str:
@@ -51,6 +55,8 @@ def _sections(found: Findings) -> Iterator[tuple[str, str]]:
         yield "recipe", escape(recipe_text(found.recipe))
     if found.datasets:
         yield "data", escape(format_reports([dataset.report for dataset in found.datasets]))
+    if found.mixture:
+        yield "an epoch's samples", escape(table([MIXTURE, *mixture_rows(found.mixture)]))
     if found.samples:
         yield "samples", "\n\n".join(sample_text(sample) for sample in found.samples)
     if found.parameters:
@@ -79,6 +85,21 @@ def _indented(text: str) -> str:
 
 def recipe_text(settings: Sequence[Setting]) -> str:
     return table([(one.key, dump_value(one.value), f"# {one.origin}") for one in settings], left=3)
+
+
+def mixture_rows(mixture: Sequence[Share]) -> list[tuple[str, ...]]:
+    """A line for each training set, under the names of `MIXTURE`."""
+    return [
+        (
+            one.dataset,
+            f"{one.samples:,}",
+            f"{one.different:,}",
+            f"{one.of:,}",
+            f"{one.sample_share:.1%}",
+            f"{one.token_share:.1%}",
+        )
+        for one in mixture
+    ]
 
 
 def sample_text(sample: ShownSample) -> str:

@@ -9,16 +9,19 @@ Every process computes the same plan from the same numbers; nothing is communica
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, overload
 
 import numpy as np
 
-from luthier.data.packing import balanced, best_fit, by_length
+from luthier.data.packing import balanced, best_fit, by_length, exactly, in_order
 
 Step = list[list[list[int]]]
 Lengths = np.ndarray[Any, np.dtype[np.int64]]
+Visits = Callable[[int], Lengths]
+"""Epoch -> the samples that it visits, in order; as many in each, a sample perhaps never or several times."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,6 +116,8 @@ def plan_epoch(
     groups: Sequence[Sequence[int]] | None = None,
     padded: bool = False,
     sizes: Lengths | None = None,
+    visits: Visits | None = None,
+    row_tokens: int | None = None,
 ) -> EpochPlan:
     """The plan of epoch `epoch` (from 0) over samples of the given lengths.
 
@@ -129,15 +134,29 @@ def plan_epoch(
     order and a step takes as many as fit. `groups` has no meaning here, as steps are already packed by
     tokens.
 
+    `visits`: an epoch takes these samples in place of all, once each. Where they differ between epochs, so do lengths,
+    and steps are put together anew in each. There are as many as in epoch 0: where one too few would be needed, the
+    largest are halved; where one too many, `tokens` grows by as little as lets them suffice. `row_tokens` packs them
+    into rows of so many tokens (rows rule), of which there are as many in every epoch in the same way.
+
     Both rules count real tokens. With `padded`, samples of like length share a pass, so that its rows times its
     longest row stay within `tokens_per_pass`; what is in a step does not change. `sizes` (n,) says what samples take
     of a pass where that is not their length.
     """
     lengths = np.asarray(lengths, dtype=np.int64)
     units = (
-        _row_steps(len(lengths), rule, epoch, seed, shuffle, world_size, groups)
+        _row_steps(
+            _rows(lengths, epoch, shuffle, groups, visits, row_tokens),
+            rule,
+            epoch,
+            seed,
+            shuffle,
+            world_size,
+        )
         if isinstance(rule, RowsRule)
         else _token_steps(lengths, rule, epoch, seed, shuffle)
+        if visits is None
+        else _visited_steps(lengths, rule, epoch, seed, shuffle, visits)
     )
     return EpochPlan(lengths, units, rule, world_size, tokens_per_pass, padded, sizes)
 
@@ -164,18 +183,47 @@ def branch_sizes(
     return sizes.astype(np.int64)
 
 
+def _rows(
+    lengths: Lengths,
+    epoch: int,
+    shuffle: bool,
+    groups: Sequence[Sequence[int]] | None,
+    visits: Visits | None,
+    row_tokens: int | None,
+) -> Sequence[Sequence[int]]:
+    """The samples of each row of an epoch."""
+    if visits is None:
+        return [[i] for i in range(len(lengths))] if groups is None else groups
+    if row_tokens is None:
+        return [[i] for i in visits(epoch).tolist()]
+    return _regrouped(lengths, visits, epoch, row_tokens, best_fit if shuffle else in_order)
+
+
+def _regrouped(
+    lengths: Lengths,
+    visits: Visits,
+    epoch: int,
+    capacity: int,
+    pack: Callable[[Sequence[int], int], list[list[int]]],
+) -> list[list[int]]:
+    """The samples of an epoch in as many groups as those of the first one."""
+    first, order = visits(0), visits(epoch)
+    count = len(pack(lengths[first].tolist(), capacity))
+    groups = exactly(count, lengths[order].tolist(), capacity, pack)
+    return [order[group].tolist() for group in groups]
+
+
 def _row_steps(
-    num_samples: int,
+    rows: Sequence[Sequence[int]],
     rule: RowsRule,
     epoch: int,
     seed: int,
     shuffle: bool,
     world_size: int,
-    groups: Sequence[Sequence[int]] | None,
 ) -> list[list[list[int]]]:
-    num_rows = num_samples if groups is None else len(groups)
-    order = _permutation(num_rows, seed + epoch) if shuffle else list(range(num_rows))
-    rows = [[row] for row in order] if groups is None else [list(groups[row]) for row in order]
+    num_rows = len(rows)
+    order = _permutation(num_rows, seed + epoch) if shuffle else range(num_rows)
+    rows = [rows[row] for row in order]
     batches = [
         [index for row in rows[start : start + rule.rows] for index in row]
         for start in range(0, num_rows, rule.rows)
@@ -188,23 +236,26 @@ def _token_steps(
     lengths: Lengths, rule: TokensRule, epoch: int, seed: int, shuffle: bool
 ) -> list[list[list[int]]]:
     if not shuffle:
-        return [[group] for group in _in_order(lengths, rule.tokens)]
+        return [[group] for group in in_order(lengths.tolist(), rule.tokens)]
     order = _permutation(len(lengths), seed)
     groups = best_fit([int(lengths[i]) for i in order], rule.tokens, decreasing=False)
     turn = _permutation(len(groups), seed + epoch)
     return [[[order[i] for i in groups[g]]] for g in turn]
 
 
-def _in_order(lengths: Lengths, capacity: int) -> list[list[int]]:
-    groups: list[list[int]] = []
-    room = -1
-    for index, length in enumerate(lengths.tolist()):
-        if length > room:
-            groups.append([])
-            room = capacity
-        groups[-1].append(index)
-        room -= length
-    return groups
+def _visited_steps(
+    lengths: Lengths, rule: TokensRule, epoch: int, seed: int, shuffle: bool, visits: Visits
+) -> list[list[list[int]]]:
+    if not shuffle:
+        return [[group] for group in _regrouped(lengths, visits, epoch, rule.tokens, in_order)]
+
+    def mixed(number: int) -> Lengths:
+        order = visits(number)
+        return order[_permutation(len(order), seed + number)]
+
+    pack = partial(best_fit, decreasing=False)
+    groups = _regrouped(lengths, mixed, epoch, rule.tokens, pack)
+    return [[groups[g]] for g in _permutation(len(groups), seed + epoch)]
 
 
 def _permutation(n: int, seed: int) -> list[int]:

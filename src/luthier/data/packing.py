@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from bisect import bisect_left, bisect_right, insort
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 
 def best_fit(lengths: Sequence[int], capacity: int, *, decreasing: bool = True) -> list[list[int]]:
@@ -55,6 +55,44 @@ def by_length(lengths: Sequence[int], capacity: int) -> list[list[int]]:
         groups[-1].append(index)
         room -= 1
     return [sorted(group) for group in groups]
+
+
+def in_order(lengths: Sequence[int], capacity: int) -> list[list[int]]:
+    """Consecutive indices grouped so that each group's lengths sum to at most `capacity`; the order is kept.
+
+    An item longer than `capacity` is a group of its own.
+    """
+    groups: list[list[int]] = []
+    room = -1
+    for index, length in enumerate(lengths):
+        if length > room:
+            groups.append([])
+            room = capacity
+        groups[-1].append(index)
+        room -= length
+    return groups
+
+
+def exactly(
+    count: int,
+    lengths: Sequence[int],
+    capacity: int,
+    pack: Callable[[Sequence[int], int], list[list[int]]],
+) -> list[list[int]]:
+    """`pack(lengths, capacity)` made into `count` groups, at most as many as there are items.
+
+    Where it gives more, the capacity grows by half a percent at a time until they suffice; where it gives fewer, the
+    groups with most items are halved in place.
+    """
+    groups = pack(lengths, capacity)
+    while len(groups) > count:
+        capacity += max(1, capacity // 200)
+        groups = pack(lengths, capacity)
+    while len(groups) < count:
+        at = max(range(len(groups)), key=lambda i: (len(groups[i]), -i))
+        group, half = groups[at], len(groups[at]) // 2
+        groups[at : at + 1] = [group[:half], group[half:]]
+    return groups
 
 
 def greedy_groups(lengths: Sequence[int], capacity: int) -> list[list[int]]:

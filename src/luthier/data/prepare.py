@@ -26,7 +26,8 @@ from luthier.data.formats import require_kind, to_row
 from luthier.data.gate import gate
 from luthier.data.media_files import stamp
 from luthier.data.media_template import MediaTemplate
-from luthier.data.packing import best_fit, greedy_groups
+from luthier.data.mixing import check_mix, mixed_rows
+from luthier.data.packing import best_fit, greedy_groups, in_order
 from luthier.data.read import RawRow, data_fingerprint, read_rows
 from luthier.data.registry import DatasetAttr, resolve_datasets
 from luthier.data.report import DataReport
@@ -113,6 +114,8 @@ def prepare(spec: DataSpec, how: Preparation, progress: Progress | None = None) 
     tables: dict[str, list[SampleTable]] = {"train": [], "eval": []}
     for part, sets in attrs.items():
         _no_twins([attr.name for attr in sets], f"data.{part}")
+    _require_names(spec, [attr.name for attr in attrs["train"]])
+    for part, sets in attrs.items():
         for attr in sets:
             table, report, key = _one_dataset(attr, spec, how, cache, progress)
             tables[part].append(table)
@@ -121,6 +124,11 @@ def prepare(spec: DataSpec, how: Preparation, progress: Progress | None = None) 
     train = SampleTable.concat(tables["train"], [report.rows for report in reports[: len(tables["train"])]])
     train = train.with_opener(how.opener)
     num_rows = sum(report.rows for report in reports[: len(tables["train"])])
+    if how.llamafactory and len(tables["train"]) > 1 and not spec.mix.is_plain:
+        # That tool mixes rows before all else, once for all epochs.
+        sizes = [report.rows for report in reports[: len(tables["train"])]]
+        rows = mixed_rows(spec.mix, [attr.name for attr in attrs["train"]], sizes, seed=how.seed)
+        train, num_rows = train.take_rows(rows), len(rows)
     evaluation = {
         attr.name: _arranged(table.with_opener(how.opener), spec, how)
         for attr, table in zip(attrs["eval"], tables["eval"], strict=True)
@@ -242,7 +250,8 @@ def _arranged(table: SampleTable, spec: DataSpec, how: Preparation) -> SampleTab
     if not spec.packing or not len(table):
         return table
     if not how.llamafactory:
-        return table.with_groups(best_fit(table.lengths.tolist(), spec.max_length))
+        pack = best_fit if spec.shuffle else in_order
+        return table.with_groups(pack(table.lengths.tolist(), spec.max_length))
     bounds = np.searchsorted(
         table.rows, np.arange(0, int(table.rows[-1]) + 1 + _MAP_BATCH, _MAP_BATCH)
     ).tolist()
@@ -261,6 +270,11 @@ def _arranged(table: SampleTable, spec: DataSpec, how: Preparation) -> SampleTab
         for group in greedy_groups(table.lengths[part.start : part.stop].tolist(), spec.max_length)
     ]
     return table.with_groups(groups)
+
+
+def _require_names(spec: DataSpec, names: Sequence[str]) -> None:
+    """Raise DataError, before anything is read, where the mixture names other sets than there are."""
+    check_mix(spec.mix, names, [1] * len(names))
 
 
 def _no_twins(names: Sequence[str], key: str) -> None:

@@ -11,14 +11,17 @@ from __future__ import annotations
 import difflib
 import hashlib
 import json
+import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any, Literal
 
 import yaml
 from pydantic import ValidationError
 
+from luthier.data.cache import default_folder
+from luthier.data.remote import fetch, fetch_modelscope, is_remote, joined, require_online
 from luthier.recipe.schema import ColumnSpec, DatasetSpec, DataSpec, TagSpec
 from luthier.types import DataError
 
@@ -57,14 +60,14 @@ DEFAULT_TAGS: dict[Formatting, TagSpec] = {
 _SCRIPT = "a data set script, which the library `datasets` no longer runs"
 _NOT_READ = {
     "script_url": f"names {_SCRIPT}; save its rows as a file and name that in file_name",
-    "ms_hub_url": "names a data set on ModelScope, which is not read; download it and name the file in file_name",
     "om_hub_url": "names a data set on Modelers, which is not read; download it and name the file in file_name",
-    "cloud_file_name": "names a file in a cloud store, which is not read; download it and name it in file_name",
 }
 """Origins of LLaMA-Factory's dataset_info.json that are known and refused, and why."""
+_ORIGINS = ("hf_hub_url", "cloud_file_name", "file_name", "ms_hub_url")
+"""Where rows may come from; of several that an entry names the first is taken. With USE_MODELSCOPE_HUB=1, the name of
+LLaMA-Factory's own switch, ModelScope comes first."""
 _INFO_KEYS = {
-    "hf_hub_url",
-    "file_name",
+    *_ORIGINS,
     *_NOT_READ,
     "revision",
     "dataset_sha1",
@@ -119,6 +122,7 @@ class DatasetAttr:
             raise DataError(f"data set {self.name!r}: {path} is {_SCRIPT}; save its rows as a file instead")
         if path.is_dir():
             files = sorted(f for f in path.iterdir() if f.is_file() and not f.name.startswith("."))
+            files += _in_subfolders(path)
         elif path.is_file():
             files = [path]
         else:
@@ -156,6 +160,13 @@ class DatasetAttr:
             )
 
 
+def _in_subfolders(folder: Path) -> list[Path]:
+    """Files of rows in subfolders, by their paths; images and the like beside them are left alone."""
+    found = [file for file in folder.rglob("*") if file.suffix.lower() in FILE_TYPES and file.is_file()]
+    below = [file for file in found if file.parent != folder]
+    return sorted(f for f in below if not any(p.startswith(".") for p in f.relative_to(folder).parts))
+
+
 def _sha1() -> Any:
     return hashlib.sha1(usedforsecurity=False)
 
@@ -164,16 +175,42 @@ def resolve_datasets(refs: Sequence[str | DatasetSpec], spec: DataSpec) -> list[
     """Descriptions of the data sets that a recipe names, in its order.
 
     A text is a name in `spec.directory`/dataset_info.json (or .yaml), else the path of a file or folder,
-    absolute or relative to the directory or to the working folder. Raises DataError for names that are
-    neither.
+    absolute or relative to the directory or to the working folder, or an address (`remote.fetch`). What is elsewhere
+    is fetched here. Raises DataError for names that are none of these, and for what cannot be fetched.
     """
+    if is_remote(spec.directory):
+        return [_at_address(ref, spec) for ref in refs]
     directory = Path(spec.directory)
     info = _load_info(directory) if any(isinstance(ref, str) for ref in refs) else (None, {})
     attrs = [
-        _from_spec(ref, directory) if isinstance(ref, DatasetSpec) else _by_name(ref, *info, directory)
+        _from_spec(ref, spec)
+        if isinstance(ref, DatasetSpec)
+        else _from_spec(DatasetSpec(cloud_file_name=ref), spec)
+        if is_remote(ref)
+        else _by_name(ref, *info, spec)
         for ref in refs
     ]
     return [replace(attr, media_directory=spec.media.directory or spec.directory) for attr in attrs]
+
+
+def _at_address(ref: str | DatasetSpec, spec: DataSpec) -> DatasetAttr:
+    """A data set below a directory that is elsewhere, whose dataset_info.json names it unless it is a file."""
+    if isinstance(ref, DatasetSpec):
+        return _from_spec(ref, spec)
+    if PurePosixPath(ref).suffix.lower() in FILE_TYPES:
+        return _from_spec(DatasetSpec(cloud_file_name=joined(spec.directory, ref)), spec)
+    address = joined(spec.directory, INFO_NAMES[0])
+    file = fetch(address, f"data.directory={spec.directory}", _cache(spec), offline=spec.offline)
+    _, info = _load_info(file.parent)
+    if ref not in info:
+        near = difflib.get_close_matches(ref, list(info), n=3, cutoff=0.5)
+        hint = f"; did you mean {', '.join(near)}?" if near else f"; it has {', '.join(list(info)[:8])}"
+        raise DataError(f"data set {ref!r} is not in {address}{hint}")
+    return _from_info(ref, info[ref], f"{address}: {ref}", spec)
+
+
+def _cache(spec: DataSpec) -> Path:
+    return Path(spec.cache).expanduser() if spec.cache else default_folder().parent
 
 
 def _load_info(directory: Path) -> tuple[Path | None, dict[str, Any]]:
@@ -198,9 +235,10 @@ def _load_info(directory: Path) -> tuple[Path | None, dict[str, Any]]:
     return None, {}
 
 
-def _by_name(name: str, file: Path | None, info: dict[str, Any], directory: Path) -> DatasetAttr:
+def _by_name(name: str, file: Path | None, info: dict[str, Any], spec: DataSpec) -> DatasetAttr:
+    directory = Path(spec.directory)
     if name in info:
-        return _from_info(name, info[name], f"{file}: {name}", directory)
+        return _from_info(name, info[name], f"{file}: {name}", spec)
     for path in (Path(name), directory / name):
         if path.exists():
             return _with_defaults(DatasetSpec(file_name=str(path)), path.stem, path)
@@ -216,15 +254,17 @@ def _by_name(name: str, file: Path | None, info: dict[str, Any], directory: Path
     raise DataError(f"data set {name!r} is neither in {where} nor a file{hint}")
 
 
-def _from_info(name: str, entry: Any, place: str, directory: Path) -> DatasetAttr:
+def _from_info(name: str, entry: Any, place: str, data: DataSpec) -> DatasetAttr:
     """One entry of dataset_info.json. Where it lists columns, the columns it leaves out are not read."""
     if not isinstance(entry, dict):
         raise DataError(f"{place}: expected an object, found {type(entry).__name__}")
     _no_unknown_keys(entry, _INFO_KEYS, place)
     _no_unknown_keys(entry.get("columns") or {}, set(ColumnSpec.model_fields), f"{place}.columns")
     _no_unknown_keys(entry.get("tags") or {}, set(TagSpec.model_fields), f"{place}.tags")
-    # where an entry names several origins, LLaMA-Factory prefers the hub, too
-    origin = next((key for key in ("hf_hub_url", "file_name") if entry.get(key) is not None), None)
+    origins: tuple[str, ...] = _ORIGINS
+    if os.environ.get("USE_MODELSCOPE_HUB", "0").lower() in ("1", "true", "y"):
+        origins = ("ms_hub_url", *_ORIGINS)
+    origin = next((key for key in origins if entry.get(key) is not None), None)
     if origin is None:
         for key, why in _NOT_READ.items():
             if entry.get(key) is not None:
@@ -242,20 +282,35 @@ def _from_info(name: str, entry: Any, place: str, directory: Path) -> DatasetAtt
     except ValidationError as error:
         first = error.errors()[0]
         raise DataError(f"{place}.{'.'.join(str(part) for part in first['loc'])}: {first['msg']}") from error
-    path = directory / spec.file_name if spec.file_name else None
-    attr = _with_defaults(spec, name, path)
+    attr = _from_spec(spec, data, beside_only=True)
     if "columns" not in fields:
         return attr
     return replace(attr, columns=spec.columns)
 
 
-def _from_spec(spec: DatasetSpec, directory: Path) -> DatasetAttr:
-    if spec.file_name is None:
-        return _with_defaults(spec, spec.name or str(spec.hf_hub_url), None)
-    path = directory / spec.file_name
-    if not path.exists() and Path(spec.file_name).exists():
-        path = Path(spec.file_name)
-    return _with_defaults(spec, spec.name or Path(spec.file_name).stem, path)
+def _from_spec(spec: DatasetSpec, data: DataSpec, *, beside_only: bool = False) -> DatasetAttr:
+    """A description with its files fetched. A path of dataset_info.json is relative to that file alone."""
+    if spec.hf_hub_url is not None:
+        name = spec.name or spec.hf_hub_url
+        if data.offline:
+            require_online(f"data set {name!r}", spec.hf_hub_url, offline=True)
+        return _with_defaults(spec, name, None)
+    if spec.ms_hub_url is not None:
+        name = spec.name or spec.ms_hub_url
+        folder = fetch_modelscope(spec.ms_hub_url, spec.revision, f"data set {name!r}", offline=data.offline)
+        local = {"hf_hub_url": str(folder), "ms_hub_url": None, "revision": None}
+        return _with_defaults(spec.model_copy(update=local), name, None)
+    address = spec.cloud_file_name or joined(data.directory, str(spec.file_name))
+    if spec.cloud_file_name is not None or is_remote(address):
+        name = spec.name or PurePosixPath(address.rstrip("/")).stem
+        return _with_defaults(
+            spec, name, fetch(address, f"data set {name!r}", _cache(data), offline=data.offline)
+        )
+    file_name = str(spec.file_name)
+    path = Path(data.directory) / file_name
+    if not (path.exists() or beside_only) and Path(file_name).exists():
+        path = Path(file_name)
+    return _with_defaults(spec, spec.name or Path(file_name).stem, path)
 
 
 def _with_defaults(spec: DatasetSpec, name: str, path: Path | None) -> DatasetAttr:

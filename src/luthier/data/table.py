@@ -120,14 +120,14 @@ class SampleTable(Sequence[Sample]):
         )
 
     def take_rows(self, positions: Int64) -> SampleTable:
-        """The samples of these rows, in the order of `positions`, which becomes the new row numbering."""
-        rank = np.full(int(max(self.rows.max(initial=-1), positions.max(initial=-1))) + 1, -1, np.int64)
-        rank[positions] = np.arange(len(positions))
-        ranks = rank[self.rows]
-        kept = np.flatnonzero(ranks >= 0)
-        kept = kept[np.argsort(ranks[kept], kind="stable")]
+        """The samples of these rows, in the order of `positions`, which becomes the new row numbering; a row that is
+        named twice is there twice."""
+        first, after = (np.searchsorted(self.rows, positions, side=side) for side in ("left", "right"))
+        counts = after - first
+        ranks = np.repeat(np.arange(len(positions)), counts)
+        kept = np.arange(counts.sum()) + np.repeat(first - (np.cumsum(counts) - counts), counts)
         order = kept if self._order is None else self._order[kept]
-        return SampleTable(self._chunks, order, ranks[kept], opener=self._opener)
+        return SampleTable(self._chunks, order, ranks, opener=self._opener)
 
     def with_groups(self, groups: list[list[int]]) -> SampleTable:
         return SampleTable(self._chunks, self._order, self._rows, groups, self._opener)
@@ -176,9 +176,13 @@ class SampleTable(Sequence[Sample]):
 
     def lengths_of(self, source: str) -> Int64:
         """`row_lengths` of each sample that comes from this data set."""
-        chosen = self._gather([np.full(len(chunk.index), chunk.source == source) for chunk in self._chunks])
-        lengths: Int64 = self.row_lengths[chosen.astype(bool)]
+        lengths: Int64 = self.row_lengths[self.members(source)]
         return lengths
+
+    def members(self, source: str) -> Int64:
+        """The numbers of the samples that come from this data set, ascending."""
+        chosen = self._gather([np.full(len(chunk.index), chunk.source == source) for chunk in self._chunks])
+        return np.flatnonzero(chosen)
 
     @cached_property
     def prompt_lengths(self) -> Int64:

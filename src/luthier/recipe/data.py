@@ -51,9 +51,13 @@ class DatasetSpec(Spec):
     name: str | None = None
     """What reports call it; the file's or the hub's name where absent."""
     file_name: str | None = None
-    """File or folder, relative to `data.directory`."""
+    """File or folder, relative to `data.directory`; or an address with a protocol, as cloud_file_name."""
     hf_hub_url: str | None = None
     """Name of a data set on the Hugging Face hub."""
+    ms_hub_url: str | None = None
+    """Name of a data set on ModelScope (extra `modelscope`)."""
+    cloud_file_name: str | None = None
+    """File, folder or pattern with a protocol: https://, s3:// (extra `s3`), gs:// (extra `gcs`), hf:// and others."""
     dataset_sha1: str | None = None
     """Expected SHA-1 of the file; a mismatch is an error."""
     revision: str | None = None
@@ -70,8 +74,9 @@ class DatasetSpec(Spec):
 
     @model_validator(mode="after")
     def _one_origin(self) -> DatasetSpec:
-        if (self.file_name is None) == (self.hf_hub_url is None):
-            raise ValueError("give exactly one of file_name and hf_hub_url")
+        origins = (self.file_name, self.hf_hub_url, self.ms_hub_url, self.cloud_file_name)
+        if sum(origin is not None for origin in origins) != 1:
+            raise ValueError("give exactly one of file_name, hf_hub_url, ms_hub_url and cloud_file_name")
         return self
 
 
@@ -101,7 +106,9 @@ class DataSpec(Spec):
     eval: tuple[str | DatasetSpec, ...] = ()
     """Data sets to evaluate on; each is reported by its own name."""
     directory: str = "data"
-    """Folder of the data files and of dataset_info.json."""
+    """Folder of the data files and of dataset_info.json; or its address, as in cloud_file_name."""
+    offline: bool = False
+    """Refuse whatever is not on this machine; HF_HUB_OFFLINE=1 does, too, but for what the hub's own cache has."""
     template: str | TemplateSpec | None = None
     """A named template, a .jinja file or four strings; the tokenizer's own chat template if absent."""
     default_system: str | None = None

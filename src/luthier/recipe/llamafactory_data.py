@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import math
+import os
 from pathlib import PurePath
 from typing import Any
 
 from luthier.recipe.flat import Flat
 from luthier.recipe.known_keys import KEYS
 from luthier.recipe.llamafactory_thinking import THINKING_SUBJECTS
+from luthier.recipe.problems import found
 
 _COLUMNS = {f"{name}_column": name for name in ("prompt", "query", "response", "history")}
 _PREFERENCES = ("rm", "dpo", "kto", "ppo")
+_ENDS = {"interleave_under": "first", "interleave_over": "all", "interleave_once": "once"}
 _SUFFIXES = (".arrow", ".csv", ".json", ".jsonl", ".parquet", ".txt")
 
 
@@ -26,7 +30,7 @@ def _sources(flat: Flat) -> None:
             flat.problem(early, f"write it into dataset_info.json, where {plain} is described")
         flat.put(target, entries, key)
     if isinstance(directory, str) and directory.startswith("REMOTE:"):
-        flat.problem("dataset_dir", "download that folder and give its path")
+        flat.put("data.directory", f"hf://datasets/{directory.removeprefix('REMOTE:')}", "dataset_dir")
     elif not online:
         flat.put("data.directory", directory, "dataset_dir")
     held_out = flat.number("val_size")
@@ -49,13 +53,62 @@ def _entry(name: str, online: bool, details: dict[str, Any]) -> str | dict[str, 
     """A name as it is, or the whole description where there is more to say of it."""
     if not online and (not details or PurePath(name).suffix not in _SUFFIXES):
         return name
-    entry: dict[str, Any] = {"hf_hub_url" if online else "file_name": name}
+    hub = (
+        "ms_hub_url"
+        if os.environ.get("USE_MODELSCOPE_HUB", "0").lower() in ("true", "y", "1")
+        else "hf_hub_url"
+    )
+    entry: dict[str, Any] = {hub if online else "file_name": name}
     columns = {_COLUMNS[key]: value for key, value in details.items() if key in _COLUMNS}
     if columns:
         entry["columns"] = columns
     if "split" in details:
         entry["split"] = details["split"]
     return entry
+
+
+def _mixture(flat: Flat) -> None:
+    """Rows in the order of `datasets.interleave_datasets`, fixed for all epochs as there."""
+    strategy = flat.choice("mix_strategy", ("concat", *_ENDS))
+    probabilities, names = _probabilities(flat), flat.names("dataset")
+    if probabilities is not None and strategy == "concat":
+        flat.problem(
+            "interleave_probs", f"goes with mix_strategy: {', '.join(_ENDS)}; remove it or give one of these"
+        )
+    elif probabilities is not None and len(probabilities) != len(names):
+        flat.problem(
+            "interleave_probs", f"there are {len(probabilities)} for {len(names)} data sets; give each one"
+        )
+    elif probabilities is not None and not math.isclose(sum(probabilities), 1, rel_tol=0, abs_tol=1e-8):
+        flat.problem("interleave_probs", f"should sum to 1, and sum to {sum(probabilities):.10g}")
+    if strategy not in _ENDS or len(names) < 2:
+        return
+    mix: dict[str, Any] = {"strategy": "interleave", "until": _ENDS[strategy]}
+    if probabilities is not None:
+        mix["probabilities"] = probabilities
+    flat.put("data.mix", mix, "mix_strategy")
+    if len(flat.names("eval_dataset")) > 1:
+        flat.note(f"mix_strategy: evaluation sets are evaluated whole; there {strategy} mixes them, too")
+    if strategy == "interleave_over" and flat.number("val_size") > 0:
+        flat.note("val_size: a row that interleave_over repeats may be held out and trained, as there")
+
+
+def _probabilities(flat: Flat) -> list[float] | None:
+    """Numbers that are written as `0.3, 0.7`."""
+    value = flat.get("interleave_probs")
+    if value is None:
+        return None
+    parts = value.split(",") if isinstance(value, str) else value if isinstance(value, list) else [value]
+    try:
+        numbers = [float(part) for part in parts]
+    except (TypeError, ValueError, OverflowError):
+        numbers = [-1.0]
+    if any(isinstance(part, bool) for part in parts) or not all(0 <= number <= 1 for number in numbers):
+        flat.problem(
+            "interleave_probs", f"expected numbers from 0 to 1 with commas between them, found {found(value)}"
+        )
+        return None
+    return numbers
 
 
 def _length(flat: Flat) -> None:
@@ -113,4 +166,4 @@ def _media(flat: Flat) -> None:
             flat.put(f"data.media.{target}", True, key)
 
 
-DATA_SUBJECTS = (_sources, _length, _rows, _media, *THINKING_SUBJECTS)
+DATA_SUBJECTS = (_sources, _mixture, _length, _rows, _media, *THINKING_SUBJECTS)

@@ -224,7 +224,13 @@ DATA_KEYS: dict[str, Key] = (
         disable_shuffling=("data.shuffle", False),
     )
     | read(
-        "REMOTE: folders are refused: download one and give its path", dataset_dir=("data.directory", "data")
+        "REMOTE:owner/name is read from the hub; ONLINE names data sets there",
+        dataset_dir=("data.directory", "data"),
+    )
+    | read(
+        "the rows and the order of that tool, which draws with its seed once for all epochs",
+        mix_strategy=("data.mix.strategy", "concat"),
+        interleave_probs=("data.mix.probabilities", None),
     )
     | read(
         "of reasoning templates: empty thoughts are learnt, or in the prompt (null, false); false takes reasoning out",
@@ -243,12 +249,6 @@ DATA_KEYS: dict[str, Key] = (
     )
     | keys(
         Rule.REFUSED, "streaming data comes in a later version; remove it to read the files", streaming=False
-    )
-    | keys(
-        Rule.REFUSED,
-        "interleaving comes in a later version; remove it to put the data sets one after another",
-        mix_strategy="concat",
-        interleave_probs=None,
     )
     | keys(
         Rule.REFUSED,

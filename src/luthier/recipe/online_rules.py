@@ -74,6 +74,8 @@ def _data(data: DataSpec, name: str) -> Iterator[str]:
                 f"data.{key} does not go with {name}: rows are prompts, and only the policy's own answers are learnt; "
                 "leave it out"
             )
+    if data.rules == "luthier" and not data.mix.is_plain:
+        yield f"data.mix does not go with {name}, whose prompts all come once in an epoch; leave it out"
     if data.overflow == "split":
         yield f"data.overflow: split does not go with {name}: half a prompt is another; give drop, truncate or error"
 

@@ -72,7 +72,8 @@ class PreferencePairs:
     def loss(self, policy: Policy, batch: Batch, observed: Observed) -> LossSum:
         pairs = self._pairs(policy, batch)
         step = Step(**observed) if observed else Step.of(pairs)
-        by_name = {name: LOSSES[name](pairs, step, self.spec).sum() for name in self.spec.losses}
+        losses = {name: LOSSES[name](pairs, step, self.spec) for name in self.spec.losses}
+        by_name = {name: values.sum() for name, values in losses.items()}
         total = torch.stack([weight * by_name[name] for name, weight in self.spec.losses.items()]).sum()
         weights = self.weight(batch)
         terms = {self.terms[0]: Term(total, weights[self.terms[0]])}
@@ -80,9 +81,16 @@ class PreferencePairs:
             terms["sft"] = Term(self.spec.sft_weight * pairs.chosen.nll.sum(), weights["sft"])
         with torch.no_grad():
             metrics = self._metrics(pairs)
+            each = torch.stack([self.spec.losses[name] * values for name, values in losses.items()]).sum(0)
+            if self.spec.sft_weight:
+                each = each + self.spec.sft_weight * pairs.chosen.nll
         if len(by_name) > 1:
             metrics |= {f"loss/{name}": value.detach() for name, value in by_name.items()}
-        return LossSum(terms, {name: Term(total, _num_pairs(batch)) for name, total in metrics.items()})
+        return LossSum(
+            terms,
+            {name: Term(total, _num_pairs(batch)) for name, total in metrics.items()},
+            by_sample=Term(each, torch.ones_like(each)),
+        )
 
     def derived(self, means: Mapping[str, float]) -> dict[str, float]:
         return {}

@@ -89,7 +89,8 @@ class Feedback:
         if self.needs_mismatched:
             num = torch.ones_like(desirable).sum()
             metrics["kl"] = Term(divergence * num, num)
-        return LossSum(terms, metrics)
+        # Without the second term, whose weight is another.
+        return LossSum(terms, metrics, by_sample=Term((scale * losses).detach(), torch.ones_like(desirable)))
 
     def derived(self, means: Mapping[str, float]) -> dict[str, float]:
         """The margin, where there are answers of both kinds."""

@@ -79,4 +79,5 @@ class RewardModelling(Separable):
         return LossSum(
             {"loss": Term(losses.sum(), weight)},
             {name: Term(values.sum(), weight) for name, values in numbers.items()},
+            by_sample=Term(losses.detach(), torch.ones_like(batch.labels)),
         )

@@ -80,7 +80,10 @@ def _asft(policy: Policy, batch: Batch, spec: SftSpec) -> LossSum:
     divergence = (supervised_weights(batch) * answers.divergence).sum()
     total = likelihood.total + spec.kl_weight * divergence
     loss.metrics["kl"] = Term(divergence.detach(), likelihood.weight)
-    return LossSum({"loss": Term(total, likelihood.weight)}, loss.metrics)
+    assert loss.by_target is not None
+    weights_N = loss.by_target.weight
+    each_N = loss.by_target.total + spec.kl_weight * weights_N * answers.divergence.detach()
+    return LossSum({"loss": Term(total, likelihood.weight)}, loss.metrics, by_target=Term(each_N, weights_N))
 
 
 def _eaft(policy: Policy, batch: Batch, spec: SftSpec) -> LossSum:

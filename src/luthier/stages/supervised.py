@@ -40,11 +40,14 @@ def negative_log_likelihood(policy: Policy, batch: Batch, label_smoothing: float
     weights_N = supervised_weights(batch)
     weight = weights_N.sum()
     nll = -(weights_N * answers.logprobs).sum()
+    each_N = -weights_N * answers.logprobs.detach()
     if answers.mean_logprobs is None:
-        return LossSum({"loss": Term(nll, weight)})
+        return LossSum({"loss": Term(nll, weight)}, by_target=Term(each_N, weights_N))
     smoothed = -(weights_N * answers.mean_logprobs).sum()
     total = (1 - label_smoothing) * nll + label_smoothing * smoothed
-    return LossSum({"loss": Term(total, weight)}, metrics={"nll": Term(nll.detach(), weight)})
+    each_N = (1 - label_smoothing) * each_N - label_smoothing * weights_N * answers.mean_logprobs.detach()
+    metrics = {"nll": Term(nll.detach(), weight)}
+    return LossSum({"loss": Term(total, weight)}, metrics, by_target=Term(each_N, weights_N))
 
 
 def reweighted_likelihood(batch: Batch, logprobs_N: Tensor, factors_N: Tensor) -> LossSum:
@@ -56,4 +59,6 @@ def reweighted_likelihood(batch: Batch, logprobs_N: Tensor, factors_N: Tensor) -
     weight = weights_N.sum()
     total = -(weights_N * factors_N * logprobs_N).sum()
     nll = -(weights_N * logprobs_N.detach()).sum()
-    return LossSum({"loss": Term(total, weight)}, metrics={"nll": Term(nll, weight)})
+    each_N = -weights_N * factors_N * logprobs_N.detach()
+    metrics = {"nll": Term(nll, weight)}
+    return LossSum({"loss": Term(total, weight)}, metrics, by_target=Term(each_N, weights_N))

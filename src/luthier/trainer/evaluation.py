@@ -179,18 +179,22 @@ class Evaluation(Seq2SeqTrainer):
 
     def _means(self, sums: Mapping[str, Term]) -> dict[str, float]:
         """The mean of each sum; a metric that no row counts for has none, as rewards of desirable answers may."""
-        means = {name: self._mean(term) for name, term in sums.items()}
+        whole = {name: self._of_all(term) for name, term in sums.items()}
+        means = {
+            name: float(term.total / term.weight) if float(term.weight) else math.nan
+            for name, term in whole.items()
+        }
         terms = self.stage.terms
         counted = {
-            name: mean for name, mean in means.items() if name in terms or float(sums[name].weight) > 0
+            name: mean for name, mean in means.items() if name in terms or float(whole[name].weight) > 0
         }
         return counted | self.stage.derived(counted)
 
-    def _mean(self, term: Term) -> float:
-        total, weight = term.total, term.weight
-        if self.args.world_size > 1:
-            total, weight = (self.accelerator.reduce(value, "sum") for value in (total, weight))
-        return float(total / weight) if float(weight) else math.nan
+    def _of_all(self, term: Term) -> Term:
+        """The sums of all processes."""
+        if self.args.world_size == 1:
+            return term
+        return Term(*(self.accelerator.reduce(value, "sum") for value in (term.total, term.weight)))
 
 
 def _term_name(name: str, terms: Sequence[str]) -> str:

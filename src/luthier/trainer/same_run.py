@@ -14,7 +14,15 @@ from luthier.types import CheckpointError
 FREE = {
     "model": {"path", "revision", "cache_dir", "token", "gguf_file", "trust_remote_code"}  # fingerprinted
     | {"activation_offload"},
-    "data": {"train", "eval", "directory", "cache", "workers", "max_lost"},  # the training data, too
+    "data": {
+        "train",
+        "eval",
+        "directory",
+        "offline",
+        "cache",
+        "workers",
+        "max_lost",
+    },  # the training data, too
     "stage": {"share_prompts", "samples_every", "max_samples"},
     "train": {
         "output",

@@ -30,7 +30,10 @@ class StepDataset(Dataset[list[Batch]]):
         plan_epoch: Callable[[int], EpochPlan],
         collate: Callable[[Sequence[Sample]], Batch],
         rank: int,
+        sources: Sequence[str] = (),
     ) -> None:
+        """`sources` names the training sets that the samples come from."""
+        self.sources = tuple(sources)
         self.num_samples = len(samples)
         self._samples = samples
         self._plan_epoch = plan_epoch

@@ -48,6 +48,7 @@ from luthier.trainer.retention import reading
 from luthier.trainer.rollout_steps import RolloutSteps
 from luthier.trainer.rollouts import Asking, Rollouts
 from luthier.trainer.saving import LOOP_STATE_NAME, CheckpointSaver, saves_asynchronously
+from luthier.trainer.sources import source_terms
 from luthier.trainer.steps import EpochCallback, StepDataset
 from luthier.types import Batch, LossSum, Method, RecipeError, Stage, Term
 
@@ -224,6 +225,7 @@ class PeftTrainer(Evaluation):
                 self.accelerator.backward(loss)
             step_loss += loss.detach()
             add_terms(metrics, loss_sum.metrics)
+            add_terms(metrics, source_terms(batch, loss_sum, getattr(self._steps, "sources", ())))
             if len(loss_sum.terms) > 1:
                 add_terms(metrics, {f"{name}_loss": term for name, term in loss_sum.terms.items()})
         return step_loss, metrics
