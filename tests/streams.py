@@ -7,6 +7,7 @@ import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -20,6 +21,8 @@ from luthier.recipe.mixture import MixSpec
 from luthier.recipe.schema import DataSpec
 from luthier.trainer.stream_steps import StepRule, StreamSteps
 from luthier.types import Batch, Encoded, Lost, Row, Sample
+
+THREE_ROWS = RowsRule(3)
 
 
 def write_lines(file: Path, num_rows: int, name: str = "") -> Path:
@@ -39,16 +42,17 @@ def sets_of(*files: Path, skipped: int = 0, limit: int | None = None) -> list[St
 
 @dataclass(frozen=True)
 class Numbers:
-    """Encodes row i as 1 + i % `most` tokens, all of them its number; every `lost`-th row is dropped."""
+    """Encodes row i as `least` + i % `most` tokens, all of them its number; every `lost`-th row is dropped."""
 
     most: int = 9
     lost: int = 0
+    least: int = 1
 
     def __call__(self, row: Row, template: Any) -> Encoded:
         number = int("".join(filter(str.isdigit, row.text or "")))
         if self.lost and number % self.lost == 0:
             return Encoded(lost=Lost(dropped="unlucky"))
-        ids = np.full(1 + number % self.most, number, np.int32)
+        ids = np.full(self.least + number % self.most, number, np.int32)
         return Encoded((Sample(ids, np.ones(len(ids), np.float32), row.source, row.index),))
 
 
@@ -57,14 +61,16 @@ def stream_of(
     *,
     buffer: int = 1,
     seed: int = 0,
-    mix: MixSpec = MixSpec(),
+    mix: MixSpec | None = None,
     packing: Packing = "no",
     workers: int = 1,
     encode: Numbers = Numbers(),
     max_length: int = 16,
 ) -> SampleStream:
-    how = Preparation(encode, None, "text", {}, seed)  # type: ignore[arg-type]
-    return SampleStream(StreamOrder(sets, mix, seed, buffer), how, max_length, packing, workers=workers)
+    how = Preparation(encode, SimpleNamespace(begin_ids=()), "text", {}, seed)  # type: ignore[arg-type]
+    return SampleStream(
+        StreamOrder(sets, mix or MixSpec(), seed, buffer), how, max_length, packing, workers=workers
+    )
 
 
 def collate(samples: Any) -> Any:
@@ -74,7 +80,7 @@ def collate(samples: Any) -> Any:
 
 def steps_of(
     stream: SampleStream,
-    batch: RowsRule | TokensRule = RowsRule(3),
+    batch: RowsRule | TokensRule = THREE_ROWS,
     *,
     max_steps: int = 10**6,
     rank: int = 0,

@@ -225,5 +225,5 @@ def test_text_in_another_encoding_is_named(tmp_path: Path) -> None:
 
 
 def test_an_empty_set_is_named(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="data set 'a': .*a.jsonl has no rows"):
+    with pytest.raises(DataError, match=r"data set 'a': .*a.jsonl has no rows"):
         RowStream(StreamOrder(sets_of(write_lines(tmp_path / "a.jsonl", 0))))

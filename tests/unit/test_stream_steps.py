@@ -92,7 +92,7 @@ def test_packed_it_is_the_packing_of_a_thousand_rows(tmp_path: Path) -> None:
 
 
 def test_two_workers_are_one(sets: list[StreamSet]) -> None:
-    """Streaming, a mixture, packing and two processes that tokenize; stopped and gone on with one, and with two."""
+    """Streaming, a mixture, packing and stopped with one process that tokenizes, and gone on with two."""
     settings: dict[str, Any] = {
         "buffer": 300,
         "mix": MixSpec(strategy="interleave", until="all"),
@@ -102,7 +102,7 @@ def test_two_workers_are_one(sets: list[StreamSet]) -> None:
     steps = steps_of(one)
     whole = list(taken(steps, 0, 600))  # two epochs and a half
     steps.close()
-    steps = steps_of(two)
+    steps = steps_of(one)
     found, state = list(taken(steps, 0, 333)), steps.state(333)
     steps.close()
     steps = steps_of(two)
@@ -176,7 +176,7 @@ def test_another_number_of_processes_in_the_middle_of_an_epoch(sets: list[Stream
 
 def test_what_is_lost_is_counted_and_judged_on_the_way(tmp_path: Path) -> None:
     sets = sets_of(write_lines(tmp_path / "a.jsonl", 5000))
-    steps = steps_of(stream_of(sets, encode=Numbers(lost=50)), RowsRule(10), max_lost=0.03)
+    steps = steps_of(stream_of(sets, encode=Numbers(lost=50, least=2)), RowsRule(10), max_lost=0.03)
     list(taken(steps, 0, 490))
     (report,) = steps.reports()
     steps.close()
@@ -184,7 +184,7 @@ def test_what_is_lost_is_counted_and_judged_on_the_way(tmp_path: Path) -> None:
     assert report.examples == {"unlucky": [0, 50, 100]}
     assert steps.numbers() == {"stream_epoch": 0, "stream_rows": 5000, "stream_lost": 100}
 
-    worse = steps_of(stream_of(sets, encode=Numbers(lost=20)), RowsRule(10), max_lost=0.03)
+    worse = steps_of(stream_of(sets, encode=Numbers(lost=20, least=2)), RowsRule(10), max_lost=0.03)
     with pytest.raises(
         DataError, match=r"a: 50 of 1000 rows lost: 50 dropped \(unlucky; row 0, 20, 40\).*max_lost"
     ):
@@ -200,21 +200,21 @@ def test_a_row_that_cannot_be_read_ends_the_run_where_it_comes(tmp_path: Path) -
     file.write_text("\n".join(lines))
     steps = steps_of(stream_of(sets_of(file)), RowsRule(10))
     assert len(list(taken(steps, 0, 2 * BLOCK // 10))) == 50  # the blocks before it
-    with pytest.raises(DataError, match="a.jsonl, line 602, column 15: not JSON"):
+    with pytest.raises(DataError, match=r"a.jsonl, line 602, column 1: not JSON"):
         steps[50]
     steps.close()
 
 
 def test_nothing_to_train_on_is_said_after_an_epoch(tmp_path: Path) -> None:
     steps = steps_of(stream_of(sets_of(write_lines(tmp_path / "a.jsonl", 30)), encode=Numbers(lost=1)))
-    with pytest.raises(DataError, match="nothing to train on: no row of a gives a sample"):
+    with pytest.raises(DataError, match=r"nothing to train on: no row of a gives a sample"):
         steps[0]
     steps.close()
 
 
 def test_a_checkpoint_without_a_stream_is_refused(tmp_path: Path) -> None:
     steps = steps_of(stream_of(sets_of(write_lines(tmp_path / "a.jsonl", 30))))
-    with pytest.raises(CheckpointError, match="was written without data.stream"):
+    with pytest.raises(CheckpointError, match=r"was written without data.stream"):
         steps.begin({"loss_sum": 1.0}, 4)
 
 
