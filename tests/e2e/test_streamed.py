@@ -100,7 +100,9 @@ def test_unshuffled_it_learns_what_a_table_does(folder: Path) -> None:
     for name, stream in (("table", None), ("stream", {"buffer": 1})):
         tree = recipe_of(folder, name, shuffle=False, stream=stream)
         tree["train"] |= {"max_steps": 15}
-        tree["method"]["dropout"] = 0.0  # a loader begins each epoch of a table with a draw from torch's generator
+        tree["method"]["dropout"] = (
+            0.0  # a loader begins each epoch of a table with a draw from torch's generator
+        )
         runs.append(luthier.train(tree, quiet=True).output)
     table, stream = runs
     assert logged(table) == logged(stream)

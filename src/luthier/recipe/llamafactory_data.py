@@ -122,7 +122,9 @@ def _streaming(flat: Flat) -> None:
     workers = flat.get("dataloader_num_workers")
     if flat.given("dataloader_num_workers") and isinstance(workers, int):
         flat.put("data.workers", max(1, workers), "dataloader_num_workers")
-        flat.note("dataloader_num_workers: with streaming these are the processes that tokenize (data.workers)")
+        flat.note(
+            "dataloader_num_workers: with streaming these are the processes that tokenize (data.workers)"
+        )
 
 
 DATA_SUBJECTS = (_sources, _length, _rows, _streaming)
