@@ -69,6 +69,7 @@ def read_once(file: Path, tokenizer: str | None, buffer: int, packing: bool) -> 
                 "train": [{"file_name": str(file), "columns": {"prompt": "text"}}],
                 "stream": {"buffer": buffer},
                 "packing": packing,
+                "template": "default",  # plain text is trained without it
             },
             "train": {"max_steps": 1, "rows_per_device": 1},
         }

@@ -5,12 +5,9 @@ from __future__ import annotations
 import json
 import threading
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
-
-import numpy as np
 
 from luthier.data.batching import RowsRule, TokensRule
 from luthier.data.prepare import Preparation
@@ -20,9 +17,11 @@ from luthier.data.streaming import Block, Packing, SampleStream, Windows
 from luthier.recipe.mixture import MixSpec
 from luthier.recipe.schema import DataSpec
 from luthier.trainer.stream_steps import StepRule, StreamSteps
-from luthier.types import Batch, Encoded, Lost, Row, Sample
+from luthier.types import Batch
+from tests.numbered import Numbers
 
 THREE_ROWS = RowsRule(3)
+NUMBERS = Numbers()
 
 
 def write_lines(file: Path, num_rows: int, name: str = "") -> Path:
@@ -40,22 +39,6 @@ def sets_of(*files: Path, skipped: int = 0, limit: int | None = None) -> list[St
     return [StreamSet(attr, skipped, limit) for attr in resolve_datasets(spec.train, spec)]
 
 
-@dataclass(frozen=True)
-class Numbers:
-    """Encodes row i as `least` + i % `most` tokens, all of them its number; every `lost`-th row is dropped."""
-
-    most: int = 9
-    lost: int = 0
-    least: int = 1
-
-    def __call__(self, row: Row, template: Any) -> Encoded:
-        number = int("".join(filter(str.isdigit, row.text or "")))
-        if self.lost and number % self.lost == 0:
-            return Encoded(lost=Lost(dropped="unlucky"))
-        ids = np.full(self.least + number % self.most, number, np.int32)
-        return Encoded((Sample(ids, np.ones(len(ids), np.float32), row.source, row.index),))
-
-
 def stream_of(
     sets: list[StreamSet],
     *,
@@ -64,7 +47,7 @@ def stream_of(
     mix: MixSpec | None = None,
     packing: Packing = "no",
     workers: int = 1,
-    encode: Numbers = Numbers(),
+    encode: Numbers = NUMBERS,
     max_length: int = 16,
 ) -> SampleStream:
     how = Preparation(encode, SimpleNamespace(begin_ids=()), "text", {}, seed)  # type: ignore[arg-type]

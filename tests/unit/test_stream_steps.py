@@ -17,7 +17,8 @@ from luthier.data.row_stream import StreamSet
 from luthier.data.streaming import BLOCK
 from luthier.recipe.mixture import MixSpec
 from luthier.types import CheckpointError, DataError
-from tests.streams import Numbers, Together, sets_of, steps_of, stream_of, taken, write_lines
+from tests.numbered import Numbers
+from tests.streams import Together, sets_of, steps_of, stream_of, taken, write_lines
 
 BATCHES = [RowsRule(3), RowsRule(2, 3), TokensRule(40)]
 
