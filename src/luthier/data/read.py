@@ -120,7 +120,7 @@ def hub_dataset(
             cache_dir=cache_dir,
             revision=attr.revision,
             token=token,
-            streaming=streaming,
+            **({"streaming": True} if streaming else {}),
         )
     except (DatasetNotFoundError, ValueError, RuntimeError, OSError) as error:
         raise DataError(f"data set {attr.name!r}: cannot load {attr.path!r} from the hub: {error}") from error
