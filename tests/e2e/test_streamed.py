@@ -210,7 +210,7 @@ def test_what_does_not_go_with_a_stream(folder: Path, changes: dict[str, Any], m
 
 
 def test_feedback_and_pairs_are_streamed(folder: Path, tmp_path: Path) -> None:
-    """kto takes its mismatched answers from the same thousand rows; dpo shares prompts as ever."""
+    """kto takes its mismatched answers from the same block, which is all rows here; dpo shares prompts as ever."""
     from tests.tiny import FEEDBACK_COLUMNS, PAIR_COLUMNS, write_feedback, write_pairs
 
     write_pairs(tmp_path / "pairs.json", 12)
