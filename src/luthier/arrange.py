@@ -10,12 +10,14 @@ from luthier.data.batching import EpochPlan, Lengths, RowsRule, TokensRule, Visi
 from luthier.data.mixing import epoch_visits
 from luthier.data.partners import Mismatched
 from luthier.data.prepare import PreparedData
+from luthier.data.streaming import Exchange, SampleStream, Shapes, Windows
 from luthier.data.table import SampleTable
 from luthier.data.template import ChatTemplate
 from luthier.recipe.resolve import TOKENS_PER_BATCH
 from luthier.recipe.schema import Recipe
 from luthier.trainer.evaluation import EvalSet
 from luthier.trainer.steps import StepDataset
+from luthier.trainer.stream_steps import StepRule, StreamSteps
 from luthier.types import Batch, Sample, Stage
 
 Attach = Callable[[Sequence[Sample]], Sequence[Sample]]
@@ -29,6 +31,8 @@ class Material:
     template: ChatTemplate
     stage: Stage
     data: PreparedData
+    stream: SampleStream | None = None
+    """What is trained on where rows are read in training; `data.train` then has the first of them."""
 
 
 def samples_of(stage: Stage, table: SampleTable, max_length: int) -> Sequence[Sample]:
@@ -36,7 +40,7 @@ def samples_of(stage: Stage, table: SampleTable, max_length: int) -> Sequence[Sa
     return Mismatched.of(table, max_length) if stage.needs_mismatched else table
 
 
-def pass_sizes(stage: Stage, table: SampleTable, *, padded: bool) -> Lengths | None:
+def pass_sizes(stage: Stage, table: SampleTable | Shapes, *, padded: bool) -> Lengths | None:
     """(n,) tokens that each sample takes of a pass, where that is not its length."""
     if not table.num_branches.any():
         return None
@@ -55,13 +59,18 @@ def training_steps(
     material: Material,
     world_size: int,
     rank: int,
-    *,
     padded: bool = False,
     attach: Attach | None = None,
+    exchange: Exchange | None = None,
 ) -> StepDataset | None:
-    """The steps of training; `padded` where the model's rows are (`model.logprobs.chosen_rows`)."""
+    """The steps of training; `padded` where the model's rows are (`model.logprobs.chosen_rows`).
+
+    Of a stream they are those of its first rows, unless `exchange` says how blocks get from process to process.
+    """
     if settings.train.eval_only:
         return None
+    if material.stream is not None and exchange is not None:
+        return _stream_steps(settings, material, world_size, rank, padded, exchange)
     stage = material.stage
     samples = samples_of(stage, material.data.train, settings.data.max_length)
     plan = partial(_epoch, settings, material, world_size, padded)
@@ -72,6 +81,24 @@ def training_steps(
 def training_sets(settings: Recipe, material: Material) -> list[str]:
     """The names of the training sets, in the order of the recipe."""
     return [report.dataset for report in material.data.reports[: len(settings.data.train)]]
+
+
+def _stream_steps(
+    settings: Recipe, material: Material, world_size: int, rank: int, padded: bool, exchange: Exchange
+) -> StreamSteps:
+    stage, stream, train_spec = material.stage, material.stream, settings.train
+    assert stream is not None and train_spec.max_steps is not None
+    rule = StepRule(
+        batch_rule(settings),
+        world_size,
+        train_spec.tokens_per_pass,
+        padded,
+        partial(pass_sizes, stage, padded=padded),
+        settings.data.max_lost,
+    )
+    windows = partial(Windows, rank=rank, num_processes=world_size, exchange=exchange)
+    steps = train_spec.max_steps
+    return StreamSteps(stream, rule, stage.collate, rank=rank, max_steps=steps, windows=windows)
 
 
 def first_batches(
@@ -98,6 +125,12 @@ def first_batches(
         last = groups.pop()
         groups[-1] += last
     return [material.stage.collate([samples[index] for index in group]) for group in groups if group]
+
+
+def data_seed(settings: Recipe) -> int:
+    """The seed of the order of rows."""
+    train_spec = settings.train
+    return train_spec.seed if train_spec.data_seed is None else train_spec.data_seed
 
 
 def batch_rule(settings: Recipe) -> RowsRule | TokensRule:

@@ -18,12 +18,13 @@ from transformers import (
     set_seed,
 )
 
-from luthier.arrange import Material, first_batches
+from luthier.arrange import Material, data_seed, first_batches
 from luthier.data.encode import EncodeOptions
 from luthier.data.media_template import load_media_template
 from luthier.data.own_template import OwnTemplate
 from luthier.data.prepare import Preparation, Progress, prepare
 from luthier.data.processors import load_processor
+from luthier.data.stream_preview import prepare_stream
 from luthier.data.template import ChatTemplate, load_template
 from luthier.engine.precedence import rollout_settings
 from luthier.environment import require
@@ -163,6 +164,16 @@ def read_material(settings: Recipe, tokenizer: PreTrainedTokenizerFast, say: Say
     if isinstance(settings.stage, RmSpec):
         _choose_padding(settings, template, say)
     stage, how = preparation(settings, template)
+    if settings.data.stream is not None:
+        streamed = prepare_stream(
+            settings.data,
+            how,
+            _row_progress(say),
+            seed=data_seed(settings),
+            packed=settings.train.rows_per_device is not None,
+            mismatched=stage.needs_mismatched,
+        )
+        return Material(template, stage, streamed.data, streamed.stream)
     data = prepare(settings.data, how, _row_progress(say))
     return Material(template, stage, data)
 
@@ -377,6 +388,8 @@ def longest_sample(settings: Recipe, material: Material) -> int:
     """Tokens of the longest row of any set."""
     tables = [table for table in (material.data.train, *material.data.eval.values()) if len(table)]
     longest = max((int(table.row_lengths.max()) for table in tables), default=0)
+    if material.stream is not None:  # of which only the first rows are known
+        return max(longest, settings.data.max_length)
     if not material.stage.needs_mismatched:
         return longest
     # The longest answer may come behind the longest prompt, and is cut to the limit there.

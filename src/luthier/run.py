@@ -62,6 +62,7 @@ from luthier.trainer.retention import what_is_left
 from luthier.trainer.rollouts import SamplingInterrupted
 from luthier.trainer.run_directory import begin_run, published_files, run_guard
 from luthier.trainer.same_run import differences
+from luthier.trainer.stream_steps import end_stream
 from luthier.trainer.trackers import tracking
 from luthier.trainer.trainer import PeftTrainer
 from luthier.types import CheckpointError, Method, RunInterrupted
@@ -184,7 +185,7 @@ def _offline(
     """What a trainer gets whose stage learns from data."""
     padded, count = chosen_rows(model).padded, processes.count
     return Supply(
-        training_steps(settings, material, count, processes.rank, padded=padded, attach=attach),
+        training_steps(settings, material, count, processes.rank, padded, attach, processes.exchange),
         eval_sets(settings, material, count, padded=padded, attach=attach),
         answers_at_eval(settings, source, model, material, say),
     )
@@ -343,6 +344,7 @@ def _train_through(trainer: PeftTrainer, resumed: Path | None, say: Say) -> dict
                 return dict(output.metrics)
     finally:
         trainer.saver.writer.finish()
+        end_stream(trainer.train_dataset)
 
 
 def _save(trainer: PeftTrainer, manifest: dict[str, Any]) -> None:
@@ -355,7 +357,7 @@ def _save(trainer: PeftTrainer, manifest: dict[str, Any]) -> None:
             missing_ok=True
         )  # PEFT writes a form to fill in; ours follows the evaluation
         files = {path.name: hash_file(path) for path in sorted(folder.iterdir())}
-        passes = {"tokens_per_pass": trainer.tokens_per_pass}
+        passes = {"tokens_per_pass": trainer.tokens_per_pass, **end_stream(trainer.train_dataset)}
         text = json.dumps({**manifest, **passes, "files": files}, indent=2)
         (folder / "run.json").write_text(text + "\n", encoding="utf-8")
 

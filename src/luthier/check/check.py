@@ -39,6 +39,7 @@ from luthier.check.schedule import Schedule, longest_shape, schedule_of
 from luthier.check.tokens import chosen, show_sample
 from luthier.data.prepare import DEV, PreparedData
 from luthier.data.report import check_max_lost
+from luthier.data.stream_preview import PREVIEW
 from luthier.environment import detect_hardware
 from luthier.methods.groups import count_parameters
 from luthier.model.faults import LOAD_ERRORS
@@ -145,6 +146,11 @@ class _Check:
             return None
         found.datasets = _datasets(settings, material.data)
         found.mixture = found.ask("data", lambda: shares_of(settings, material)) or []
+        if material.stream is not None:
+            self._note(
+                f"data.stream: the first {PREVIEW:,} rows of each training set are looked at; what is said of an epoch "
+                "is of these"
+            )
         found.ask("data", lambda: check_max_lost(material.data.reports, settings.data.max_lost))
         table = material.data.train
         shown = table if len(table) else next(iter(material.data.eval.values()))

@@ -227,7 +227,8 @@ def _counted(
     spec: MixSpec, speeds: Sequence[Fraction], counts: Sequence[int]
 ) -> Generator[int, int | None, None]:
     if spec.strategy == "concat":
-        yield from chain.from_iterable(repeat(i, count) for i, count in enumerate(counts))
+        for i in chain.from_iterable(repeat(i, count) for i, count in enumerate(counts)):
+            yield i  # by a loop of its own, to which the caller may send
         return
     left, missing = list(counts), sum(counts)
     for i in _even(speeds):

@@ -6,16 +6,13 @@ import hashlib
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import islice
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from luthier.data.readers import read_file
 from luthier.data.registry import DatasetAttr
 from luthier.types import DataError
-
-if TYPE_CHECKING:
-    import datasets
 
 _HASH_CHUNK = 1 << 22
 
@@ -51,14 +48,14 @@ def read_rows(
     rows = _hub_rows(attr, cache_dir, token) if attr.load_from == "hub" else _file_rows(attr)
     if attr.num_samples is not None:
         rows = _draw(list(rows), attr.num_samples, rng or np.random.RandomState(0))
-    return _columns_seen(islice(rows, max_samples), attr)
+    return columns_seen(islice(rows, max_samples), attr)
 
 
 def data_fingerprint(attr: DatasetAttr, cache_dir: str | None = None, token: str | None = None) -> str:
     """SHA-256 of the bytes of the data files in reading order, or the hub data set's own fingerprint."""
     digest = hashlib.sha256()
     if attr.load_from == "hub":
-        digest.update(_hub_dataset(attr, cache_dir, token)._fingerprint.encode())
+        digest.update(hub_dataset(attr, cache_dir, token)._fingerprint.encode())
     for file in attr.files():
         digest.update(f"{file.suffix}:{file.stat().st_size}:".encode())
         with file.open("rb") as stream:
@@ -74,7 +71,8 @@ def _draw(rows: list[RawRow], wanted: int, rng: np.random.RandomState) -> Iterat
     return (rows[i] for i in order)
 
 
-def _columns_seen(rows: Iterable[RawRow], attr: DatasetAttr) -> Iterator[RawRow]:
+def columns_seen(rows: Iterable[RawRow], attr: DatasetAttr) -> Iterator[RawRow]:
+    """The rows; raises DataError at their end where there were none, or a column that was named was in none."""
     missing = {name: column for name, column in attr.columns if column is not None and name in attr.named}
     seen: dict[str, None] = {}
     empty = True
@@ -106,7 +104,10 @@ def _file_rows(attr: DatasetAttr) -> Iterator[RawRow]:
             index += 1
 
 
-def _hub_dataset(attr: DatasetAttr, cache_dir: str | None, token: str | None) -> datasets.Dataset:
+def hub_dataset(
+    attr: DatasetAttr, cache_dir: str | None, token: str | None, *, streaming: bool = False
+) -> Any:
+    """A `datasets.Dataset`, or with `streaming` a `datasets.IterableDataset`. Raises DataError if it cannot be had."""
     from datasets import load_dataset
     from datasets.exceptions import DatasetNotFoundError
 
@@ -119,11 +120,12 @@ def _hub_dataset(attr: DatasetAttr, cache_dir: str | None, token: str | None) ->
             cache_dir=cache_dir,
             revision=attr.revision,
             token=token,
+            **({"streaming": True} if streaming else {}),
         )
     except (DatasetNotFoundError, ValueError, RuntimeError, OSError) as error:
         raise DataError(f"data set {attr.name!r}: cannot load {attr.path!r} from the hub: {error}") from error
 
 
 def _hub_rows(attr: DatasetAttr, cache_dir: str | None, token: str | None) -> Iterator[RawRow]:
-    for index, columns in enumerate(_hub_dataset(attr, cache_dir, token)):
+    for index, columns in enumerate(hub_dataset(attr, cache_dir, token)):
         yield RawRow(index, f"{attr.path} ({attr.split}), row {index}", columns)

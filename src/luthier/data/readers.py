@@ -121,6 +121,14 @@ def _parse_lines(file: Path, lines: Iterable[str]) -> Iterator[Placed]:
             yield f"line {number}", _parsed(file, line, number)
 
 
+def parse_line(file: Path, line: int, text: bytes) -> Any:
+    """The value of one line of a JSON lines file, as `read_file` reads it."""
+    try:
+        return _parsed(file, text.decode("utf-8"), line)
+    except UnicodeDecodeError as error:
+        raise _not_utf8(file) from error
+
+
 def _parsed(file: Path, text: str, line: int | None = None) -> Any:
     """The value of a JSON text, which is a line of the file or all of it."""
     try:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from array import array
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from itertools import pairwise
@@ -72,7 +72,8 @@ class DataReport:
 class ReportBuilder:
     """Counts rows as they are encoded."""
 
-    def __init__(self, dataset: str) -> None:
+    def __init__(self, dataset: str, counted: Mapping[str, Any] | None = None) -> None:
+        """`counted` is the `state` of a builder that this one goes on from."""
         self._dataset = dataset
         self._counts = dict.fromkeys(
             (
@@ -89,7 +90,21 @@ class ReportBuilder:
         )
         self._dropped: dict[str, int] = {}
         self._examples: dict[str, list[int]] = {}
-        self._lengths = array("i")
+        self._lengths: Counter[int] = Counter()
+        if counted is not None:
+            self._counts |= counted["counts"]
+            self._dropped |= counted["dropped"]
+            self._examples |= {reason: list(rows) for reason, rows in counted["examples"].items()}
+            self._lengths.update({int(length): times for length, times in counted["lengths"]})
+
+    def state(self) -> dict[str, Any]:
+        """What was counted so far, as JSON values."""
+        return {
+            "counts": dict(self._counts),
+            "dropped": dict(self._dropped),
+            "examples": {reason: list(rows) for reason, rows in self._examples.items()},
+            "lengths": sorted(self._lengths.items()),
+        }
 
     def add(self, index: int, encoded: Encoded) -> None:
         """Count row `index` of the data set."""
@@ -104,7 +119,8 @@ class ReportBuilder:
         counts["cut_tokens"] += lost.tokens
         counts["lost_answers"] += lost.answers
         counts["lost_rows"] += lost.dropped is not None or lost.tokens > 0 or unsupervised
-        self._lengths.extend([_longest_row(sample) for sample in encoded.samples])
+        for sample in encoded.samples:
+            self._lengths[_longest_row(sample)] += 1
         if lost.dropped is not None:
             self._dropped[lost.dropped] = self._dropped.get(lost.dropped, 0) + 1
             rows = self._examples.setdefault(lost.dropped, [])
@@ -112,15 +128,19 @@ class ReportBuilder:
                 rows.append(index)
 
     def report(self) -> DataReport:
-        lengths = np.asarray(self._lengths, np.int64)
+        values, times = np.array(sorted(self._lengths.items()), np.int64).reshape(-1, 2).T
+        until, samples = np.cumsum(times), int(times.sum())
         percentiles = {
-            f"p{p}": int(np.percentile(lengths, p, method="lower")) for p in PERCENTILES if len(lengths)
+            # the largest length of which at most p percent of the steps between samples lie before: method "lower"
+            f"p{p}": int(values[np.searchsorted(until, (samples - 1) * p // 100, side="right")])
+            for p in PERCENTILES
+            if samples
         }
         return DataReport(
             dataset=self._dataset,
-            samples=len(lengths),
-            dropped=self._dropped,
-            examples=self._examples,
+            samples=samples,
+            dropped=dict(self._dropped),
+            examples={reason: list(rows) for reason, rows in self._examples.items()},
             lengths=percentiles,
             **self._counts,
         )

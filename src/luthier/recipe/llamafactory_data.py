@@ -166,4 +166,23 @@ def _media(flat: Flat) -> None:
             flat.put(f"data.media.{target}", True, key)
 
 
-DATA_SUBJECTS = (_sources, _mixture, _length, _rows, _media, *THINKING_SUBJECTS)
+def _streaming(flat: Flat) -> None:
+    """Rows that are read in training; what that tool refuses with them is refused here."""
+    if not flat.flag("streaming"):
+        return
+    flat.put("data.stream", {"buffer": flat.get("buffer_size")}, "buffer_size", "streaming")
+    if not flat.given("max_steps") or flat.number("max_steps") <= 0:
+        flat.problem("streaming", "needs max_steps, as there: a stream does not know how long an epoch is")
+    if 0 < flat.number("val_size") < 1:
+        flat.problem("val_size", "with streaming it is a number of rows, as there; give a whole number")
+    if flat.given("max_samples"):
+        flat.problem("max_samples", "does not go with streaming, as there; remove it")
+    workers = flat.get("dataloader_num_workers")
+    if flat.given("dataloader_num_workers") and isinstance(workers, int):
+        flat.put("data.workers", max(1, workers), "dataloader_num_workers")
+        flat.note(
+            "dataloader_num_workers: with streaming these are the processes that tokenize (data.workers)"
+        )
+
+
+DATA_SUBJECTS = (_sources, _mixture, _length, _rows, _media, _streaming, *THINKING_SUBJECTS)

@@ -242,14 +242,12 @@ DATA_KEYS: dict[str, Key] = (
     )
     | keys(
         Rule.SILENT,
-        buffer_size=16384,
         overwrite_cache=False,
         data_shared_file_system=False,
         eval_on_each_dataset=False,
     )
-    | keys(
-        Rule.REFUSED, "streaming data comes in a later version; remove it to read the files", streaming=False
-    )
+    | read("needs max_steps, as there", streaming=("data.stream", False))
+    | read("with streaming", buffer_size=("data.stream.buffer", 16384))
     | keys(
         Rule.REFUSED,
         "there is no padding in a flat row that could be learnt; remove it",

@@ -76,6 +76,7 @@ from luthier.recipe.stage import (
     SftSpec,
     StageSpec,
 )
+from luthier.recipe.streaming import require_streamable
 from luthier.recipe.train import (
     BadNumbersSpec,
     CompileSpec,
@@ -227,6 +228,8 @@ class Recipe(Spec):
     @model_validator(mode="after")
     def _what_the_stage_has(self) -> Recipe:
         stage = self.stage
+        if self.data.stream is not None:
+            require_streamable(stage, self.data, self.train)
         if isinstance(stage, OnlineSpec):
             require_online(stage, self.data, self.train, self.generation, self.method, self.optim)
         if self.train.generate_at_eval is not None:

@@ -13,6 +13,7 @@ from typing import Any, Protocol
 
 from torch.utils.data import Dataset
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_utils import IntervalStrategy, SaveStrategy
 
 from luthier.data.batching import EpochPlan
 from luthier.types import Batch, Sample
@@ -67,6 +68,10 @@ class StepDataset(Dataset[list[Batch]]):
         """Step `step` of the whole run (from 0), which is one of the present epoch."""
         return self[step % len(self)]
 
+    def ends_epoch(self, step: int) -> bool:
+        """Whether an epoch ends before step `step` that the loop does not know of."""
+        return False
+
     def __len__(self) -> int:
         return len(self._plan)
 
@@ -103,3 +108,10 @@ class EpochCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         self._dataset.set_epoch(state.global_step // len(self._dataset))
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if isinstance(self._dataset, StepDataset) and self._dataset.ends_epoch(state.global_step):
+            control.should_save |= args.save_strategy == SaveStrategy.EPOCH
+            control.should_evaluate |= args.eval_strategy == IntervalStrategy.EPOCH

@@ -50,6 +50,7 @@ from luthier.trainer.rollouts import Asking, Rollouts
 from luthier.trainer.saving import LOOP_STATE_NAME, CheckpointSaver, saves_asynchronously
 from luthier.trainer.sources import source_terms
 from luthier.trainer.steps import EpochCallback, StepDataset
+from luthier.trainer.stream_steps import begin_stream, num_workers, stream_numbers, stream_state
 from luthier.types import Batch, LossSum, Method, RecipeError, Stage, Term
 
 
@@ -123,7 +124,7 @@ class PeftTrainer(Evaluation):
         """One item per optimizer step, already this process's share; accelerate must not shard it again."""
         steps: Any = self._steps
         return DataLoader(
-            steps, batch_size=1, collate_fn=itemgetter(0), num_workers=self.args.dataloader_num_workers
+            steps, batch_size=1, collate_fn=itemgetter(0), num_workers=num_workers(steps, self.args)
         )
 
     def num_examples(self, dataloader: DataLoader[Any]) -> int:
@@ -298,7 +299,7 @@ class PeftTrainer(Evaluation):
         if "train_loss" in logs:  # transformers' own covers the steps since the last resume alone
             logs["train_loss"] = self.ledger.mean_loss
         if "loss" in logs:
-            self.ledger.close_window(logs, self._means(self.ledger.metrics))
+            self.ledger.close_window(logs, self._means(self.ledger.metrics) | stream_numbers(self._steps))
         if "loss" in logs and self._scaling is not None:
             self._scaling.add_to(logs)
         super().log(logs, start_time)
@@ -326,7 +327,7 @@ class PeftTrainer(Evaluation):
             optimizer=self.optimizer,
             scheduler=self.lr_scheduler,
             scaler=getattr(self.accelerator, "scaler", None),
-            loop=self.ledger.state(float(self._tr_loss)),
+            loop=self.ledger.state(float(self._tr_loss)) | stream_state(self._steps, self.state.global_step),
             rollouts=self._rollouts,
         )
 
@@ -362,6 +363,7 @@ class PeftTrainer(Evaluation):
         checkpoint, state = self._resumed_from, dict[str, Any]()
         if checkpoint is not None:
             state = json.loads((checkpoint / LOOP_STATE_NAME).read_text(encoding="utf-8"))
+        begin_stream(self._steps, state, self.state.global_step)
         if self._rollouts is not None:
             self._rollouts.begin(checkpoint, state.get("rollouts"), self.state.global_step)
         if checkpoint is None:
