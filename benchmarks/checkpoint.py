@@ -28,9 +28,10 @@ from transformers import AutoTokenizer, Seq2SeqTrainer, TrainerState
 from transformers.trainer_callback import ExportableState
 
 import luthier
-from luthier.assemble import build_model, load_tokens
+from luthier.assemble import build_model
 from luthier.data.encode import EncodeOptions
 from luthier.environment import detect_hardware
+from luthier.material import load_tokens
 from luthier.model.load import locate
 from luthier.recipe.load import load_recipe
 from luthier.recipe.resolve import resolve

@@ -55,10 +55,10 @@ def read_once(file: Path, tokenizer: str | None, buffer: int, packing: bool) -> 
     """Read one epoch of the file as pt does; returns what this process took."""
     from transformers import AutoTokenizer
 
-    from luthier.assemble import preparation
     from luthier.data.stream_preview import prepare_stream
     from luthier.data.streaming import Windows
     from luthier.data.template import load_template
+    from luthier.material import preparation
     from luthier.recipe.schema import Recipe
 
     recipe = Recipe.model_validate(

@@ -19,20 +19,12 @@ from transformers import PreTrainedModel
 
 from luthier import __version__
 from luthier.arrange import Attach, Material, eval_sets, padding_share, training_steps
-from luthier.assemble import (
-    attachments,
-    build_model,
-    fitted,
-    load_tokens,
-    longest_sample,
-    read_material,
-    require_one_process,
-    run_identity,
-)
+from luthier.assemble import attachments, build_model, longest_sample, require_one_process, run_identity
 from luthier.data.prepare import PreparedData
 from luthier.data.report import check_max_lost, format_reports
 from luthier.environment import detect_hardware
 from luthier.eval_answers import answers_at_eval
+from luthier.material import fitted, load_tokens, read_material
 from luthier.methods.groups import ParameterCount, count_parameters
 from luthier.model.base_record import BaseRecord, remember_base
 from luthier.model.load import ModelSource, fingerprint, locate

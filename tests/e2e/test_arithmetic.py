@@ -13,8 +13,9 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 import luthier
-from luthier.assemble import build_model, load_tokens
+from luthier.assemble import build_model
 from luthier.data.collate import flat_batch
+from luthier.material import load_tokens
 from luthier.model.load import locate
 from luthier.model.logprobs import ModelPolicy
 from luthier.optim.build import build_optimizer

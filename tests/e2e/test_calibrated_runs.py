@@ -18,9 +18,9 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 import luthier
 from luthier.arrange import first_batches, training_steps
-from luthier.assemble import load_tokens, read_material
 from luthier.check.check import check
 from luthier.environment import detect_hardware
+from luthier.material import load_tokens, read_material
 from luthier.methods.lora import Lora
 from luthier.model.load import locate
 from luthier.recipe.load import load_recipe

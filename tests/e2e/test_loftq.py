@@ -17,8 +17,9 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 import luthier
-from luthier.assemble import build_model, load_tokens
+from luthier.assemble import build_model
 from luthier.environment import detect_hardware
+from luthier.material import load_tokens
 from luthier.methods.lora import load_adapter, lora_layers
 from luthier.model.load import load_model, locate
 from luthier.model.quantized_layers import dequantized

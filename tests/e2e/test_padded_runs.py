@@ -128,7 +128,7 @@ def test_saved_adapter_has_the_loss_that_was_reported(mamba: Path, tmp_path: Pat
     model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(mamba), result.output)
     model.eval()
 
-    from luthier.assemble import load_tokens, read_material
+    from luthier.material import load_tokens, read_material
     from luthier.model.load import locate
     from luthier.recipe.load import load_recipe
     from luthier.recipe.resolve import resolve

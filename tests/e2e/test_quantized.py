@@ -17,9 +17,10 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 import luthier
-from luthier.assemble import build_model, load_tokens
+from luthier.assemble import build_model
 from luthier.check.memory import weight_bytes
 from luthier.environment import detect_hardware
+from luthier.material import load_tokens
 from luthier.methods.lora import load_adapter
 from luthier.model.load import load_model, locate
 from luthier.recipe.load import load_recipe

@@ -22,10 +22,11 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from luthier.assemble import build_model, load_tokens
+from luthier.assemble import build_model
 from luthier.data.collate import flat_batch
 from luthier.environment import detect_hardware
 from luthier.experience import Completion, RewardError
+from luthier.material import load_tokens
 from luthier.model.base_record import BaseRecord, read_base, remember_base, write_base
 from luthier.model.load import fingerprint, locate
 from luthier.model.logprobs import ModelPolicy

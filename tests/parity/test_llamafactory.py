@@ -15,10 +15,10 @@ import yaml
 
 import luthier
 from luthier.arrange import batch_rule
-from luthier.assemble import read_material
 from luthier.data.batching import plan_epoch
 from luthier.data.table import SampleTable
 from luthier.environment import detect_hardware
+from luthier.material import read_material
 from luthier.model.load import load_tokenizer, locate
 from luthier.recipe.load import load_recipe
 from luthier.recipe.resolve import resolve

@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from luthier.assemble import read_material
 from luthier.data.table import SampleTable
+from luthier.material import read_material
 from luthier.recipe.load import load_recipe
 from luthier.recipe.resolve import Hardware, resolve
 

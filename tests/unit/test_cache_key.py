@@ -17,8 +17,8 @@ import pytest
 from tokenizers import AddedToken
 from transformers import PreTrainedTokenizerFast
 
-from luthier.assemble import read_material
 from luthier.data.cache import TokenCache
+from luthier.material import read_material
 from luthier.recipe.load import load_recipe
 from luthier.recipe.resolve import Hardware, resolve
 from luthier.types import DataError

@@ -172,7 +172,10 @@ def test_openai_messages_keep_content_and_calls_together() -> None:
         ([], "no messages"),
         (None, "no messages"),
         ([{"role": "user", "content": None}], "content is not text"),
-        ([{"role": "user", "content": [{"type": "image"}]}], "images of the row and their places in its text differ in number"),
+        (
+            [{"role": "user", "content": [{"type": "image"}]}],
+            "images of the row and their places in its text differ in number",
+        ),
         ([{"role": "function", "content": "add(1)"}], "tool call is not JSON"),
         ([{"role": "assistant", "tool_calls": [{"id": "x"}]}], "tool call without a name"),
     ],

@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 from rich.text import Text
 
-from luthier.assemble import read_material
 from luthier.data.own_template import OwnTemplate
 from luthier.data.template import load_template
+from luthier.material import read_material
 from luthier.recipe.load import load_recipe
 from luthier.recipe.schema import DataSpec
 from tiny_tokenizers import byte_level

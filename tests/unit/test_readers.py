@@ -336,7 +336,7 @@ def test_what_the_hub_refuses_is_told(hub: Hub, tmp_path: Path, error: Exception
 
 def test_recipes_hand_on_token_cache_and_revision(hub: Hub, tmp_path: Path) -> None:
     """From the recipe's keys to the call."""
-    from luthier.assemble import read_material
+    from luthier.material import read_material
     from luthier.recipe.load import load_recipe
     from luthier.recipe.resolve import Hardware, resolve
     from tiny_tokenizers import byte_level

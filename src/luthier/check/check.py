@@ -18,16 +18,7 @@ from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from luthier.arrange import Material, training_steps
-from luthier.assemble import (
-    attachments,
-    build_model,
-    fitted,
-    load_tokens,
-    longest_sample,
-    read_material,
-    require_one_process,
-    run_identity,
-)
+from luthier.assemble import attachments, build_model, longest_sample, require_one_process, run_identity
 from luthier.check.estimate import estimate_memory, memory_before
 from luthier.check.findings import DataSet, Findings, histogram_of, settings_of
 from luthier.check.memory import PassShape, weight_bytes
@@ -41,6 +32,7 @@ from luthier.data.prepare import DEV, PreparedData
 from luthier.data.report import check_max_lost
 from luthier.data.stream_preview import PREVIEW
 from luthier.environment import detect_hardware
+from luthier.material import fitted, load_tokens, read_material
 from luthier.methods.groups import count_parameters
 from luthier.model.faults import LOAD_ERRORS
 from luthier.model.load import ModelSource, fingerprint, load_config, locate

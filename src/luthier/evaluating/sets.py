@@ -14,7 +14,6 @@ from itertools import islice
 
 import numpy as np
 
-from luthier.assemble import preparation
 from luthier.data.collate import rows_of
 from luthier.data.encode import EncodeOptions, sft_sample
 from luthier.data.formats import to_row
@@ -24,6 +23,7 @@ from luthier.data.registry import DatasetAttr
 from luthier.data.table import SampleTable
 from luthier.data.template import ChatTemplate
 from luthier.evaluating.perplexity import TokenSet, sliding
+from luthier.material import preparation
 from luthier.recipe.schema import DataSpec, PtSpec, Recipe
 from luthier.types import Row, RowError, RowKind, Sample, Stage
 

@@ -12,7 +12,7 @@ import torch
 from peft import PeftModel
 
 from luthier.arrange import Material, eval_sets
-from luthier.assemble import build_model, fitted, load_tokens
+from luthier.assemble import build_model
 from luthier.data.described import described
 from luthier.data.encode import EncodeOptions
 from luthier.data.pairs import feedback_sample, pair_sample
@@ -21,6 +21,7 @@ from luthier.data.registry import DatasetAttr
 from luthier.data.table import SampleTable
 from luthier.data.template import load_template
 from luthier.environment import detect_hardware
+from luthier.material import fitted, load_tokens
 from luthier.model.faults import read_json
 from luthier.model.load import load_config, locate
 from luthier.model.logprobs import ModelPolicy, chosen_rows

@@ -13,12 +13,13 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from luthier.arrange import Material, samples_of
-from luthier.assemble import build_model, fitted, load_tokens, read_material
+from luthier.assemble import build_model
 from luthier.data.collate import flat_batch, rows_of
 from luthier.data.formats import to_row
 from luthier.data.read import read_rows
 from luthier.data.registry import resolve_datasets
 from luthier.generation import Generation
+from luthier.material import fitted, load_tokens, read_material
 from luthier.model.dropout import drop_nothing
 from luthier.model.load import ModelSource, locate
 from luthier.model.logprobs import ModelPolicy

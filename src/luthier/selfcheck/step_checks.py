@@ -11,8 +11,8 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid
 
 from luthier.arrange import training_steps
-from luthier.assemble import fitted
 from luthier.data.collate import rows_of
+from luthier.material import fitted
 from luthier.model.logprobs import chosen_rows
 from luthier.recipe.schema import DpoSpec, KtoSpec, OnlineSpec, PtSpec, RmSpec, SftSpec
 from luthier.selfcheck.bench import Bench, relative_difference

@@ -285,10 +285,8 @@ class PeftTrainer(Evaluation):
     def floating_point_ops(self, inputs: list[Batch]) -> int:  # type: ignore[override]
         """Six operations per token and parameter, as transformers estimates it for a whole batch."""
         batches = inputs if self._rollouts is None else self._rollouts.current
-        return 6 * sum(batch.num_tokens for batch in batches) * self._num_parameters()
-
-    def _num_parameters(self) -> int:
-        return sum(parameter.numel() for parameter in self._trained.parameters())
+        num_parameters = sum(parameter.numel() for parameter in self._trained.parameters())
+        return 6 * sum(batch.num_tokens for batch in batches) * num_parameters
 
     @property
     def _trained(self) -> nn.Module:
