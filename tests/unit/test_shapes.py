@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cache
 from typing import Any
 
 import pytest
@@ -13,7 +14,18 @@ from luthier.data.rendering import ChatMessage, Layout, Renderer
 from luthier.data.shapes import Shapes
 from luthier.types import DataError
 
-ENDS = ("</s>", "<|im_end|>", "<|eot_id|>", "<end_of_turn>", "<|end|>")
+RENDERED = ("gpt_oss", "seed_oss")
+"""Templates that put text together in a way that would hide what they look into."""
+
+ENDS = (
+    "</s>",
+    *{
+        token
+        for name in families.names()
+        for token in (families.find(name).eos, *families.find(name).stop)
+        if token
+    },
+)
 LOOP = "{% for m in messages %}[{{ m.role }}]SHOWN</s>{% endfor %}{% if add_generation_prompt %}[assistant]{% endif %}"
 
 
@@ -24,6 +36,7 @@ def loop(shown: str) -> str:
 PLAIN = loop("{{ m.content }}")
 
 
+@cache
 def shapes_of(source: str) -> tuple[Renderer, Shapes]:
     renderer = Renderer(source, {"bos_token": "<s>", "eos_token": "</s>"})
     return renderer, Shapes(renderer, laid_out, ENDS)
@@ -41,9 +54,35 @@ def chat(*contents: str, system: str | None = None) -> list[ChatMessage]:
 CONTENT = st.sampled_from(
     ["Hi", " a ", "", "\n", "x </think> y", "[user]", "</s", "{{ m }}", "é 北京", "<think>"]
 ) | st.text(max_size=8)
-SOURCES = {
-    name: source for name in families.names() if (source := families.find(name).source) is not None
-} | {
+NAMES = (
+    *(
+        "alpaca",
+        "baichuan2",
+        "bailing_v2",
+        "chatglm3",
+        "chatml",
+        "cohere",
+        "deepseekr1",
+        "gemma",
+        "gemma4",
+        "glm4_moe",
+    ),
+    *(
+        "gpt_oss",
+        "llama2",
+        "llama3",
+        "minimax2",
+        "mistral",
+        "phi4",
+        "qwen",
+        "qwen3",
+        "qwen3_5",
+        "seed_oss",
+        "solar",
+    ),
+    *("vicuna", "zephyr"),
+)
+SOURCES = {name: str(families.find(name).source) for name in NAMES} | {
     "plain": PLAIN,
     "trimmed": loop("{{ m.content | trim }}"),
     "trimmed with more": loop("{{ (m.role + m.content) | trim }}"),
@@ -61,7 +100,7 @@ SOURCES = {
 
 
 @pytest.mark.parametrize("name", SOURCES)
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=25, deadline=None)
 @given(contents=st.lists(CONTENT, min_size=2, max_size=6), system=st.none() | CONTENT)
 def test_as_by_rendering(name: str, contents: list[str], system: str | None) -> None:
     renderer, shapes = shapes_of(SOURCES[name])
@@ -71,13 +110,20 @@ def test_as_by_rendering(name: str, contents: list[str], system: str | None) -> 
         assert found == laid_out(renderer, messages, ())
 
 
-@pytest.mark.parametrize("name", [name for name in SOURCES if name not in ("baichuan2", "chatglm3")])
+@pytest.mark.parametrize("name", SOURCES)
 def test_words_alone_are_not_rendered(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     renderer, shapes = shapes_of(SOURCES[name])
-    assert shapes.layout(chat("a", "b", "c", "d")) is not None
-    expected = laid_out(renderer, chat("Hello.", "So", "it", "goes\n\non"), ())
+    words = chat("Hello.", "So", "it", "goes\n\non")
+    try:
+        expected = laid_out(renderer, words, ())
+    except DataError:  # other ends than this test knows, or one turn alone
+        expected = None
+    found = shapes.layout(chat("a", "b", "c", "d"))
+    if expected is None or expected.rewritten:
+        assert found is None
+        return
     monkeypatch.setattr(Renderer, "render", None)
-    assert shapes.layout(chat("Hello.", "So", "it", "goes\n\non")) == expected
+    assert (shapes.layout(words) == expected) if found is not None else name in RENDERED
 
 
 @pytest.mark.parametrize(

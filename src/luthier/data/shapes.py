@@ -157,12 +157,11 @@ def _watched(renderer: Renderer) -> Renderer | None:
     copied = copy(renderer)
     environment = copied.compile_anew().environment
     tree = environment.parse(renderer.source)
-    filters = {found.name for found in tree.find_all(nodes.Filter)}
     macros = list(tree.find_all(nodes.Macro))
-    inside = {id(node) for macro in macros for node in macro.find_all(_CAPTURING)}
-    if any(id(node) not in inside for node in tree.find_all(_CAPTURING)):
-        return None
-    if filters & _BLIND or "strftime_now" in renderer.source:
+    inside = {id(node) for macro in macros for node in macro.find_all((*_CAPTURING, nodes.Filter))}
+    outside = [node for node in tree.find_all((*_CAPTURING, nodes.Filter)) if id(node) not in inside]
+    blind = [node for node in outside if not isinstance(node, nodes.Filter) or node.name in _BLIND]
+    if blind or "strftime_now" in renderer.source:
         return None
     for macro in macros:
         raised = nodes.Call(nodes.Name("raise_exception", "load"), [nodes.Const("a macro")], [], None, None)
