@@ -13,7 +13,7 @@ from luthier.recipe.schema import OnlineSpec
 
 ROOT = Path(__file__).parents[2]
 NEEDS_RUNS = {"sft_stacked_adapters.yaml", "llamafactory_ppo.yaml", "ppo_reward_model.yaml"}
-NUM_ROWS = {"sft_eva": 8, "llamafactory_pt": 8}
+NUM_ROWS = {"sft_eva": 8, "llamafactory_pt": 8, "sft_tools": 1}
 """Of fewer rows, EVA would look at each for longer, and LLaMA-Factory's blocks of tokens would not fill one."""
 EXAMPLES = [path for path in sorted((ROOT / "examples").glob("*.yaml")) if path.name not in NEEDS_RUNS]
 
