@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+import jinja2
+
 from luthier.data.media_template import MediaTemplate
 from luthier.data.template import ChatTemplate
 from luthier.types import Conversation, DataError, Row, RowError
@@ -67,15 +69,20 @@ def _check(template: ChatTemplate, conversation: Conversation) -> None:
 
 
 def _saved(template: ChatTemplate, conversation: Conversation) -> str:
-    """The text of a conversation by the chat template that is saved with the tokenizer."""
-    return str(
-        template.tokenizer.apply_chat_template(
+    """The text of a conversation by the chat template that is saved with the tokenizer.
+
+    Raises RowError where that refuses it: it may look for special tokens in words, which are encoded otherwise spelled.
+    """
+    try:
+        text = template.tokenizer.apply_chat_template(
             template.reasoning.chat(conversation),
             tools=[dict(tool) for tool in conversation.tools] or None,
             tokenize=False,
             **template.reasoning.last_mode(conversation),
         )
-    )
+    except jinja2.TemplateError as error:
+        raise RowError("the chat template refuses it", str(error)) from error
+    return str(text)
 
 
 def _difference(found: str, expected: str) -> str:

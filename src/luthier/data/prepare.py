@@ -22,8 +22,8 @@ import numpy as np
 from luthier import __version__
 from luthier.data.cache import CODE_VERSION, TokenCache, content_key, default_folder
 from luthier.data.encode import blocks, media_of
+from luthier.data.encode_raw import encode_raw
 from luthier.data.formats import require_kind, to_row
-from luthier.data.gate import gate
 from luthier.data.media_files import stamp
 from luthier.data.media_template import MediaTemplate
 from luthier.data.mixing import check_mix, mixed_rows
@@ -36,7 +36,7 @@ from luthier.data.template import ChatTemplate
 from luthier.data.workers import map_ordered
 from luthier.recipe.schema import DataSpec
 from luthier.samples import MediaOpener
-from luthier.types import DataError, Encoded, Lost, Row, RowError, RowKind
+from luthier.types import DataError, Encoded, Row, RowError, RowKind
 
 EncodeRow = Callable[[Row, ChatTemplate], Encoded]
 Progress = Callable[[str, int], None]
@@ -58,7 +58,6 @@ _WHERE = (
 )
 """What says where a data set is and not what is in it: its bytes do."""
 
-_GATE_FIRST, _GATE_EVERY = 50, 100
 _MAP_BATCH = 1000
 
 
@@ -227,13 +226,7 @@ class _EncodeRaw:
     how: Preparation
 
     def __call__(self, raw: RawRow) -> tuple[int, Encoded]:
-        try:
-            row = self.how.template.reasoning.split_row(to_row(raw, self.attr, self.how.kind))
-        except RowError as error:
-            return raw.index, Encoded(lost=Lost(dropped=error.reason))
-        if self.how.kind != "text" and (raw.index < _GATE_FIRST or raw.index % _GATE_EVERY == 0):
-            gate(self.how.template, [row])
-        return raw.index, self.how.encode(row, self.how.template)
+        return raw.index, encode_raw(raw, self.attr, self.how)
 
 
 def _reported(

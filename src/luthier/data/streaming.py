@@ -22,13 +22,12 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 from luthier.data.encode import blocks
-from luthier.data.formats import to_row
-from luthier.data.gate import gate
+from luthier.data.encode_raw import encode_raw
 from luthier.data.packing import best_fit, greedy_groups
 from luthier.data.partners import Mismatched
 from luthier.data.read import RawRow
 from luthier.data.row_stream import RowStream, StreamOrder, StreamRow
-from luthier.types import DataError, Encoded, Lost, LuthierError, RowError, Sample
+from luthier.types import DataError, Encoded, LuthierError, Sample
 
 if TYPE_CHECKING:
     from luthier.data.prepare import Preparation
@@ -36,7 +35,6 @@ if TYPE_CHECKING:
 BLOCK = 250
 PACKED_BLOCKS = 4
 """Blocks that are packed together: 1000 rows, as many as LLaMA-Factory packs together."""
-_GATE_FIRST, _GATE_EVERY = 50, 100
 
 Packing = Literal["no", "groups", "llamafactory"]
 Exchange = Callable[["Block"], "list[Block]"]
@@ -103,13 +101,7 @@ class _EncodeRows:
     def _encoded(self, one: StreamRow) -> Encoded:
         how, attr = self.stream.how, self.stream.order.sets[one.set].attr
         raw = RawRow(one.index, one.row.place, one.row.parsed())
-        try:
-            row = to_row(raw, attr, how.kind)
-        except RowError as error:
-            return Encoded(lost=Lost(dropped=error.reason))
-        if how.kind != "text" and (one.index < _GATE_FIRST or one.index % _GATE_EVERY == 0):
-            gate(how.template, [row])
-        return how.encode(row, how.template)
+        return encode_raw(raw, attr, how)
 
 
 def encode_rows(stream: SampleStream, rows: Sequence[StreamRow]) -> list[tuple[int, int, Encoded]]:

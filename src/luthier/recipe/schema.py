@@ -230,6 +230,10 @@ class Recipe(Spec):
         stage = self.stage
         if self.data.stream is not None:
             require_streamable(stage, self.data, self.train)
+        if self.data.train_roles != ("assistant",) and stage.type in ("rm", "dpo", "kto"):
+            raise ValueError(
+                f"data.train_roles does not go with stage: {stage.type}, which compares whole answers"
+            )
         if isinstance(stage, OnlineSpec):
             require_online(stage, self.data, self.train, self.generation, self.method, self.optim)
         if self.train.generate_at_eval is not None:

@@ -53,6 +53,7 @@ class StreamSteps(StepDataset):
         windows: OpenWindows,
     ) -> None:
         self.num_samples, self.epoch, self._length = max_steps, 0, max_steps
+        self.sources = tuple(stream.names)
         self._stream, self._rule, self._collate, self._rank = stream, rule, collate, rank
         self._open_windows = windows
         self._windows: Windows | None = None
@@ -225,7 +226,12 @@ class StreamSteps(StepDataset):
 
     def _passes(self, micro_batches: Sequence[Sequence[Sample]]) -> list[Batch]:
         """This process's passes of a step."""
-        samples = [sample for batch in micro_batches for sample in batch]
+        opener = self._stream.how.opener
+        samples = [
+            replace(sample, opener=opener) if sample.media else sample
+            for batch in micro_batches
+            for sample in batch
+        ]
         numbers, unit = iter(range(len(samples))), list[list[int]]()
         for batch in micro_batches:
             unit.append([next(numbers) for _ in batch])
