@@ -350,7 +350,7 @@ CASES: list[BadInput] = [
     talks(
         "a span outside its text",
         [{"conversations": [TURNS[0], {**TURNS[1], "spans": [[0, 1000, 0.5]]}]}],
-        "data/x.json, row 0, message 1: the span 0 to 1000 is not in a content of",
+        "data/x.json, row 0, message 1: the span 0 to 1000 is not in a content of 3 characters",
     ),
     talks(
         "a negative weight",
@@ -415,7 +415,7 @@ CASES: list[BadInput] = [
     rows(
         "a misspelt template",
         [ROW],
-        "data.template: no template 'lama3'; did you mean llama3, llama2? A path that ends in .jinja is read as a "
+        "data.template: no template 'lama3'; did you mean llama3, mllama, llama4? A path that ends in .jinja is read as a "
         "file; without data.template the tokenizer's own chat template is used",
         template="lama3",
     ),
@@ -441,8 +441,8 @@ CASES: list[BadInput] = [
     prepared(
         "no template at all",
         {"data/x.json": ROWS},
-        "the tokenizer has no chat template; name one with data.template: alpaca, baichuan2, chatglm3, chatml, "
-        "deepseek, default, gemma, llama2, llama3, mistral, phi, qwen, vicuna, zephyr, ziya",
+        "the tokenizer has no chat template; name one with data.template, such as chatml, alpaca or default; "
+        "`luthier templates` lists them all",
         "x.json",
         own="",
     ),

@@ -30,7 +30,19 @@ NPU = (
 )
 PURE = "weights that train are bfloat16; autocast is on here, which keeps such sums as softmax in float32"
 UNCLIPPED = "gradients are not clipped, as there: parameters are updated in the backward pass"
+KERNELS = "use_v1_kernels: changes speed and memory only; Luthier's own kernels are used"
 TRANSLATED: dict[str, tuple[str, ...]] = {
+    "ascend/qwen3vlmoe_full_sft_fsdp2.yaml": (
+        KERNELS,
+        "flash_attn: fa2: the variable-length kernel where the GPU has it, sdpa elsewhere",
+    ),
+    "ascend/qwen3vlmoe_lora_sft_fsdp.yaml": (
+        KERNELS,
+        "flash_attn: disabled: sdpa computes the same attention",
+    ),
+    "extras/oft/qwen2_5vl_oft_sft.yaml": (),
+    "train_lora/qwen3vl_lora_dpo.yaml": (),
+    "train_lora/qwen3vl_lora_sft.yaml": (),
     "ascend/qwen3_5_full_sft_fsdp2.yaml": NPU,
     "ascend/qwen3_full_sft_fsdp2.yaml": NPU,
     "ascend/qwen3moe_full_sft_fsdp.yaml": NPU,
@@ -85,10 +97,6 @@ DEEPSPEED = (
 )
 EXPORT = "export_dir: this file exports a model: run `luthier export` with it"
 FP8 = "8-bit floating point comes in a later version; remove it"
-MEDIA = tuple(
-    f"{key}: images, videos and audio come in a later version; remove it for a text-only run"
-    for key in ("image_max_pixels", "video_max_pixels")
-)
 MEGATRON = "Megatron is not part of Luthier; remove it"
 SHARDING = DEEPSPEED.removeprefix("deepspeed: ")
 TALK = (
@@ -102,8 +110,6 @@ V1 = (
 
 
 REFUSED: dict[str, tuple[str, ...]] = {
-    "ascend/qwen3vlmoe_full_sft_fsdp2.yaml": MEDIA,
-    "ascend/qwen3vlmoe_lora_sft_fsdp.yaml": MEDIA,
     "extras/asft/llama2_full_asft.yaml": (DEEPSPEED,),
     "extras/asft/qwen2_full_asft.yaml": (DEEPSPEED,),
     "extras/fp8/llama3_fp8_deepspeed_sft.yaml": (f"fp8: {FP8}", DEEPSPEED),
@@ -122,24 +128,20 @@ REFUSED: dict[str, tuple[str, ...]] = {
     "extras/nlg_eval/llama3_lora_predict.yaml": (
         "do_predict: this file answers a data set: run `luthier predict` with it",
     ),
-    "extras/oft/qwen2_5vl_oft_sft.yaml": (*MEDIA,),
     "inference/qwen3.yaml": (TALK,),
     "inference/qwen3_full_sft.yaml": (TALK,),
     "inference/qwen3_lora_sft.yaml": (TALK,),
     "inference/qwen3vl.yaml": (TALK,),
-    "megatron/qwen2_vl_full.yaml": (
-        *MEDIA,
-        *(
-            f"{key}: {MEGATRON}"
-            for key in (
-                "tensor_model_parallel_size",
-                "sequence_parallel",
-                "pipeline_model_parallel_size",
-                "bias_activation_fusion",
-                "apply_rope_fusion",
-                "use_distributed_optimizer",
-            )
-        ),
+    "megatron/qwen2_vl_full.yaml": tuple(
+        f"{key}: {MEGATRON}"
+        for key in (
+            "tensor_model_parallel_size",
+            "sequence_parallel",
+            "pipeline_model_parallel_size",
+            "bias_activation_fusion",
+            "apply_rope_fusion",
+            "use_distributed_optimizer",
+        )
     ),
     "megatron/qwen3_moe_full.yaml": tuple(
         f"{key}: {MEGATRON}"
@@ -161,13 +163,11 @@ REFUSED: dict[str, tuple[str, ...]] = {
     "merge_lora/qwen3_lora_sft.yaml": (EXPORT,),
     "merge_lora/qwen3vl_lora_sft.yaml": (EXPORT,),
     "train_full/qwen3_full_sft.yaml": (DEEPSPEED,),
-    "train_full/qwen3vl_full_sft.yaml": (*MEDIA, DEEPSPEED),
+    "train_full/qwen3vl_full_sft.yaml": (DEEPSPEED,),
     "train_lora/qwen3_lora_sft_ds3.yaml": (DEEPSPEED,),
     "train_lora/qwen3_lora_sft_ray.yaml": (
         "ray_num_workers: start the run with torchrun instead of Ray; remove it",
     ),
-    "train_lora/qwen3vl_lora_dpo.yaml": MEDIA,
-    "train_lora/qwen3vl_lora_sft.yaml": MEDIA,
 }
 REFUSED |= {
     f"ktransformers/train_lora/{name}_lora_sft_kt.yaml": (
@@ -242,6 +242,11 @@ def _optim(recipe: Recipe) -> Any:
     return recipe.optim
 
 
+def _frozen(recipe: Recipe) -> Any:
+    parts = recipe.model.frozen_parts
+    return ("tower", "projector") if parts is None else parts
+
+
 SAYS: dict[str, Callable[[Recipe], Any]] = {
     "apollo_layerwise": lambda recipe: _optim(recipe).layerwise,
     "apollo_rank": lambda recipe: _optim(recipe).rank,
@@ -275,7 +280,7 @@ SAYS: dict[str, Callable[[Recipe], Any]] = {
     "oft_target": lambda recipe: {"all-linear": "all"}.get(_method(recipe).targets),
     "pissa_init": lambda recipe: _lora(recipe).init == "pissa",
     "pissa_iter": lambda recipe: _lora(recipe).init_iterations,
-    "flash_attn": lambda recipe: {"auto": "fa2"}.get(recipe.model.attention),
+    "flash_attn": lambda recipe: {"auto": "fa2", "sdpa": "disabled"}.get(recipe.model.attention),
     "gradient_accumulation_steps": lambda recipe: recipe.train.accumulation,
     "learning_rate": lambda recipe: recipe.optim.lr,
     "logging_steps": lambda recipe: recipe.train.log_every,
@@ -284,6 +289,11 @@ SAYS: dict[str, Callable[[Recipe], Any]] = {
     "lr_scheduler_type": lambda recipe: recipe.optim.schedule,
     "max_samples": lambda recipe: recipe.data.max_samples,
     "max_steps": lambda recipe: recipe.train.max_steps,
+    "image_max_pixels": lambda recipe: recipe.data.media.image_max_pixels,
+    "video_max_pixels": lambda recipe: recipe.data.media.video_max_pixels,
+    "freeze_vision_tower": lambda recipe: "tower" in _frozen(recipe),
+    "freeze_multi_modal_projector": lambda recipe: "projector" in _frozen(recipe),
+    "freeze_language_model": lambda recipe: "language" in _frozen(recipe),
     "model_name_or_path": lambda recipe: recipe.model.path,
     "num_train_epochs": lambda recipe: recipe.train.epochs,
     "output_dir": lambda recipe: recipe.train.output,
@@ -323,6 +333,7 @@ NOT_SAID = {
 @pytest.mark.parametrize("name", TRANSLATED)
 def test_translated_examples(name: str) -> None:
     values = EXAMPLES[name]
+    values |= {"dataset": values["dataset"].replace(", ", ",")}
     loaded = load_recipe(write(values))
     assert loaded.notes == TRANSLATED[name]
     assert loaded.llamafactory

@@ -86,7 +86,7 @@ def find(name: str) -> Family:
         except UnicodeDecodeError as error:
             raise DataError(f"data.template: {path} is not UTF-8 text (byte {error.start})") from error
     near = difflib.get_close_matches(name, table, n=3, cutoff=0.5)
-    hint = f"did you mean {', '.join(near)}?" if near else f"choose from {', '.join(sorted(table))}"
+    hint = f"did you mean {', '.join(near)}?" if near else "`luthier templates` lists them."
     raise DataError(
         f"data.template: no template {name!r}; {hint} A path that ends in .jinja is read as a file; "
         "without data.template the tokenizer's own chat template is used"

@@ -196,7 +196,7 @@ class Shapes:
 
     def layout(self, messages: Sequence[ChatMessage]) -> Layout | None:
         """The layout of messages of roles and contents; None where it has to be made by rendering them."""
-        if any(len(message) != 2 for message in messages):
+        if any(len(message) != 2 or not isinstance(message["content"], str) for message in messages):
             return None
         roles = tuple([message["role"] for message in messages])
         if roles not in self._shapes:

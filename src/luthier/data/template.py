@@ -53,7 +53,8 @@ def install_template(
             _use_as_eos(tokenizer, family.eos, family.name)
     if not marked:
         raise DataError(
-            "the tokenizer has no chat template; name one with data.template: " + ", ".join(families.names())
+            "the tokenizer has no chat template; name one with data.template, such as chatml, alpaca or default; "
+            "`luthier templates` lists them all"
         )
     special = {**tokenizer.special_tokens_map, "cut": ""}
     marked = _each(marked, lambda source: with_thinking(source, spec.thinking, special))
