@@ -50,7 +50,7 @@ def stream_of(
     encode: Numbers = NUMBERS,
     max_length: int = 16,
 ) -> SampleStream:
-    how = Preparation(encode, SimpleNamespace(begin_ids=()), "text", {}, seed)  # type: ignore[arg-type]
+    how = Preparation(encode, SimpleNamespace(begin_ids=(), reasoning=_Unreasoned()), "text", {}, seed)  # type: ignore[arg-type]
     return SampleStream(
         StreamOrder(sets, mix or MixSpec(), seed, buffer), how, max_length, packing, workers=workers
     )
@@ -102,3 +102,10 @@ class Together:
             return found  # type: ignore[return-value]
 
         return exchange
+
+
+class _Unreasoned:
+    """In place of a template's: rows of text have no reasoning."""
+
+    def split_row(self, row: Any) -> Any:
+        return row

@@ -58,6 +58,8 @@ def test_where_nobody_says_anything_answers_are_greedy() -> None:
         "rows",
         "memory_gib",
         "engine",
+        "enable_thinking",
+        "reasoning_effort",
     } == set(GenerationSpec.model_fields)
 
 

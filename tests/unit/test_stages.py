@@ -108,7 +108,8 @@ def test_weights_follow_the_targets() -> None:
 
 
 def test_message_weights() -> None:
-    """A weight given to a message is the weight of its tokens, the stop token among them."""
+    """A weight given to a message is the weight of its tokens, the token that ends it among them; a question that has
+    one is learnt, too."""
     template = load_template(chat_tokenizer(), DataSpec())
     messages = (
         Message("user", "a"),
@@ -122,13 +123,13 @@ def test_message_weights() -> None:
     encoded = stage.encode(Row("made", 0, Conversation(messages)), template)
     (sample,) = encoded.samples
     batch = stage.collate([sample])
-    # three bytes and the stop token at 0.25, two bytes and the stop token at 1
-    assert float(stage.weight(batch)["loss"]) == 4 * 0.25 + 3
+    # three bytes and the stop token at 0.25, a byte and the end token at 2, two bytes and the stop token at 1
+    assert float(stage.weight(batch)["loss"]) == 4 * 0.25 + 2 * 2 + 3
     num_supervised = int((batch.targets >= 0).sum())
     policy: Policy = Fixed([-(2.0**k) for k in range(num_supervised)], [])
     total = float(stage.loss(policy, batch, {}).terms["loss"].total)
-    assert num_supervised == 7
-    assert total == 0.25 * (1 + 2 + 4 + 8) + (16 + 32 + 64)
+    assert num_supervised == 9
+    assert total == 0.25 * (1 + 2 + 4 + 8) + 2 * (16 + 32) + (64 + 128 + 256)
 
 
 def test_documents_are_all_targets() -> None:
