@@ -31,21 +31,26 @@ OURS = {"baichuan2", "tokenizer", "ziya"}
 """Names that version 0.9.5 does not have."""
 TEXT_DIFFERS = {
     *(
-        "empty",
-        "gemma4",
-        "gemma4n",
+        "deepseekr1",
+        "glm4_7",
+        "glm4_moe",
         "gpt_oss",
-        "granite4",
-        "lfm2",
-        "lfm2_vl",
-        "minimax1",
-        "ministral3",
-        "smollm2",
+        "minimax2",
+        "qwen3",
+        "qwen3_5",
+        "qwen3_5_nothink",
+        "qwen3_6",
     ),
+    *("empty", "gemma4", "gemma4n", "granite4", "lfm2", "lfm2_vl", "minimax1", "ministral3", "seed_oss"),
+    "smollm2",
 }
 """Where the published template's text, or one that can be trained, is not LLaMA-Factory's."""
 ENDS_ONCE = {"bailing_v2", "dots_ocr", "gemma2"}
 """Answers that LLaMA-Factory ends twice where they stand last."""
+OWN_END = {"gemma2": "<end_of_turn>", "gpt_oss": "<|return|>", "minimax2": "[e~[", "seed_oss": "<seed:eos>"}
+"""The model's own end token, where LLaMA-Factory leaves the tokenizer's."""
+SPELT_OUT = {"seed_oss": {BOS: "<seed:bos>", EOS: "<seed:eos>"}}
+"""The model's begin and end tokens, where the template spells them out and LLaMA-Factory asks the tokenizer."""
 ALIKE = [name for name in NAMES if name not in TEXT_DIFFERS]
 PLAIN = [name for name in ALIKE if not families.find(name).thinking]
 
@@ -69,7 +74,11 @@ def recorded(name: str, title: str, *, thoughts: bool = False) -> Turns:
     talks = entry["talks"]
     talks = NAMES[talks]["talks"] if isinstance(talks, str) else talks
     thought = None if thoughts else entry.get("thought")
-    return [([p for p in ask if p != thought], [p for p in say if p != thought]) for ask, say in talks[title]]
+    spelt = SPELT_OUT.get(name, {})
+    return [
+        ([spelt.get(p, p) for p in ask if p != thought], [spelt.get(p, p) for p in say if p != thought])
+        for ask, say in talks[title]
+    ]
 
 
 def conversation(title: str) -> Conversation:
@@ -146,8 +155,8 @@ def test_a_stated_difference_is_there(name: str) -> None:
 def test_end_and_stop_tokens(name: str) -> None:
     template, expected = loaded(name), NAMES[name]
     assert template.tokenizer.bos_token == BOS
-    assert template.tokenizer.eos_token == (expected["eos"] if name != "gemma2" else "<end_of_turn>")
+    assert template.tokenizer.eos_token == OWN_END.get(name, expected["eos"])
     found = set(map(template.tokenizer.convert_ids_to_tokens, template.stop_ids))
-    assert found >= set(expected["stop"]) - ({EOS} if name == "gemma2" else set())
+    assert found >= set(expected["stop"]) - ({EOS} if name in OWN_END else set())
     ending = {str(template.tokenizer.convert_ids_to_tokens(i)) for i in template.end_token_ids}
     assert found - set(expected["stop"]) <= ending | {"<eos>", "<|role_end|>"}

