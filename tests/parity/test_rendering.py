@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from importlib import resources
 from pathlib import Path
 
@@ -44,7 +45,14 @@ def rows(name: str, folder: Path) -> list[Row]:
     """The conversations of a demonstration set that have no tools."""
     (attr,) = resolve_datasets([name], DataSpec(directory=str(folder)))
     made = [to_row(raw, attr, "conversation") for raw in read_rows(attr)]
-    return [row for row in made if row.conversation and not row.conversation.tools]
+    return [_of_text(row) for row in made if row.conversation and not row.conversation.tools]
+
+
+def _of_text(row: Row) -> Row:
+    """The words alone of rows with images."""
+    assert row.conversation is not None
+    messages = tuple(replace(message, media=()) for message in row.conversation.messages)
+    return replace(row, conversation=replace(row.conversation, messages=messages))
 
 
 @pytest.mark.parametrize("name", SETS)

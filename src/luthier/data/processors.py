@@ -81,10 +81,18 @@ def processor_class(processor: type[ProcessorMixin]) -> type[ProcessorMixin]:
     def build(self: ProcessorMixin, *parts: Any, **options: Any) -> None:
         cast(Any, processor).__init__(self, *parts, **{VIDEO_PART: None, **options})
 
+    def from_args_and_dict(cls: Any, args: Any, values: dict[str, Any], /, **options: Any) -> Any:
+        # transformers passes on the template of a file only where the constructor names it
+        made = cast(Any, processor).from_args_and_dict.__func__(cls, args, values, **options)
+        whole = made[0] if isinstance(made, tuple) else made
+        whole.chat_template = whole.chat_template or values.get("chat_template")
+        return made
+
     # The name is kept: it is what is saved, and what loads it where torchvision is.
     members: dict[str, Any] = {
         "__init__": build,
         "get_attributes": classmethod(get_attributes),
+        "from_args_and_dict": classmethod(from_args_and_dict),
         "__module__": processor.__module__,
         "__reduce__": _reduced,
     }
