@@ -91,6 +91,7 @@ def logged(run: Path, *keys: str) -> list[dict[str, Any]]:
 
 @pytest.fixture(scope="module")
 def whole(folder: Path) -> Path:
+    torch.set_num_threads(1)  # as the tests do, which come after
     return luthier.train(recipe_of(folder, "whole", **STREAMED), quiet=True).output
 
 
@@ -115,7 +116,8 @@ def test_killed_it_ends_as_if_it_had_not_been(folder: Path, whole: Path) -> None
     file = folder / "killed.json"
     tree = recipe_of(folder, "killed", **STREAMED)
     file.write_text(json.dumps(tree))
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    # One thread, as in this process: another number of them adds in another order.
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
     killed = subprocess.run(
         [sys.executable, "-c", KILLED, str(file)], env=environment, timeout=300, check=False
     )
