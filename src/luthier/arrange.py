@@ -147,7 +147,7 @@ def _epoch(settings: Recipe, material: Material, world_size: int, padded: bool, 
         table.lengths,
         rule=rule,
         epoch=epoch,
-        seed=train_spec.seed if train_spec.data_seed is None else train_spec.data_seed,
+        seed=data_seed(settings),
         shuffle=settings.data.shuffle,
         world_size=world_size,
         tokens_per_pass=train_spec.tokens_per_pass,
@@ -161,12 +161,12 @@ def _epoch(settings: Recipe, material: Material, world_size: int, padded: bool, 
 
 def mixture(settings: Recipe, material: Material) -> Visits | None:
     """The samples of each epoch where the recipe mixes its training sets; None where an epoch has all, each once."""
-    data, train_spec = settings.data, settings.train
+    data = settings.data
     if data.mix.is_plain or data.rules == "llamafactory":
         return None
     table = material.data.train
     names = training_sets(settings, material)
-    seed = train_spec.seed if train_spec.data_seed is None else train_spec.data_seed
+    seed = data_seed(settings)
     members = {name: table.members(name) for name in names}
 
     def visits(epoch: int) -> Lengths:

@@ -67,7 +67,7 @@ class ChatTemplate:
         # a copy: others may switch padding, truncation or special tokens on the shared one
         description = tokenizer.backend_tokenizer.to_str()
         self._backend = Tokenizer.from_str(description)
-        self._words = WordTokens.of(description)
+        self._description = description
         self._backend.no_padding()
         self._backend.no_truncation()
         self._specials = SpecialText(self._backend)
@@ -137,6 +137,11 @@ class ChatTemplate:
         return self._unmark(renderer.layout(messages, tools, self._end_texts, **how))
 
     @cached_property
+    def _words(self) -> WordTokens | None:
+        """Made with the first text that is trained: whoever only answers has few, and starts sooner without."""
+        return WordTokens.of(self._description)
+
+    @cached_property
     def _shapes(self) -> Shapes:
         """What is known of conversations without tools."""
         return Shapes(self._renderers["default"], self._layout, self._end_texts)
@@ -168,14 +173,15 @@ class ChatTemplate:
         how: Any = {"turn_ends": self.pieces, "modes": self.reasoning.modes(conversation)}
         layout = self._unmark(renderer.prompt_layout(messages, tools, variables=variables, **how))
         if self._splits_freely or self.pieces:
-            return self._encode_pieces(layout, marked)[0]
+            return self._encode_pieces(layout, marked, by_words=False)[0]
         text, _ = self._piece(layout.text, 0, len(layout.text), (), marked)
         return list(self._encode(text, marked).ids)
 
     def text(self, text: str) -> list[int]:
-        if self.parse_special_tokens:
-            return self._ids(text)
-        return self._specials.encode_text(text) if self._specials.found_in(text) else self._ids(text)
+        if not self.parse_special_tokens and self._specials.found_in(text):
+            return self._specials.encode_text(text)
+        found = None if self._words is None else self._words.ids(text)
+        return self._ids(text) if found is None else found
 
     @property
     def begin_ids(self) -> list[int]:
@@ -345,8 +351,7 @@ class ChatTemplate:
         return True
 
     def _ids(self, text: str) -> list[int]:
-        found = None if self._words is None else self._words.ids(text)
-        return found if found is not None else list(self._backend.encode(text, add_special_tokens=False).ids)
+        return list(self._backend.encode(text, add_special_tokens=False).ids)
 
     def _ids_of(self, tokens: Sequence[str]) -> tuple[int, ...]:
         ids = (self._backend.token_to_id(token) for token in tokens)

@@ -21,7 +21,7 @@ def load_template(
 
     A named template (or a .jinja file, or four strings) replaces `tokenizer.chat_template` and, where the family has
     its own end token, `tokenizer.eos_token`; `default_system` (or else the family's) and `thinking` become part of the
-    template. A tokenizer without a pad token gets its end token. `pieces`: see the module. Raises DataError for an
+    template. A tokenizer without a pad token gets its end token. `pieces`: see `chat_template`. Raises DataError for an
     unknown name, a tokenizer without chat template, an end token that the vocabulary lacks, and tokenizers without a
     fast backend.
     """
