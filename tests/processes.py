@@ -1,4 +1,4 @@
-"""Runs of `luthier train` in several processes of this machine, below the refusal of more than one.
+"""Runs of `luthier train` in several processes of this machine.
 
 The processes speak over gloo on the CPU, and know of each other what torchrun would have told them.
 """
@@ -39,7 +39,6 @@ def _work(
     from luthier import run
     from luthier.types import LuthierError
 
-    run.require_one_process = lambda hardware: None  # type: ignore[attr-defined]
     said = []
     for recipe, change in runs:
         try:

@@ -208,6 +208,8 @@ def eval_sets(
             padded=padded,
         )
         passes = [indices for step in plan for indices in step[0]]
+        # Every process has as many passes: weights that are gathered for one have to be given by all.
+        passes += [[]] * (-len(passes) % world_size)
         samples = samples_of(material.stage, table, settings.data.max_length)
         samples = samples if attach is None else attach(samples)
         sets[name] = EvalSet(samples, [passes[rank::world_size] for rank in range(world_size)])

@@ -101,14 +101,6 @@ def attachments(loaded: LoadedRecipe) -> Attachments:
     return Attachments(callbacks, metrics, load_schedule(loaded.recipe.optim.schedule_function, beside))
 
 
-def require_one_process(hardware: Hardware) -> None:
-    """Raise RecipeError where torchrun or the like started several."""
-    if hardware.world_size > 1:
-        raise RecipeError(
-            f"this version trains with one process, and {hardware.world_size} were started; run it without torchrun"
-        )
-
-
 def run_identity(settings: Recipe, base: str, material: Material) -> dict[str, Any]:
     """What a checkpoint remembers of its run, to tell whether it is still that one; `base` as `fingerprint` says."""
     trained = [report.dataset for report in material.data.reports[: len(settings.data.train)]]

@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 
 from luthier import __version__
 from luthier.arrange import Attach, Material, eval_sets, padding_share, training_steps
-from luthier.assemble import attachments, build_model, longest_sample, require_one_process, run_identity
+from luthier.assemble import attachments, build_model, longest_sample, run_identity
 from luthier.data.prepare import PreparedData
 from luthier.data.report import check_max_lost, format_reports
 from luthier.environment import detect_hardware
@@ -34,6 +34,7 @@ from luthier.model.quantize import untested_files
 from luthier.model.quantized_layers import measured
 from luthier.model.vocabulary import VocabularyChange
 from luthier.online import Supply, online_supply
+from luthier.parallel import build_strategy
 from luthier.publish import CARD_NAME, model_card, upload
 from luthier.recipe.load import LoadedRecipe, dump_recipe, load_recipe
 from luthier.recipe.online import OnlineSpec
@@ -90,7 +91,6 @@ def train(
 
 def _train(loaded: LoadedRecipe, hardware: Hardware, quiet: bool) -> TrainResult:
     settings, output = loaded.recipe, Path(loaded.recipe.train.output)
-    require_one_process(hardware)
     arguments = training_arguments(settings, use_cpu=hardware.device == "cpu")
     processes = Processes.of(arguments)
     main, interruption = processes.is_first, Interruption(processes)
@@ -138,6 +138,7 @@ def _train(loaded: LoadedRecipe, hardware: Hardware, quiet: bool) -> TrainResult
             schedule=attached.schedule,
             answers=supply.answers,
             rollouts=supply.rollouts,
+            strategy=build_strategy(settings, processes.count),
             eval_arithmetic=AUTOCAST[train_spec.eval_precision],
             bad_numbers=train_spec.bad_numbers,
             reference=live_reference(settings, hardware, model, material),
@@ -341,10 +342,16 @@ def _train_through(trainer: PeftTrainer, resumed: Path | None, say: Say) -> dict
 
 def _save(trainer: PeftTrainer, manifest: dict[str, Any]) -> None:
     """The trained weights, tokenizer and template, and the manifest that names their hashes."""
+    weights = trainer.whole_weights()
+    manifest["parallel"] = {
+        "type": trainer.strategy.name,
+        "processes": trainer.args.world_size,
+        "wrapped": trainer.strategy.wrapped(trainer.model_wrapped),
+    }
     if not trainer.args.should_save:
         return
     with published_files(Path(str(trainer.args.output_dir))) as folder:
-        trainer.save_model(str(folder), _internal_call=True)
+        trainer.save_trained(folder, weights)
         (folder / CARD_NAME).unlink(
             missing_ok=True
         )  # PEFT writes a form to fill in; ours follows the evaluation

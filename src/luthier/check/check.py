@@ -18,7 +18,7 @@ from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from luthier.arrange import Material, training_steps
-from luthier.assemble import attachments, build_model, longest_sample, require_one_process, run_identity
+from luthier.assemble import attachments, build_model, longest_sample, run_identity
 from luthier.check.estimate import estimate_memory, memory_before
 from luthier.check.findings import DataSet, Findings, histogram_of, settings_of
 from luthier.check.memory import PassShape, weight_bytes
@@ -52,7 +52,7 @@ from luthier.trainer.checkpoint import resolve_resume
 from luthier.trainer.kernels import kernel_rules
 from luthier.trainer.run_directory import run_guard
 from luthier.trainer.same_run import differences
-from luthier.types import Method, Stage
+from luthier.types import Method, RecipeError, Stage
 
 
 def check(
@@ -107,7 +107,7 @@ class _Check:
         found, settings = self._found, loaded.recipe
         self._beside = None if loaded.path is None else loaded.path.parent
         train, output = settings.train, Path(settings.train.output)
-        found.ask("processes", lambda: require_one_process(hardware))
+        found.ask("processes", lambda: _require_one_process(hardware))
         if found.ok:  # with several processes they would wait for each other
             found.ask("settings", lambda: training_arguments(settings, use_cpu=hardware.device == "cpu"))
         found.ask("settings", lambda: attachments(loaded))
@@ -314,6 +314,14 @@ class _Check:
         if any(isinstance(reward, ModelRewardSpec) for reward in spec.rewards):
             self._note("reward models are not in the memory estimate")
         estimate(plan.schedule, plan.shape, sampling=plan.sampling)
+
+
+def _require_one_process(hardware: Hardware) -> None:
+    """Raise RecipeError where torchrun or the like started several."""
+    if hardware.world_size > 1:
+        raise RecipeError(
+            f"luthier check runs in one process, and {hardware.world_size} were started; run it without torchrun"
+        )
 
 
 def _datasets(settings: Recipe, data: PreparedData) -> list[DataSet]:

@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from luthier.recipe.load import DEFAULT, LoadedRecipe
+from luthier.recipe.parallel_rules import require_parallel
 from luthier.recipe.schema import (
     AdapterSpec,
     BitsAndBytesSpec,
@@ -62,6 +63,7 @@ def resolve(loaded: LoadedRecipe, hardware: Hardware) -> LoadedRecipe:
     recipe = loaded.recipe
     precision = _precision(recipe, hardware)
     _check_options(recipe, hardware)
+    require_parallel(recipe, hardware.world_size)
     if recipe.model.upcast_trained and precision == "fp32" and recipe.model.dtype in ("bfloat16", "float16"):
         raise RecipeError(
             f"model.upcast_trained with model.dtype={recipe.model.dtype} makes layers of two types, which "
@@ -130,11 +132,6 @@ def _check_options(recipe: Recipe, hardware: Hardware) -> None:
         raise RecipeError(
             f"train.tf32=true: TensorFloat-32 is arithmetic of NVIDIA GPUs from Ampere (2020) on, and this is "
             f"{hardware.name}; remove it"
-        )
-    if recipe.train.fit_memory and hardware.world_size > 1:
-        raise RecipeError(
-            f"train.fit_memory works in one process, and these are {hardware.world_size}; remove it and give "
-            "train.tokens_per_pass"
         )
 
 

@@ -66,6 +66,7 @@ from luthier.recipe.optim import (
     ScheduleName,
     SgdSpec,
 )
+from luthier.recipe.parallel import DdpSpec, DeepSpeedSpec, Fsdp2Spec, ParallelSpec
 from luthier.recipe.quantization import BitsAndBytesSpec, HqqSpec, QuantizationSpec, TorchaoSpec
 from luthier.recipe.reference import ReferenceSpec
 from luthier.recipe.stage import (
@@ -104,11 +105,14 @@ __all__ = [
     "CompileSpec",
     "DataSpec",
     "DatasetSpec",
+    "DdpSpec",
+    "DeepSpeedSpec",
     "DpoSpec",
     "EarlyStoppingSpec",
     "ExactMatchSpec",
     "ExportSpec",
     "FreezeSpec",
+    "Fsdp2Spec",
     "FullSpec",
     "FunctionRewardSpec",
     "GaloreSpec",
@@ -138,6 +142,7 @@ __all__ = [
     "OftSpec",
     "OnlineSpec",
     "OptimSpec",
+    "ParallelSpec",
     "PeftSpec",
     "PpoSpec",
     "PtSpec",
@@ -175,6 +180,7 @@ class Recipe(Spec):
     method: MethodSpec = LoraSpec()
     optim: AnyOptimSpec = AdamwSpec()
     train: TrainSpec = TrainSpec()
+    parallel: ParallelSpec = DdpSpec()
     generation: GenerationSpec = GenerationSpec()
     export: ExportSpec = ExportSpec()
 

@@ -17,7 +17,7 @@ from luthier.model.logprobs import ModelPolicy
 from luthier.model.reference import Reference
 from luthier.trainer.ledger import add_terms
 from luthier.trainer.metrics import Metric, RecordingPolicy, joined, measure
-from luthier.trainer.steps import Passes
+from luthier.trainer.steps import Passes, idle
 from luthier.types import Batch, EvalRow, Observed, Policy, RecipeError, Sample, Stage, Term
 
 Answers = Callable[[str], Mapping[str, float]]
@@ -49,7 +49,7 @@ class _Batches(Sequence[Batch]):
         if isinstance(i, slice):
             return [self[k] for k in range(*i.indices(len(self)))]
         samples = [self._eval_set.samples[index] for index in self._passes[i]]
-        return self._stage.collate(samples).to(self._device)
+        return self._stage.collate(samples or [idle(self._eval_set.samples)]).to(self._device)
 
 
 def observe(stage: Stage, policy: Policy, passes: Sequence[Batch], model: nn.Module) -> Observed:

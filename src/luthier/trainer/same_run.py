@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from luthier.recipe.online import OnlineSpec
-from luthier.recipe.schema import GenerationSpec, Recipe
+from luthier.recipe.schema import DdpSpec, DeepSpeedSpec, Fsdp2Spec, GenerationSpec, Recipe
 from luthier.trainer.checkpoint import read_manifest
 from luthier.types import CheckpointError
 
@@ -52,6 +52,8 @@ FREE = {
         "fit_memory",
         "tokens_per_pass",
     },
+    # Any number of processes under any strategy reads a checkpoint; a step is the same in all.
+    "parallel": {name for spec in (DdpSpec, Fsdp2Spec, DeepSpeedSpec) for name in spec.model_fields},
     "generation": set(GenerationSpec.model_fields),
     "export": {"output", "dtype", "shard_size", "device", "probes", "push_to_hub"},
 }

@@ -17,15 +17,18 @@ import numpy as np
 import psutil
 from peft import PeftModel
 from safetensors.numpy import save_file
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase, TrainerState
 
+from luthier.parallel.strategy import Replicated, Strategy
 from luthier.trainer.checkpoint import atomic_folder
 from luthier.trainer.processes import ALONE, Processes
 from luthier.trainer.retention import require_space, rotate, what_is_left
 from luthier.trainer.snapshot import (
     HostCopies,
+    ModelState,
     TrainingState,
+    itself,
     model_state,
     num_bytes,
     random_state,
@@ -83,8 +86,9 @@ class CheckpointSaver:
         only_model: bool,
         metadata: Mapping[str, Any],
         processes: Processes = ALONE,
+        strategy: Strategy | None = None,
     ) -> None:
-        self.run_dir = run_dir
+        self.run_dir, self._strategy = run_dir, strategy or Replicated()
         self._method, self._tokenizer = method, tokenizer
         self._limit, self._only_model = limit, only_model
         self._metadata = dict(metadata)
@@ -111,6 +115,15 @@ class CheckpointSaver:
         companions = (optimizer, scheduler, scaler, generators)
         self._processes.together(lambda: self._save(model, state, companions, loop, rollouts))
 
+    def whole_weights(self, model: nn.Module, optimizer: Any) -> Mapping[str, Tensor]:
+        """The whole weights of a model whose parts are on all processes, for the first one; all of them call this."""
+        self._processes.together(self.writer.wait)  # the buffers are its until then
+        return self._weights(model, optimizer).tensors
+
+    def _weights(self, model: nn.Module, optimizer: Any) -> ModelState:
+        whole = self._strategy.whole if self._strategy.shards else itself
+        return model_state(model, self._copies, optimizer, whole, keep=self._processes.is_first)
+
     def wait(self) -> None:
         """Until the last checkpoint is written, on every process."""
         self._processes.together(self.writer.wait)
@@ -123,15 +136,21 @@ class CheckpointSaver:
         loop: Mapping[str, Any],
         rollouts: Ongoing | None,
     ) -> None:
-        if not self._processes.is_first:
+        first, shards = self._processes.is_first, self._strategy.shards
+        if not first and not shards:
             return
         self.writer.wait()  # the buffers are its until then
         optimizer, scheduler, scaler, generators = companions
         training = None
         if not self._only_model:
-            training = training_state(optimizer, scheduler, scaler, self._copies, generators)
-        weights = model_state(model, self._copies, optimizer)
+            whole = self._strategy.whole if shards else itself
+            parts = self._strategy.optimizer_state(optimizer)
+            state_of_it = self._copies.tree("optimizer", parts, whole, keep=first)
+            training = training_state(state_of_it, scheduler, scaler, generators)
+        weights = self._weights(model, optimizer)
         self._copies.finish()
+        if not first:
+            return
         best = state.best_model_checkpoint
         content = _Content(
             final=self.run_dir / f"checkpoint-{state.global_step}",

@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import random
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,13 @@ import torch
 from torch import Tensor, nn
 
 State = dict[str, Any]
+Whole = Callable[[Tensor], Tensor]
+"""What this process holds of a tensor -> all of it."""
+
+
+def itself(tensor: Tensor) -> Tensor:
+    """Where every process holds whole tensors."""
+    return tensor
 
 
 class HostCopies:
@@ -43,14 +50,20 @@ class HostCopies:
             self._buffers[name] = buffer
         return buffer.copy_(tensor.detach(), non_blocking=True)
 
-    def tree(self, name: str, value: Any) -> Any:
-        """`value` (dictionaries, lists, tuples, plain values) with every tensor in it copied."""
+    def tree(self, name: str, value: Any, whole: Whole = itself, *, keep: bool = True) -> Any:
+        """`value` (dictionaries, lists, tuples, plain values) with every tensor in it copied.
+
+        `whole` completes what is a part; every process calls this where it does, and those that do not `keep` it copy
+        nothing.
+        """
         if isinstance(value, Tensor):
-            return self.copy(name, value)
+            complete = whole(value)
+            return self.copy(name, complete) if keep else None
         if isinstance(value, Mapping):
-            return {key: self.tree(f"{name}.{key}", item) for key, item in value.items()}
+            return {key: self.tree(f"{name}.{key}", item, whole, keep=keep) for key, item in value.items()}
         if isinstance(value, list | tuple):
-            return type(value)(self.tree(f"{name}.{index}", item) for index, item in enumerate(value))
+            items = (self.tree(f"{name}.{index}", item, whole, keep=keep) for index, item in enumerate(value))
+            return type(value)(items)
         return copy.deepcopy(value)
 
     def finish(self) -> None:
@@ -69,24 +82,33 @@ class ModelState:
     trained: frozenset[str]
 
 
-def model_state(model: nn.Module, copies: HostCopies, optimizer: Any = None) -> ModelState:
+def model_state(
+    model: nn.Module, copies: HostCopies, optimizer: Any = None, whole: Whole = itself, *, keep: bool = True
+) -> ModelState:
     """The model's state dict: what can change is copied, frozen parameters are the model's own tensors.
 
-    Parameters of `optimizer` can change, though it may have frozen them for a while.
+    Parameters of `optimizer` can change, though it may have frozen them for a while. Where tensors are parts, `whole`
+    completes them, on every process; the frozen ones are copies then too, and those that do not `keep` get nothing.
     """
     groups = [] if optimizer is None else optimizer.param_groups
     optimized = {id(parameter) for group in groups for parameter in group["params"]}
-    seen: dict[tuple[int, torch.Size], Tensor] = {}
+    seen: dict[Any, Tensor] = {}
     tensors, trained = {}, set()
     for name, tensor in model.state_dict(keep_vars=True).items():
-        key = (tensor.data_ptr(), tensor.shape)
+        # Parts of ZeRO-3 have no memory of their own to be told apart by.
+        key = id(tensor) if whole is not itself else (tensor.data_ptr(), tensor.shape)
         trains = tensor.requires_grad or id(tensor) in optimized
         if trains:
             trained.add(name)
         if key not in seen:
-            frozen = isinstance(tensor, nn.Parameter) and not trains
-            seen[key] = tensor.detach() if frozen else copies.copy(f"model.{name}", tensor)
+            complete = whole(tensor)
+            if not keep:
+                seen[key] = tensor
+                continue
+            frozen = isinstance(tensor, nn.Parameter) and not trains and complete is tensor
+            seen[key] = tensor.detach() if frozen else copies.copy(f"model.{name}", complete)
         tensors[name] = seen[key]
+    tensors = tensors if keep else {}
     return ModelState(tensors, frozenset(trained))
 
 
@@ -126,14 +148,15 @@ class TrainingState:
 
 
 def training_state(
-    optimizer: Any, scheduler: Any, scaler: Any, copies: HostCopies, generators: Sequence[State] = ()
+    optimizer: State, scheduler: Any, scaler: Any, generators: Sequence[State] = ()
 ) -> TrainingState:
-    """A copy of all that the optimizer and its companions hold; `generators` are those of several processes."""
+    """What the optimizer's companions hold, beside `optimizer`, a copy of what it holds itself; `generators` are those
+    of several processes."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Please also save or load the state of the optimizer")
         schedule = copy.deepcopy(scheduler.state_dict())
     return TrainingState(
-        optimizer=copies.tree("optimizer", optimizer.state_dict()),
+        optimizer=optimizer,
         scheduler=schedule,
         scaler=None if scaler is None else dict(scaler.state_dict()),
         generators=generators or [random_state()],

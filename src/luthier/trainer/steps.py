@@ -78,14 +78,14 @@ class StepDataset(Dataset[list[Batch]]):
     def __getitem__(self, step: int) -> list[Batch]:
         passes = self._plan[step][self._rank]
         return [
-            self._collate([self._samples[index] for index in indices] or [self._dummy()])
+            self._collate([self._samples[index] for index in indices] or [idle(self._samples)])
             for indices in passes
         ]
 
-    def _dummy(self) -> Sample:
-        """One token that teaches nothing, for a process that has nothing to do while others work."""
-        first = self._samples[0]
-        return Sample(first.input_ids[:1], first.weights[:1] * 0)
+
+def idle(samples: Sequence[Sample]) -> Sample:
+    """One token that teaches nothing, for a process that has nothing to do while others work."""
+    return Sample(samples[0].input_ids[:1], samples[0].weights[:1] * 0)
 
 
 class Epochs(Protocol):

@@ -16,7 +16,7 @@ from transformers import TrainingArguments
 from luthier.data.batching import EpochPlan, Lengths, RowsRule, TokensRule
 from luthier.data.report import DataReport, ReportBuilder, check_max_lost
 from luthier.data.streaming import SampleStream, Shapes, Window, Windows
-from luthier.trainer.steps import StepDataset
+from luthier.trainer.steps import StepDataset, idle
 from luthier.types import Batch, CheckpointError, Sample
 
 JUDGED_AFTER = 1000
@@ -245,9 +245,9 @@ class StreamSteps(StepDataset):
             rule.padded,
             rule.sizes(shapes),
         )
-        dummy = Sample(samples[0].input_ids[:1], samples[0].weights[:1] * 0)
         return [
-            self._collate([samples[index] for index in indices] or [dummy]) for indices in plan[0][self._rank]
+            self._collate([samples[index] for index in indices] or [idle(samples)])
+            for indices in plan[0][self._rank]
         ]
 
 

@@ -8,8 +8,6 @@ atomic.
 
 from __future__ import annotations
 
-import contextlib
-import json
 from collections.abc import Mapping, Sequence
 from functools import partial
 from operator import itemgetter
@@ -24,37 +22,33 @@ from transformers import (
     PrinterCallback,
     Seq2SeqTrainingArguments,
     TrainerCallback,
-    TrainerControl,
-    TrainerState,
-    TrainingArguments,
 )
 
-from luthier.methods.critic import WithCritic
 from luthier.model.logprobs import ModelPolicy
 from luthier.model.reference import Reference
 from luthier.optim.build import build_optimizer, release
 from luthier.optim.schedule import Factor, build_schedule
+from luthier.parallel.strategy import Replicated, Strategy
 from luthier.recipe.schema import AnyOptimSpec, BadNumbersSpec
 from luthier.trainer.bad_numbers import BadNumbersError, NumberGuard, Rewind
-from luthier.trainer.callback_states import export_states, load_states
 from luthier.trainer.checkpoint import newest_valid, read_manifest
-from luthier.trainer.evaluation import Answers, EvalSet, Evaluation, observe
+from luthier.trainer.evaluation import Answers, EvalSet, observe
+from luthier.trainer.keeping import Begin, Keeping
 from luthier.trainer.ledger import Ledger, add_terms
 from luthier.trainer.memory import FitMemory, running_out
 from luthier.trainer.metrics import Metric
 from luthier.trainer.precision import loss_scaling
 from luthier.trainer.processes import Processes
-from luthier.trainer.retention import reading
 from luthier.trainer.rollout_steps import RolloutSteps
 from luthier.trainer.rollouts import Asking, Rollouts
-from luthier.trainer.saving import LOOP_STATE_NAME, CheckpointSaver, saves_asynchronously
+from luthier.trainer.saving import CheckpointSaver, saves_asynchronously
 from luthier.trainer.sources import source_terms
 from luthier.trainer.steps import EpochCallback, StepDataset
-from luthier.trainer.stream_steps import begin_stream, num_workers, stream_numbers, stream_state
+from luthier.trainer.stream_steps import num_workers, stream_numbers
 from luthier.types import Batch, LossSum, Method, RecipeError, Stage, Term
 
 
-class PeftTrainer(Evaluation):
+class PeftTrainer(Keeping):
     """Trains what `method` lets change, on what `stage` asks for."""
 
     def __init__(
@@ -80,11 +74,14 @@ class PeftTrainer(Evaluation):
         schedule: Factor | None = None,
         answers: Answers | None = None,
         rollouts: Rollouts | None = None,
+        strategy: Strategy | None = None,
     ) -> None:
         """`eval_arithmetic` is the type of evaluations, without it that of training; `reference` is what a stage is
-        compared with, `schedule` what `optim.schedule_function` names; `answers` answers at evaluations."""
+        compared with, `schedule` what `optim.schedule_function` names; `answers` answers at evaluations; `strategy` is
+        how several processes hold the model."""
         self._reference, self._schedule, self._answers = reference, schedule, answers
         self._rollouts, self.stage, self.method, self._optim = rollouts, stage, method, optim
+        self.strategy = strategy or Replicated()
         processes, self._steps, self._eval_sets = Processes.of(args), steps, dict(eval_sets)
         self.saver = CheckpointSaver(
             Path(str(args.output_dir)),
@@ -95,6 +92,7 @@ class PeftTrainer(Evaluation):
             only_model=args.save_only_model,
             metadata=checkpoint_metadata or {},
             processes=processes,
+            strategy=self.strategy,
         )
         self._metrics, self._eval_arithmetic, self._fit_memory = tuple(metrics), eval_arithmetic, fit_memory
         self.ledger = Ledger(NumberGuard(bad_numbers or BadNumbersSpec(), self.saver.run_dir), processes)
@@ -106,7 +104,7 @@ class PeftTrainer(Evaluation):
             processing_class=tokenizer,
             callbacks=[
                 *callbacks,
-                _Begin(self),
+                Begin(self),
                 *([EpochCallback(steps)] if steps is not None else []),
                 *([fit_memory] if fit_memory is not None else []),
             ],
@@ -218,12 +216,12 @@ class PeftTrainer(Evaluation):
         step_loss = torch.zeros((), device=self.args.device)
         for index, batch in enumerate(batches):
             last = index == len(batches) - 1
-            with running_out(batch), contextlib.nullcontext() if last else self.accelerator.no_sync(model):
+            with running_out(batch), self.strategy.synchronizing(self.accelerator, model, last=last):
                 with self.compute_loss_context_manager():
                     loss_sum = self.stage.loss(policy, batch, observed)
                     # The gradients of all processes are averaged; the loss is a sum over them.
                     loss = _divided(loss_sum, weights) * self.args.world_size
-                self.accelerator.backward(loss)
+                self.strategy.backward(self.accelerator, model, loss, last=last)
             step_loss += loss.detach()
             add_terms(metrics, loss_sum.metrics)
             add_terms(metrics, source_terms(batch, loss_sum, getattr(self._steps, "sources", ())))
@@ -288,11 +286,6 @@ class PeftTrainer(Evaluation):
         num_parameters = sum(parameter.numel() for parameter in self._trained.parameters())
         return 6 * sum(batch.num_tokens for batch in batches) * num_parameters
 
-    @property
-    def _trained(self) -> nn.Module:
-        assert self.model is not None
-        return self.model
-
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "train_loss" in logs:  # transformers' own covers the steps since the last resume alone
             logs["train_loss"] = self.ledger.mean_loss
@@ -301,93 +294,6 @@ class PeftTrainer(Evaluation):
         if "loss" in logs and self._scaling is not None:
             self._scaling.add_to(logs)
         super().log(logs, start_time)
-
-    # ---- checkpoints -------------------------------------------------------------------------------
-
-    def save_before_step(self) -> None:
-        """A checkpoint of the last step where the one after it was given up before it changed anything."""
-        self.ledger.forget_step()
-        if self.state.global_step:
-            self._save_checkpoint(self._trained, None)
-
-    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        """Everything that a resume needs, in a folder that exists whole or not at all."""
-        self.to_evaluated_weights()
-        self.store_flos()
-        if self.state.best_global_step == self.state.global_step:
-            self.state.best_model_checkpoint = str(
-                self.saver.run_dir / f"checkpoint-{self.state.global_step}"
-            )
-        export_states([*self.callback_handler.callbacks, self.control], self.state.stateful_callbacks)
-        self.saver.save(
-            self.accelerator.unwrap_model(self.model),
-            self.state,
-            optimizer=self.optimizer,
-            scheduler=self.lr_scheduler,
-            scaler=getattr(self.accelerator, "scaler", None),
-            loop=self.ledger.state(float(self._tr_loss)) | stream_state(self._steps, self.state.global_step),
-            rollouts=self._rollouts,
-        )
-
-    def _load_callback_state(self) -> None:
-        load_states(self.callback_handler.callbacks, self.state.stateful_callbacks)
-
-    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
-        # A callback may have stopped training as it began: a resumed run that early stopping had ended.
-        if not self.control.should_training_stop:
-            super()._run_epoch(*args, **kwargs)  # type: ignore[no-untyped-call]
-
-    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
-        folder = Path(output_dir or str(self.args.output_dir))
-        folder.mkdir(parents=True, exist_ok=True)
-        self.to_evaluated_weights()
-        save = self.method.publish if isinstance(self.method, WithCritic) else self.method.save
-        save(self.accelerator.unwrap_model(self.model), folder)
-        assert isinstance(self.processing_class, PreTrainedTokenizerBase)
-        self.processing_class.save_pretrained(folder)
-
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        with reading(Path(resume_from_checkpoint)):
-            self.method.load(self.accelerator.unwrap_model(model or self.model), Path(resume_from_checkpoint))
-
-    def _prepare_for_training(
-        self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: str | None
-    ) -> Any:
-        self._resumed_from = None if resume_from_checkpoint is None else Path(resume_from_checkpoint)
-        return super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)  # type: ignore[no-untyped-call]
-
-    def begin_ledger(self) -> None:
-        """A new run begins to count; a resumed one goes on with the sums of its checkpoint."""
-        checkpoint, state = self._resumed_from, dict[str, Any]()
-        if checkpoint is not None:
-            state = json.loads((checkpoint / LOOP_STATE_NAME).read_text(encoding="utf-8"))
-        begin_stream(self._steps, state, self.state.global_step)
-        if self._rollouts is not None:
-            self._rollouts.begin(checkpoint, state.get("rollouts"), self.state.global_step)
-        if checkpoint is None:
-            self.ledger.guard.begin()
-            return
-        self._tr_loss = torch.tensor(self.ledger.restore(state), device=self.args.device)
-        self._globalstep_last_logged = self.state.global_step - self.ledger.window_steps
-
-    def _load_best_model(self) -> None:
-        self.to_evaluated_weights()  # or saving would take what is loaded for the point where gradients are taken
-        self.saver.wait()
-        self._load_from_checkpoint(str(self.state.best_model_checkpoint))
-
-
-class _Begin(TrainerCallback):
-    """transformers sets its sums to zero right before this event."""
-
-    def __init__(self, trainer: PeftTrainer) -> None:
-        self._trainer = trainer
-
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        self._trainer.begin_ledger()
-        if state.global_step >= state.max_steps:  # resumed at its end: transformers would do one step more
-            control.should_training_stop = True
 
 
 def _divided(loss_sum: LossSum, weights: Mapping[str, Tensor]) -> Tensor:

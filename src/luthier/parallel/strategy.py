@@ -1,0 +1,94 @@
+"""How the model is held by several processes, and all that the loop has to know of it.
+
+Files know nothing of it: a checkpoint is what a single process would have written, so any number of processes under any
+strategy reads it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, Protocol
+
+from accelerate import Accelerator
+from torch import Tensor, nn
+
+State = dict[str, Any]
+
+
+class Strategy(Protocol):
+    """Methods marked *together* are called by all processes, in the same order."""
+
+    name: str
+    shards: bool
+    """Whether parameters of the loop's model, or its optimizer's numbers, may be parts of whole ones."""
+
+    def divide(self, model: nn.Module) -> None:
+        """Divide a whole, loaded model among the processes, before its optimizer is built. *Together.*"""
+        ...
+
+    def wrapped(self, model: nn.Module) -> str:
+        """The class that holds the model for several processes, for `run.json`: asked for when training begins."""
+        ...
+
+    def synchronizing(
+        self, accelerator: Accelerator, model: nn.Module, *, last: bool
+    ) -> AbstractContextManager[Any]:
+        """Around forward and backward of one pass: gradients are exchanged in the `last` pass of a step only."""
+        ...
+
+    def backward(self, accelerator: Accelerator, model: nn.Module, loss: Tensor, *, last: bool) -> None:
+        """Gradients of one pass."""
+        ...
+
+    def whole(self, tensor: Tensor) -> Tensor:
+        """A parameter, buffer or number of the optimizer as a single process would hold it. *Together.*"""
+        ...
+
+    def editing(self, model: nn.Module) -> AbstractContextManager[Any]:
+        """In it, parameters are whole and may be written to (load_best, rewind); the parts follow after it.
+        *Together.*"""
+        ...
+
+    def optimizer_state(self, optimizer: Any) -> State:
+        """`optimizer.state_dict()` as a single process would have it, except that tensors may be parts that `whole`
+        completes. *Together.*"""
+        ...
+
+    def load_optimizer(self, optimizer: Any, state: Mapping[str, Any]) -> None:
+        """Put in what a single process's `optimizer.state_dict()` would have been. *Together.*"""
+        ...
+
+
+class Replicated:
+    """Every process holds all of the model: one process alone, or DistributedDataParallel, which accelerate wraps."""
+
+    name = "ddp"
+    shards = False
+
+    def divide(self, model: nn.Module) -> None:
+        return None
+
+    def wrapped(self, model: nn.Module) -> str:
+        return type(model).__name__
+
+    def synchronizing(
+        self, accelerator: Accelerator, model: nn.Module, *, last: bool
+    ) -> AbstractContextManager[Any]:
+        return nullcontext() if last else accelerator.no_sync(model)
+
+    def backward(self, accelerator: Accelerator, model: nn.Module, loss: Tensor, *, last: bool) -> None:
+        accelerator.backward(loss)
+
+    def whole(self, tensor: Tensor) -> Tensor:
+        return tensor
+
+    def editing(self, model: nn.Module) -> AbstractContextManager[Any]:
+        return nullcontext()
+
+    def optimizer_state(self, optimizer: Any) -> State:
+        state: State = optimizer.state_dict()
+        return state
+
+    def load_optimizer(self, optimizer: Any, state: Mapping[str, Any]) -> None:
+        optimizer.load_state_dict(state)
