@@ -49,7 +49,12 @@ from luthier.types import Batch, LossSum, Method, RecipeError, Stage, Term
 
 
 class PeftTrainer(Keeping):
-    """Trains what `method` lets change, on what `stage` asks for."""
+    """Trains what `method` lets change, on what `stage` asks for.
+
+    `eval_arithmetic` is the type of evaluations, without it that of training; `reference` is what a stage is compared
+    with, `schedule` what `optim.schedule_function` names; `answers` answers at evaluations; `strategy` is how several
+    processes hold the model.
+    """
 
     def __init__(
         self,
@@ -76,9 +81,6 @@ class PeftTrainer(Keeping):
         rollouts: Rollouts | None = None,
         strategy: Strategy | None = None,
     ) -> None:
-        """`eval_arithmetic` is the type of evaluations, without it that of training; `reference` is what a stage is
-        compared with, `schedule` what `optim.schedule_function` names; `answers` answers at evaluations; `strategy` is
-        how several processes hold the model."""
         self._reference, self._schedule, self._answers = reference, schedule, answers
         self._rollouts, self.stage, self.method, self._optim = rollouts, stage, method, optim
         self.strategy = strategy or Replicated()
