@@ -83,8 +83,8 @@ class PeftTrainer(Keeping):
     ) -> None:
         self._reference, self._schedule, self._answers = reference, schedule, answers
         self._rollouts, self.stage, self.method, self._optim = rollouts, stage, method, optim
-        self.strategy = strategy or Replicated()
-        processes, self._steps, self._eval_sets = Processes.of(args), steps, dict(eval_sets)
+        self.strategy, processes = strategy or Replicated(), Processes.of(args)
+        self._steps, self._eval_sets, self._metrics = steps, dict(eval_sets), tuple(metrics)
         self.saver = CheckpointSaver(
             Path(str(args.output_dir)),
             method,
@@ -96,7 +96,7 @@ class PeftTrainer(Keeping):
             processes=processes,
             strategy=self.strategy,
         )
-        self._metrics, self._eval_arithmetic, self._fit_memory = tuple(metrics), eval_arithmetic, fit_memory
+        self._eval_arithmetic, self._fit_memory = eval_arithmetic, fit_memory
         self.ledger = Ledger(NumberGuard(bad_numbers or BadNumbersSpec(), self.saver.run_dir), processes)
         super().__init__(
             model=model,
@@ -112,11 +112,10 @@ class PeftTrainer(Keeping):
             ],
         )
         self.remove_callback(PrinterCallback)
-        self._scaling = loss_scaling(self.accelerator, model)
-        if self._scaling is not None:
-            self.add_callback(self._scaling)
-        # Our losses are divided by the weight of the whole step; nothing may divide them again.
-        self.loss_is_scaled_for_ga = True
+        if (scaling := loss_scaling(self.accelerator, model)) is not None:
+            self.add_callback(scaling)
+        self._scaling = scaling
+        self.loss_is_scaled_for_ga = True  # by the weight of the whole step; nothing may divide them again
 
     # ---- data --------------------------------------------------------------------------------------
 
