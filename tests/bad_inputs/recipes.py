@@ -325,11 +325,11 @@ CASES: list[BadInput] = [
     ),
     flat(
         "lf: later stages, later types",
-        "stage: orpo\nfp8: true\ndeepspeed: ds_z3.json\n",
+        "stage: orpo\nfp8: true\nparallelism_config: {cp: 2}\n",
         "lf.yaml:4: stage: write stage: dpo and pref_loss: orpo\n"
         "lf.yaml:5: fp8: 8-bit floating point comes in a later version; remove it\n"
-        "lf.yaml:6: deepspeed: sharding over GPUs comes in a later version; "
-        "remove it to train with plain data parallelism",
+        "lf.yaml:6: parallelism_config: how processes divide a model is written in `parallel` of a native recipe; "
+        "remove it",
     ),
     flat(
         "lf: SageMaker and TPUs",

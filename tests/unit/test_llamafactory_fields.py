@@ -484,8 +484,7 @@ def test_files_that_are_no_recipes(tree: dict[str, Any], message: str) -> None:
     ("key", "message"),
     [
         ("evaluation_strategy", "LLaMA-Factory's evaluation_strategy is train.eval_every in a native recipe"),
-        ("deepspeed", "sharding over GPUs comes in a later version; "
-         "remove it to train with plain data parallelism"),
+        ("deepspeed", "LLaMA-Factory's deepspeed is parallel.config in a native recipe"),
         ("tpu_num_cores", "TPUs and XLA are not part of Luthier; remove it to train on a GPU or a CPU"),
         ("run_name", "transformers' run_name goes into train.extra"),
     ],

@@ -215,7 +215,7 @@ def test_a_common_file_line_by_line() -> None:
     assert (train.output, train.overwrite, train.resume) == ("saves/x", True, "never")
     assert (train.rows_per_device, train.accumulation, train.epochs) == (2, 4, 2.0)
     assert (train.log_every, train.save_every, train.eval_every, train.eval_at_end) == (10, 50, 25, True)
-    assert (train.precision, train.plots, train.extra) == ("bf16", True, {"ddp_timeout": 180000000})
+    assert (train.precision, train.plots, train.extra) == ("bf16", True, {})
     assert loaded.notes == ()
     assert origins["method.rank"] == "translated from lora_rank (line 6)"
     assert origins["optim.warmup"] == "translated from warmup_ratio (line 24)"
@@ -434,8 +434,8 @@ def test_overrides_flat_then_native() -> None:
         ("report_to: all", "lf.yaml:4: report_to: name the trackers, for example tensorboard"),
         ("enable_thinking: false", "lf.yaml:4: enable_thinking: name the template, which decides what this "
          "does (template: qwen3)"),
-        ("deepspeed: ds_z3.json", "lf.yaml:4: deepspeed: sharding over GPUs comes in a later version; "
-         "remove it to train with plain data parallelism"),
+        ("fsdp: hybrid_shard", "lf.yaml:4: fsdp: hybrid sharding (divided in a machine, copied among machines) "
+         "is not part of Luthier; write full_shard"),
         ("output_dir: ${HOME}/x", "lf.yaml:4: output_dir: variables (${...}) are not replaced; "
          "write the value itself"),
         ("interleave_probs: 0.5,0.5", "lf.yaml:4: interleave_probs: goes with mix_strategy: interleave_under, "

@@ -167,13 +167,8 @@ _TRANSFORMERS = (
         group_by_length=False,
     )
     | keys(Rule.REFUSED, "write optim: adafactor", adafactor=False)
-    | keys(
-        Rule.REFUSED,
-        "sharding over GPUs comes in a later version; remove it to train with plain data parallelism",
-        fsdp_min_num_params=0,
-        fsdp_transformer_layer_cls_to_wrap=None,
-        sharded_ddp="",
-    )
+    | keys(Rule.SILENT, fsdp_min_num_params=0, fsdp_transformer_layer_cls_to_wrap=None)
+    | keys(Rule.REFUSED, "write fsdp: full_shard", sharded_ddp="")
     | keys(Rule.REFUSED, "SageMaker's model parallelism is not part of Luthier; remove it", mp_parameters="")
     | keys(
         Rule.REFUSED,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from luthier.recipe.flat import Flat
 from luthier.recipe.llamafactory_optim import read_optimizer, read_schedule
+from luthier.recipe.llamafactory_parallel import read_processes
 
 TRACKERS = (
     "azure_ml",
@@ -202,5 +203,6 @@ TRAIN_SUBJECTS = (
     _evaluation,
     _checkpoints,
     _upload,
+    read_processes,
     _what_to_do,
 )

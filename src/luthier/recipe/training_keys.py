@@ -73,6 +73,13 @@ _TRANSLATED = (
     | read("needs hub_model_id", push_to_hub=("train.push_to_hub", False))
     | read("as OWNER/NAME", hub_model_id=("train.push_to_hub.repo", None))
     | read("the finished model alone is uploaded", hub_strategy=("train.push_to_hub", "every_save"))
+    | read("its path, or its JSON in place", deepspeed=("parallel.config", None))
+    | read("FSDP2 is used, with each decoder layer a group of its own", fsdp=("parallel.type", None))
+    | read("layers are wrapped of themselves", fsdp_config=("parallel", None))
+    | read(
+        "over a day: the default, for nobody waits for the preparation here",
+        ddp_timeout=("parallel.timeout", 1800),
+    )
 )
 
 _EXTRA = keys(
@@ -96,7 +103,6 @@ _EXTRA = keys(
     ddp_broadcast_buffers=None,
     ddp_static_graph=None,
     ddp_backend=None,
-    ddp_timeout=1800,
 )
 
 _ACCEPTED = (
@@ -158,10 +164,7 @@ _REFUSED = (
     )
     | keys(
         Rule.REFUSED,
-        "sharding over GPUs comes in a later version; remove it to train with plain data parallelism",
-        fsdp=None,
-        fsdp_config=None,
-        deepspeed=None,
+        "how processes divide a model is written in `parallel` of a native recipe; remove it",
         parallelism_config=None,
         accelerator_config=None,
     )
