@@ -21,6 +21,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase, ProcessorMixin
 
+from luthier.conversations import MediaKind
 from luthier.data import families
 from luthier.data.encode import media_of
 from luthier.data.media_tokens import MediaReader
@@ -29,6 +30,8 @@ from luthier.data.template import ChatTemplate, install_template
 from luthier.recipe.schema import DataSpec
 from luthier.types import Conversation, DataError, EncodedConversation, Part, RowError
 
+_REMEMBERED = 4096
+"""Expansions whose tokens are counted once."""
 _BEFORE, _AFTER = "Before.", "After."
 
 
@@ -186,9 +189,12 @@ class MediaTemplate(ChatTemplate):
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, reader: MediaReader, **options: Any) -> None:
         super().__init__(tokenizer, **options)
-        self.reader = reader
+        self.reader = self.opener = reader
         self._ids_of_media = reader.token_ids()
         self._counts: dict[str, int] = {}
+
+    def takes(self, kind: MediaKind) -> bool:
+        return self.reader.takes(kind)
 
     @cached_property
     def fingerprint(self) -> str:
@@ -243,6 +249,8 @@ class MediaTemplate(ChatTemplate):
 
     def _count(self, expansion: str) -> int:
         if expansion not in self._counts:
+            if len(self._counts) >= _REMEMBERED:
+                self._counts.clear()
             ids = self._backend.encode(expansion, add_special_tokens=False).ids
             self._counts[expansion] = sum(index in self._ids_of_media for index in ids)
         return self._counts[expansion]
