@@ -142,6 +142,4 @@ def question_of(
     stop = int(learnt[-1]) + 1 if len(learnt) else len(sample)
     label = label_of(sample.input_ids[start:stop].tolist(), template, skip_special_tokens)
     prompt = tuple(sample.input_ids[:start].tolist())
-    return EvalQuestion(
-        name, Request(prompt, settings, media=sample.media, opener=sample.opener), label
-    )
+    return EvalQuestion(name, Request(prompt, settings, media=sample.media, opener=sample.opener), label)

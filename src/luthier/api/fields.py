@@ -9,6 +9,8 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import BaseModel, ConfigDict, Field, ModelWrapValidatorHandler, PrivateAttr, model_validator
 from pydantic_core import PydanticCustomError
 
+from luthier.api.parts import Part
+
 HARMLESS = frozenset(
     {
         "user",
@@ -23,7 +25,6 @@ HARMLESS = frozenset(
 )
 """Fields of OpenAI's that ask nothing of an answer: read over."""
 
-_NO_MEDIA = "this server opens no images, sounds or files; send text"
 _REFUSED: dict[str, tuple[str, tuple[Any, ...]]] = {
     "logit_bias": ("logits cannot be biased here", ({},)),
     "functions": ("write tools instead", ([],)),
@@ -163,25 +164,6 @@ class Drawing(Body):
         said["top_k"] = None if self.top_k is None else max(self.top_k, 0)
         said["stop"] = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
         return said
-
-
-class Part(Strict):
-    """A part of a message: text alone."""
-
-    type: Literal["text"]
-    text: str
-
-    @model_validator(mode="before")
-    @classmethod
-    def _text_alone(cls, value: Any) -> Any:
-        kind = value.get("type") if isinstance(value, dict) else None
-        if isinstance(kind, str) and kind != "text":
-            raise PydanticCustomError(
-                "media",
-                "a part of type {kind} is not supported: {why}",
-                {"kind": kind[:40], "why": _NO_MEDIA},
-            )
-        return value
 
 
 class CalledFunction(Strict):

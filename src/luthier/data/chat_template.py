@@ -90,9 +90,9 @@ class ChatTemplate:
         self._stop_ids = tuple(dict.fromkeys(stops))
         self._document_end = family.document_end if family else None
 
-    def takes(self, kind: MediaKind) -> bool:
-        """Whether conversations may hold media of this kind."""
-        return False
+    def require(self, kind: MediaKind) -> None:
+        """Raise DataError where conversations cannot hold media of this kind."""
+        raise DataError(f"this model takes no {kind}s: it has no processor for them")
 
     @property
     def has_reasoning(self) -> bool:

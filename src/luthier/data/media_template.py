@@ -17,6 +17,7 @@ from dataclasses import replace
 from functools import cached_property
 from hashlib import sha256
 from itertools import accumulate
+from types import MappingProxyType
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase, ProcessorMixin
@@ -192,9 +193,10 @@ class MediaTemplate(ChatTemplate):
         self.reader = self.opener = reader
         self._ids_of_media = reader.token_ids()
         self._counts: dict[str, int] = {}
+        self._checked: set[MediaKind] = set()
 
-    def takes(self, kind: MediaKind) -> bool:
-        return self.reader.takes(kind)
+    def require(self, kind: MediaKind) -> None:
+        self.reader.require(kind)
 
     @cached_property
     def fingerprint(self) -> str:
@@ -216,6 +218,13 @@ class MediaTemplate(ChatTemplate):
         expansions = [self.reader.expansion(one) for one in media_of(conversation)]
         return replace(encoded, media=self._places(encoded.input_ids, expansions))
 
+    def prompt(self, conversation: Conversation, variables: Variables = MappingProxyType({})) -> list[int]:
+        """See `ChatTemplate`. The first one with media of a kind is checked as `check_processor` says: a model that was
+        not trained here has passed no gate."""
+        if {one.kind for one in media_of(conversation)} - self._checked:
+            self.check_processor(conversation)
+        return super().prompt(conversation, variables)
+
     def check_processor(self, conversation: Conversation) -> None:
         """Raise DataError where the processor, given the same text and the files, makes other tokens."""
         media, messages = media_of(conversation), self.messages(conversation)
@@ -227,9 +236,10 @@ class MediaTemplate(ChatTemplate):
         own = self.whole(conversation)
         if own != given:
             raise DataError(
-                f"the model's processor makes {len(given)} tokens of a conversation with media, and training would "
-                f"have {len(own)}; they part at {self.decode(own[_same(own, given) :][:8])!r}"
+                f"the model's processor makes {len(given)} tokens of a conversation with media, and Luthier would make "
+                f"{len(own)}; they part at {self.decode(own[_same(own, given) :][:8])!r}"
             )
+        self._checked |= {one.kind for one in media}
 
     def _prepared(
         self, conversation: Conversation

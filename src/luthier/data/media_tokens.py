@@ -94,7 +94,7 @@ class MediaReader:
         """Raise DataError where the model, or what is installed, does not take media of this kind."""
         if not self.takes(kind):
             raise DataError(
-                f"the data has {kind}s, and {type(self.processor).__name__} takes none here{_INSTALL.get(kind, '')}"
+                f"there are {kind}s, and {type(self.processor).__name__} takes none here{_INSTALL.get(kind, '')}"
             )
 
     @property

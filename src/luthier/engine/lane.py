@@ -129,7 +129,11 @@ class Lane:
         return held, self._forward(read.ids_PL, read.positions, held, read.media), read.shifts
 
     def _forward(
-        self, ids: Tensor, positions: Tensor, held: HeldRows, media: Mapping[str, Tensor] = MappingProxyType({})
+        self,
+        ids: Tensor,
+        positions: Tensor,
+        held: HeldRows,
+        media: Mapping[str, Tensor] = MappingProxyType({}),
     ) -> Tensor:
         """(R, V) logits of the next tokens."""
         name = (

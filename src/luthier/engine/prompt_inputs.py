@@ -1,4 +1,4 @@
-"""Prompts -> what a model's forward reads of them: tokens padded on the left, positions, and the numbers of their media.
+"""Prompts -> what a model's forward reads: tokens padded on the left, positions, and the numbers of their media.
 
 Media are opened here, by what opens them in training, so that the model is shown the same numbers.
 
@@ -79,8 +79,8 @@ def _made_positions(
     names = signature(backbone.get_rope_index).parameters
     if not any(is_token_types(name) for name in names):
         raise ModelError(
-            f"{type(backbone).__name__} makes positions of media in a way of its own, so it cannot answer to them here; "
-            "text it can"
+            f"{type(backbone).__name__} makes positions of media in a way of its own, so it cannot answer to them "
+            "here; text it can"
         )
     given = {name: value for name, value in media.items() if name in names}
     positions_3PL, shifts_P1 = backbone.get_rope_index(input_ids=ids_PL, attention_mask=mask_PL, **given)

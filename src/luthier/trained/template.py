@@ -19,6 +19,8 @@ from luthier.recipe.schema import DataSpec
 from luthier.trained.source import Trained
 from luthier.types import ModelError
 
+_REFUSED = "text is answered, images, films and sounds are refused"
+
 
 def trained_template(trained: Trained, say: Callable[[str], object]) -> ChatTemplate:
     """The template of the training, on the tokenizer that was saved with it.
@@ -46,12 +48,15 @@ def trained_template(trained: Trained, say: Callable[[str], object]) -> ChatTemp
         data = data.model_copy(update=update)
     saved = tokenizer.chat_template
     pieces, processor = data.rules == "llamafactory", trained_processor(trained, say)
-    if processor is None:
-        template = load_template(tokenizer, data, pieces=pieces)
-    else:
+    template: ChatTemplate | None = None
+    if processor is not None:
         if not trained.named_template:
             processor.chat_template = saved
-        template = load_media_template(tokenizer, processor, data, pieces=pieces)
+        try:
+            template = load_media_template(tokenizer, processor, data, pieces=pieces)
+        except ModelError as error:
+            say(f"note: {error}; {_REFUSED}")
+    template = template or load_template(tokenizer, data, pieces=pieces)
     if isinstance(saved, str) and saved.endswith(MEDIA_PARTS + str(tokenizer.chat_template)):
         tokenizer.chat_template = saved  # it was trained with images, films or sounds, and takes them
     if not trained.named_template and tokenizer.chat_template != saved:
@@ -76,5 +81,5 @@ def trained_processor(trained: Trained, say: Callable[[str], object]) -> Process
         config = load_config(trained.model, source)
         return load_processor(where or source.path, hub_arguments(trained.model), config)
     except ModelError as error:
-        say(f"note: {error}; images, films and sounds are refused")
+        say(f"note: {error}; {_REFUSED}")
         return None
