@@ -113,13 +113,10 @@ def require_openable(media: Sequence[Media]) -> None:
 def _require_small(source: str) -> None:
     try:
         with Image.open(io.BytesIO(base64.b64decode(source.partition(",")[2], validate=True))) as image:
-            width, height = image.size
+            small, size = image.width * image.height <= MAX_PIXELS, f"{image.width} x {image.height}"
     except Image.DecompressionBombError:
-        width = height = MAX_PIXELS
+        small, size = False, "it says that it has many times as many"
     except (OSError, ValueError, SyntaxError):
         return  # what opens it for its tokens says what is wrong
-    if width * height > MAX_PIXELS:
-        raise RowError(
-            "image is too large",
-            f"{width} x {height} pixels; at most {MAX_PIXELS:,} are taken: make it smaller",
-        )
+    if not small:
+        raise RowError(f"image is too large: at most {MAX_PIXELS:,} pixels are taken", size)

@@ -59,9 +59,7 @@ def ask(
     if kind == "reward":
         sequences = tuple(probe.ids for probe in probes)
         return Answers(sequences, tuple(probes), scores=_scores(model, sequences, probes))
-    settings = GenerationSettings(max_new_tokens=GREEDY_TOKENS, stop_ids=tuple(stop_ids))
-    asked = [Request(probe.prompt, settings, media=probe.media, opener=probe.opener) for probe in probes]
-    made = dict(engine_of(model).answers(asked))
+    made = dict(engine_of(model).answers([_asked(probe, stop_ids) for probe in probes]))
     greedy = [made[number].ids for number in range(len(probes))]
     sequences = (
         *(probe.ids for probe in probes),
@@ -72,6 +70,13 @@ def ask(
     shown = (*probes, *probes)
     logits = _all_logits(model, sequences, shown)
     return Answers(sequences, shown, logits, tuple(tuple(answer) for answer in greedy))
+
+
+def _asked(probe: Probe, stop_ids: Sequence[int]) -> Request:
+    """An answer to media ends at a token that would stand for another one: nothing is there to be seen in its place."""
+    placeholders = probe.opener.token_ids() if probe.media and probe.opener is not None else ()
+    settings = GenerationSettings(max_new_tokens=GREEDY_TOKENS, stop_ids=(*stop_ids, *placeholders))
+    return Request(probe.prompt, settings, media=probe.media, opener=probe.opener)
 
 
 @torch.no_grad()
