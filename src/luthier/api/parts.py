@@ -14,9 +14,10 @@ from collections.abc import Sequence
 from typing import Any, Literal
 
 from PIL import Image
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 from pydantic_core import PydanticCustomError
 
+from luthier.api.strict import Strict
 from luthier.types import Media, RowError
 
 MAX_PIXELS = 50_000_000
@@ -26,14 +27,10 @@ _KINDS = ("text", "image_url", "video_url", "input_audio")
 _DATA = re.compile(r"data:[\w.+-]+/[\w.+-]+(;[\w.+=-]+)*;base64,")
 
 
-class _Closed(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
-
-
-class DataUrl(_Closed):
+class DataUrl(Strict):
     """`{"url": "data:image/png;base64,..."}`. The model's processor decides how large an image is shown."""
 
-    url: str
+    url: str = ""
     detail: str | None = Field(default=None, exclude=True)
 
     @model_validator(mode="after")
@@ -50,10 +47,10 @@ class DataUrl(_Closed):
         return self
 
 
-class Sound(_Closed):
+class Sound(Strict):
     """The bytes of a sound in base64."""
 
-    data: str
+    data: str = ""
     format: str = "wav"
 
     @model_validator(mode="after")
@@ -67,7 +64,7 @@ class Sound(_Closed):
         return self
 
 
-class Part(_Closed):
+class Part(Strict):
     """One part; it has the field that its type names, and no other."""
 
     type: Literal["text", "image_url", "video_url", "input_audio"]
@@ -78,7 +75,7 @@ class Part(_Closed):
 
     @model_validator(mode="before")
     @classmethod
-    def _known(cls, value: Any) -> Any:
+    def _of_a_kind(cls, value: Any) -> Any:
         kind = value.get("type") if isinstance(value, dict) else None
         if isinstance(kind, str) and kind not in _KINDS:
             raise PydanticCustomError(

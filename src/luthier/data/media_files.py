@@ -228,7 +228,7 @@ def _film(source: str, rules: MediaRules) -> Film:
             f"{_shown(source)}: film files need PyAV, which is not installed: pip install av"
         ) from error
     try:
-        with av.open(_stream(source) if source.startswith("data:") else source) as container:
+        with av.open(_stream(source) if source.startswith("data:") else source, mode="r") as container:
             frames = [frame.to_image() for frame in container.decode(video=0)]
             rate = float(container.streams.video[0].average_rate or rules.video_fps)
     except FileNotFoundError as error:
