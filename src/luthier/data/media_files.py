@@ -229,7 +229,8 @@ def _film(source: str, rules: MediaRules) -> Film:
         ) from error
     try:
         with av.open(_stream(source) if source.startswith("data:") else source, mode="r") as container:
-            frames = [frame.to_image() for frame in container.decode(video=0)]
+            decoded = container.decode(video=0)
+            frames = [frame.to_image() for frame in decoded]  # type: ignore[no-untyped-call, unused-ignore]
             rate = float(container.streams.video[0].average_rate or rules.video_fps)
     except FileNotFoundError as error:
         raise RowError("video file is missing", source) from error
