@@ -20,6 +20,7 @@ from transformers import PreTrainedModel
 
 from luthier.data.answer_form import THINK, AnswerForm
 from luthier.data.calls.form import Offered
+from luthier.data.encode import media_of
 from luthier.data.template import ChatTemplate
 from luthier.engine.hf import HfEngine
 from luthier.engine.packed import can_pack, pack_linears
@@ -98,7 +99,8 @@ class Answerer:
         if first is not None and first.role == "system" and not first.content:
             conversation = replace(conversation, messages=conversation.messages[1:])
         prompt = self.template.prompt(conversation, self.variables(call))
-        return Request(tuple(prompt), self.settings(**call), adapter)
+        settings = self.settings(**call)
+        return Request(tuple(prompt), settings, adapter, media_of(conversation), self.template.opener)
 
     def variables(self, call: Mapping[str, Any]) -> dict[str, Any]:
         """The variables of the template for a call: the recipe's, and before them the call's own.

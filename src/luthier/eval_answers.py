@@ -141,4 +141,5 @@ def question_of(
     start = int(learnt[breaks[-1] + 1] if len(breaks) else learnt[0]) if len(learnt) else len(sample)
     stop = int(learnt[-1]) + 1 if len(learnt) else len(sample)
     label = label_of(sample.input_ids[start:stop].tolist(), template, skip_special_tokens)
-    return EvalQuestion(name, Request(tuple(sample.input_ids[:start].tolist()), settings), label)
+    prompt = tuple(sample.input_ids[:start].tolist())
+    return EvalQuestion(name, Request(prompt, settings, media=sample.media, opener=sample.opener), label)

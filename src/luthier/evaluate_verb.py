@@ -184,7 +184,8 @@ def _language(
     """Measure the target, then the other model, and put both and their differences into the report."""
     against = found["against"]
     other = None if against in (None, BASE) else parts_of(against)
-    judge = open_judge(trained, tokens_per_pass=tokens_per_pass, say=say)
+    media = _has_media(trained, wanted)
+    judge = open_judge(trained, tokens_per_pass=tokens_per_pass, media=media, say=say)
     if against == BASE and not judge.has_adapter:
         other = _base_of(trained)
     tokens = _tokens(judge, trained, wanted)
@@ -198,11 +199,19 @@ def _language(
         run, windows = trained.recipe, tokens.windows
         del judge
         gc.collect()
-        judge = open_judge(other, template=template, tokens_per_pass=tokens_per_pass, say=say)
+        judge = open_judge(other, template=template, tokens_per_pass=tokens_per_pass, media=media, say=say)
         if against != BASE:
             tokens = _tokens(judge, replace(other, recipe=run), wanted, windows)
         theirs = _measured(judge, tokens, wanted, say)
     _put(found, mine, theirs, tokens.windows)
+
+
+def _has_media(trained: Trained, wanted: _Wanted) -> bool:
+    """Whether a named set has columns of images, films or sounds, or the run had rows with them."""
+    columns = [attr.columns for attr, _ in wanted.sets]
+    return trained.manifest.get("rows", {}).get("layout") == "padded" or any(
+        one.images or one.videos or one.audios for one in columns
+    )
 
 
 def _base_of(trained: Trained) -> Trained:

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Literal
 
 from luthier.errors import LuthierError
+
+if TYPE_CHECKING:
+    from luthier.conversations import Media
+    from luthier.samples import MediaOpener
 
 Finish = Literal["stop", "length", "cancelled", "error"]
 """Why an answer ended: a stop token or string, a limit of tokens, its asker, or scores that were no numbers."""
@@ -70,11 +74,22 @@ class GenerationSettings:
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """One prompt to be continued. `adapter`: the name of one of the engine's; None: its first, or no adapter."""
+    """One prompt to be continued. `adapter`: the name of one of the engine's; None: its first, or no adapter.
+
+    `media`: images, films and sounds in the order of their tokens in the prompt; `opener` opens them when the prompt
+    is read.
+    """
 
     prompt: tuple[int, ...]
     settings: GenerationSettings
     adapter: str | None = None
+    media: tuple[Media, ...] = ()
+    opener: MediaOpener | None = field(default=None, compare=False, repr=False)
+
+    @property
+    def shown(self) -> tuple[tuple[int, ...], tuple[Media, ...]]:
+        """What the model reads: where it is equal, so are the keys and values of two requests."""
+        return self.prompt, self.media
 
 
 @dataclass(frozen=True, slots=True)

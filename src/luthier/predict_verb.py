@@ -31,6 +31,7 @@ from luthier.predicting.questions import (
     Unusable,
     held_out_questions,
     label_text,
+    media_identity,
     read_questions,
 )
 from luthier.predicting.record import RESULTS_NAME, Prediction, PredictionRecord
@@ -108,7 +109,8 @@ def predict(
         raise DataError(f"no row can be asked about; the first: {unusable[0].reason}")
     if other is not None:
         require_same_rows([blank for _, blank in questions], *other)
-    whole = {"luthier": __version__, **_identity(answerer), **identity}
+    shown = media_identity(request for request, _ in questions)
+    whole = {"luthier": __version__, **_identity(answerer), **identity, **shown}
     record = PredictionRecord(folder, whole, overwrite=overwrite)
     predictions, speed = _answer(answerer.engine, answerer, questions, record, quiet=quiet)
     measured = measure_predictions(predictions)

@@ -23,6 +23,9 @@ class MediaOpener(Protocol):
     def __call__(self, media: Sequence[Media], input_ids: Tensor) -> dict[str, Tensor]:
         """What the model's forward takes of media in the order of their tokens in input_ids (1, T)."""
 
+    def token_ids(self) -> frozenset[int]:
+        """Ids of the tokens that stand for media."""
+
 
 @dataclass(frozen=True, slots=True)
 class Sample:

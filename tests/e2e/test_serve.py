@@ -244,12 +244,12 @@ BAD: dict[str, tuple[dict[str, Any], int, str]] = {
             ]
         },
         400,
-        "opens no images",
+        "nothing is fetched and no file is opened here",
     ),
     "sound": (
         {"messages": [{"role": "user", "content": [{"type": "input_audio", "input_audio": {}}]}]},
         400,
-        "opens no images",
+        "a sound has data, and a format that is wav or mp3",
     ),
     "json": ({"response_format": {"type": "json_object"}}, 400, "cannot be held to a format"),
     "schema": (

@@ -41,6 +41,8 @@ PATHS = frozenset(
         "/v1/score",
     }
 )
+TEXT_BODY, MEDIA_BODY = 4 * 2**20, 32 * 2**20
+"""Bytes of a request: of text, and of text with images as base64."""
 LOOPBACK_NAMES = frozenset({"localhost", "127.0.0.1", "[::1]"})
 
 
@@ -54,7 +56,7 @@ class Limits:
     key: str | None = None
     hosts: frozenset[str] | None = LOOPBACK_NAMES
     queue: int = 128
-    max_body: int = 4 * 2**20
+    max_body: int = TEXT_BODY
 
 
 class Endpoints:

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ModelWrapValidatorHandler, PrivateAttr, model_validator
 from pydantic_core import PydanticCustomError
+
+from luthier.api.parts import Part
+from luthier.api.strict import Strict
 
 HARMLESS = frozenset(
     {
@@ -22,23 +25,6 @@ HARMLESS = frozenset(
     }
 )
 """Fields of OpenAI's that ask nothing of an answer: read over."""
-
-_NO_MEDIA = "this server opens no images, sounds or files; send text"
-_REFUSED: dict[str, tuple[str, tuple[Any, ...]]] = {
-    "logit_bias": ("logits cannot be biased here", ({},)),
-    "functions": ("write tools instead", ([],)),
-    "function_call": ("write tool_choice instead", ()),
-    "parallel_tool_calls": ("the number of calls cannot be held to one", (True,)),
-    "modalities": ("answers are text", (["text"],)),
-    "audio": ("answers are text", ()),
-    "prediction": ("there is no speculative decoding", ()),
-    "web_search_options": ("nothing is searched", ()),
-    "suffix": ("nothing is filled in between", ("",)),
-    "echo": ("the prompt is not repeated", (False,)),
-    "best_of": ("all answers are returned; use n", ()),
-    "num_beams": ("beams are not searched here; `luthier predict` can", (1,)),
-}
-"""Known fields that are refused: why, and the values that ask for nothing and are read over."""
 
 PROBLEMS = frozenset(
     {
@@ -62,33 +48,6 @@ _SEED = 2**63 - 1
 _MAX_STOPS, _MAX_CHOICES = 16, 128
 _Stop = Annotated[str, Field(min_length=1, max_length=256)]
 _Text = Annotated[str, Field(max_length=64)]
-
-
-class Strict(BaseModel):
-    """An object whose every field is known."""
-
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
-    ignored: ClassVar[frozenset[str]] = frozenset()
-
-    @model_validator(mode="before")
-    @classmethod
-    def _known(cls, value: Any) -> Any:
-        if not isinstance(value, dict):
-            return value
-        kept = {}
-        for name, item in value.items():
-            if name in cls.model_fields:
-                kept[name] = item
-                continue
-            why, harmless = _REFUSED.get(name, ("", ()))
-            if name in cls.ignored or item is None or (why and item in harmless):
-                continue
-            if why:
-                raise PydanticCustomError(
-                    "refused", "the field {field} is not supported: {why}", {"field": name, "why": why}
-                )
-            raise PydanticCustomError("unknown", "the field {field} is not known here", {"field": name[:80]})
-        return kept
 
 
 class Body(Strict):
@@ -163,25 +122,6 @@ class Drawing(Body):
         said["top_k"] = None if self.top_k is None else max(self.top_k, 0)
         said["stop"] = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
         return said
-
-
-class Part(Strict):
-    """A part of a message: text alone."""
-
-    type: Literal["text"]
-    text: str
-
-    @model_validator(mode="before")
-    @classmethod
-    def _text_alone(cls, value: Any) -> Any:
-        kind = value.get("type") if isinstance(value, dict) else None
-        if isinstance(kind, str) and kind != "text":
-            raise PydanticCustomError(
-                "media",
-                "a part of type {kind} is not supported: {why}",
-                {"kind": kind[:40], "why": _NO_MEDIA},
-            )
-        return value
 
 
 class CalledFunction(Strict):

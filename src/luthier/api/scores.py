@@ -10,6 +10,7 @@ from typing import Any
 from luthier.api.faults import ApiError, invalid
 from luthier.api.fields import ScoreRequest
 from luthier.api.served import conversation_of, unknown_model
+from luthier.data.encode import media_of
 from luthier.rewards.scorer import Scorer
 from luthier.types import DataError, Row, Sample
 
@@ -43,7 +44,9 @@ class ScoredModel:
             if turns[-1].role != "assistant":
                 raise invalid(f"input.{index}: a conversation ends with the assistant's answer", "input")
             try:
-                row = Row("request", index, conversation_of(turns), desirable=True)
+                if media_of(conversation := conversation_of(turns)):
+                    raise DataError("scores are of text alone, and it has images, films or sounds")
+                row = Row("request", index, conversation, desirable=True)
                 encoded = self.scorer.encoded(row)
             except DataError as error:
                 raise invalid(f"input.{index}: {error}", "input") from error

@@ -13,12 +13,14 @@ from transformers.convert_slow_tokenizer import bytes_to_unicode
 from luthier.answering import Answerer
 from luthier.api.faults import ApiError, invalid
 from luthier.api.fields import ChatRequest, ChatTurn, CompletionRequest, Drawing
+from luthier.api.parts import require_openable
 from luthier.data.chats import history
+from luthier.data.encode import media_of
 from luthier.data.read import RawRow
 from luthier.data.registry import DEFAULT_COLUMNS, DEFAULT_TAGS, DatasetAttr
 from luthier.engine.protocol import BASE
 from luthier.methods.adapter_files import ADAPTER
-from luthier.types import Conversation, GenerationError, LuthierError, ModelError, Request
+from luthier.types import Conversation, GenerationError, LuthierError, Media, ModelError, Request
 
 _COLUMNS = DEFAULT_COLUMNS["openai"].model_copy(update={"tools": "tools"})
 _OPENAI = DatasetAttr(
@@ -92,10 +94,23 @@ class Served:
             said = body.chat_template_kwargs
             raise invalid(str(error), "chat_template_kwargs" if said else "reasoning_effort") from error
         try:
-            prompt = self.answerer.template.prompt(conversation_of(body.messages, tools), variables)
+            conversation = conversation_of(body.messages, tools)
+            media = self._media(conversation)
+            prompt = self.answerer.template.prompt(conversation, variables)
         except LuthierError as error:
             raise invalid(str(error), "messages") from error
-        return self._requests(body, [prompt], adapter)
+        return self._requests(body, [prompt], adapter, media)
+
+    def _media(self, conversation: Conversation) -> tuple[Media, ...]:
+        """What a conversation shows. Raises DataError for what the model does not take, or is not sent with it, and
+        GenerationError for an engine that reads text alone."""
+        media = media_of(conversation)
+        for kind in {medium.kind for medium in media}:
+            self.answerer.template.require(kind)
+        if media and not self.answerer.engine.reads_media:
+            raise GenerationError("this server's engine reads text alone; it was started with --engine vllm")
+        require_openable(media)
+        return media
 
     def completion(self, body: CompletionRequest) -> list[Request]:
         """The requests of all prompts, `n` for each. Raises ApiError as `chat` does."""
@@ -115,14 +130,26 @@ class Served:
             raise self.unknown(name)
         return self.names[name]
 
-    def _requests(self, body: Drawing, prompts: Sequence[list[int]], adapter: str | None) -> list[Request]:
+    @property
+    def takes_media(self) -> bool:
+        """Whether requests may bring images, films or sounds."""
+        return self.answerer.template.opener is not None and self.answerer.engine.reads_media
+
+    def _requests(
+        self,
+        body: Drawing,
+        prompts: Sequence[list[int]],
+        adapter: str | None,
+        media: tuple[Media, ...] = (),
+    ) -> list[Request]:
         call = body.call()
         requests = []
         for prompt in prompts:
             self._require_room(len(prompt), call["max_new_tokens"])
             try:
                 settings = self.answerer.settings(**call, num_beams=1)
-                request = Request(tuple(prompt), settings, adapter)
+                opener = self.answerer.template.opener
+                request = Request(tuple(prompt), settings, adapter, media, opener)
                 self.answerer.engine.limit(request)
             except GenerationError as error:
                 raise invalid(str(error)) from error

@@ -15,7 +15,7 @@ from typing import Any, Literal
 import uvicorn
 
 from luthier.answering import open_model, parts_of
-from luthier.api.app import LOOPBACK_NAMES, Limits, create_app
+from luthier.api.app import LOOPBACK_NAMES, MEDIA_BODY, TEXT_BODY, Limits, create_app
 from luthier.api.scores import ScoredModel
 from luthier.api.served import Served
 from luthier.recipe.settings import read_settings
@@ -41,6 +41,7 @@ def serve(
     template: str | None = None,
     rows: int | None = None,
     queue: int = 128,
+    max_body: int | None = None,
     device: str | None = None,
     engine: Literal["hf", "vllm"] | None = None,
     say: Callable[[str], object] = print,
@@ -50,6 +51,7 @@ def serve(
     settings: words like `temperature=0.7`, for requests that do not say it. port: 0 for any that is free. key: the
     bearer token; on another address than loopback one is made, and shown once, where none is given. name: of the
     model in requests; the last part of `target` where absent. rows: the most answers under way, queue: that wait.
+    max_body: bytes of a request; absent: 4 MiB, and 32 MiB of a model that takes images.
     Raises RecipeError for an address that cannot be had, and what `open_model` raises.
     """
     quiet_libraries()
@@ -72,7 +74,9 @@ def serve(
             say=say,
         )
         hosts = LOOPBACK_NAMES | {host.lower(), f"[{host.lower()}]"}
-        app, ends = create_app(model, Limits(key=key, hosts=hosts, queue=queue))
+        takes_media = isinstance(model, Served) and model.takes_media
+        limits = Limits(key, hosts, queue, max_body or (MEDIA_BODY if takes_media else TEXT_BODY))
+        app, ends = create_app(model, limits)
         server = make_server(app, ends.worker.close)
         _log_to_stderr()
         say(f"serving {', '.join(model.names)} at {url(listener)}")

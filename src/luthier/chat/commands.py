@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from luthier.chat.session import Piece, Session
+from luthier.conversations import MediaKind
 from luthier.recipe.problems import nearest
 from luthier.recipe.settings import SETTINGS, read_settings
 from luthier.types import GenerationError
@@ -38,6 +39,20 @@ def run_command(session: Session, line: str) -> Outcome:
         hint = f"did you mean /{near}?" if near else "/help lists them all"
         raise GenerationError(f"there is no command /{name}; {hint} (//{name} says it to the model)")
     return command.run(session, rest.strip())
+
+
+def _attaching(kind: MediaKind) -> Callable[[Session, str], Outcome]:
+    def attach(session: Session, rest: str) -> Outcome:
+        if rest == "none":
+            session.attached = ()
+        elif rest:
+            session.attach(kind, rest)
+        named = ", ".join(str(one.source) for one in session.attached)
+        return Outcome(
+            f"the next question shows {named}" if named else f"nothing is attached; /{kind} FILE shows one"
+        )
+
+    return attach
 
 
 def _clear(session: Session, rest: str) -> Outcome:
@@ -149,6 +164,11 @@ COMMANDS: dict[str, Command] = {
     "system": Command("/system TEXT", "set the system message; none takes it away", _system),
     "tools": Command("/tools FILE", "offer the tools of a JSON file; none takes them away", _tools),
     "result": Command("/result TEXT", "what the tool says that was called", _result),
+    "image": Command(
+        "/image FILE", "show an image with the next question; none: nothing", _attaching("image")
+    ),
+    "video": Command("/video FILE", "the same with a film", _attaching("video")),
+    "audio": Command("/audio FILE", "the same with a sound", _attaching("audio")),
     "retry": Command("/retry", "answer the last question again", _retry),
     "undo": Command("/undo", "take the last question and its answer back", _undo),
     "set": Command("/set NAME VALUE", "change a setting, as /set temperature 0.7; null undoes it", _set),

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from luthier.answering import Answerer
+from luthier.conversations import MediaKind
 from luthier.data.answer_form import Spoken, SpokenStream
 from luthier.data.chats import tools_in
 from luthier.engine.text import TextStream
@@ -20,6 +21,7 @@ from luthier.types import (
     Generation,
     GenerationError,
     LuthierError,
+    Media,
     Message,
     ModelError,
     Request,
@@ -61,6 +63,8 @@ class Session:
         self.adapter: str | None = None
         self.last: Generation | None = None
         """How the newest answer ended; None where it was stopped."""
+        self.attached: tuple[Media, ...] = ()
+        """What the next question shows."""
         self._saved: set[Path] = set()
         self.set_system(system)
         if adapter is not None:
@@ -96,6 +100,20 @@ class Session:
         except (OSError, UnicodeDecodeError) as error:
             raise DataError(f"{path} cannot be read as tools: {error}") from error
         self.tools = tools_in(text, str(path))
+
+    def attach(self, kind: MediaKind, path: str | Path) -> None:
+        """Show an image, a film or a sound in front of the next question.
+
+        Raises DataError for a model that takes none of this kind and for a file that is missing or broken,
+        GenerationError for an engine that reads text alone.
+        """
+        template = self.answerer.template
+        template.require(kind)
+        if not self.answerer.engine.reads_media:
+            raise GenerationError(f"this engine takes no {kind}s: start with --engine hf")
+        medium = Media(kind, str(Path(path).expanduser().absolute()))
+        template.prompt(Conversation((Message("user", "?", media=(medium,)),)))  # which looks at the file
+        self.attached = (*self.attached, medium)
 
     @property
     def open_calls(self) -> tuple[ToolCall, ...]:
@@ -148,17 +166,18 @@ class Session:
     # ---- turns
 
     def ask(self, text: str) -> Iterator[Piece]:
-        """The answer to `text`. What cannot be asked leaves the conversation as it was.
+        """The answer to `text`, and to what is attached. What cannot be asked leaves the conversation as it was.
 
         An iterator that is closed before its end stops the answer; what was said of it stays. Raises GenerationError
         and DataError for what cannot be answered.
         """
-        self.messages.append(Message("user", text))
+        self.messages.append(Message("user", text, media=self.attached))
         try:
             request = self.request()
         except LuthierError:
             self.messages.pop()
             raise
+        self.attached = ()
         return self._answer(request)
 
     def result(self, text: str) -> Iterator[Piece] | None:
@@ -201,7 +220,8 @@ class Session:
         return text
 
     def clear(self) -> None:
-        """Begin anew, with the same system message."""
+        """Begin anew, with the same system message and nothing attached."""
+        self.attached = ()
         self.messages = [message for message in self.messages[:1] if message.role == "system"]
 
     def _last(self, role: str) -> int:
@@ -272,6 +292,9 @@ def _with_ids(message: Message) -> Message:
 
 def _row(message: Message) -> dict[str, Any]:
     row: dict[str, Any] = {"role": message.role, "content": message.content}
+    if message.media:
+        shown = [{"type": one.kind, one.kind: one.source} for one in message.media]
+        row["content"] = [*shown, {"type": "text", "text": message.content}]
     if message.tool_calls:
         row["tool_calls"] = [
             {"id": call.id, "type": "function", "function": {"name": call.name, "arguments": call.arguments}}

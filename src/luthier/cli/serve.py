@@ -42,6 +42,15 @@ _Name = Annotated[
 _Queue = Annotated[
     int, typer.Option("--max-queue", min=0, help="Answers that may wait; more get status 429.")
 ]
+_MaxBody = Annotated[
+    int | None,
+    typer.Option(
+        "--max-body",
+        min=1,
+        help="MiB of a request; larger ones get status 413 (4; 32 where the model takes images).",
+        show_default=False,
+    ),
+]
 _Rows = Annotated[
     int | None,
     typer.Option("--rows", min=1, help="The most answers under way (generation.rows).", show_default=False),
@@ -58,6 +67,7 @@ def serve(
     adapter: AdapterOption = None,
     name: _Name = None,
     max_queue: _Queue = 128,
+    max_body: _MaxBody = None,
     rows: _Rows = None,
     base: BaseOption = None,
     template: TemplateOption = None,
@@ -83,6 +93,7 @@ def serve(
         template=template,
         rows=rows,
         queue=max_queue,
+        max_body=None if max_body is None else max_body * 2**20,
         device=device,
         engine=engine,
         say=typer.echo,

@@ -32,6 +32,7 @@ from typing import Any
 from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerBase
 
+from luthier.conversations import MediaKind
 from luthier.data import families
 from luthier.data.ends import end_texts
 from luthier.data.parts import Piece, Said, require_shown, tokens_of
@@ -41,6 +42,7 @@ from luthier.data.specials import SpecialText
 from luthier.data.thinking import FIELDS, Reasoning, require_known
 from luthier.data.word_tokens import WordTokens
 from luthier.recipe.thinking import ThinkingSpec
+from luthier.samples import MediaOpener
 from luthier.types import Conversation, DataError, EncodedConversation, Part, RowError, Span
 
 
@@ -48,8 +50,11 @@ class ChatTemplate:
     """A chat template on a fast tokenizer; implements `luthier.types.Template`.
 
     The template's text is the tokenizer's `chat_template` at the time of construction. `marked`, if given, is
-    the same with the marks of `families.CUT`, and switches to LLaMA-Factory's pieces.
+    the same with the marks of `families.CUT`, and switches to LLaMA-Factory's pieces. `opener` opens the media of its
+    prompts, where it takes any.
     """
+
+    opener: MediaOpener | None = None
 
     def __init__(
         self,
@@ -84,6 +89,10 @@ class ChatTemplate:
         stops = (tokenizer.eos_token_id, *self.end_token_ids, *self._ids_of(family.stop if family else ()))
         self._stop_ids = tuple(dict.fromkeys(stops))
         self._document_end = family.document_end if family else None
+
+    def require(self, kind: MediaKind) -> None:
+        """Raise DataError where conversations cannot hold media of this kind."""
+        raise DataError(f"this model takes no {kind}s: it has no processor for them")
 
     @property
     def has_reasoning(self) -> bool:

@@ -44,7 +44,8 @@ def describe(file: Path) -> DatasetAttr:
     columns = next(read_rows(bare, max_samples=1)).columns
     ranking = {"chosen", "rejected"} <= columns.keys()
     named = {name: name for name in ("chosen", "rejected") if ranking}
-    named |= {name: name for name in ("system", "tools", "history") if name in columns}
+    others = ("system", "tools", "history", "images", "videos", "audios")
+    named |= {name: name for name in others if name in columns}
     lists = [name for name in ("messages", "conversations", "prompt") if isinstance(columns.get(name), list)]
     fields: dict[str, Any] = {"file_name": str(file.absolute()), "ranking": ranking}
     if lists or (ranking and not isinstance(columns["chosen"], str)):
@@ -63,5 +64,6 @@ def describe(file: Path) -> DatasetAttr:
                 "chosen and rejected"
             )
         named |= {"prompt": prompt} | ({"response": answer} if answer is not None and not ranking else {})
-    (attr,) = resolve_datasets([DatasetSpec(**fields, columns=ColumnSpec(**named))], DataSpec())
+    beside = DataSpec(directory=str(file.absolute().parent))  # where its images are looked for
+    (attr,) = resolve_datasets([DatasetSpec(**fields, columns=ColumnSpec(**named))], beside)
     return attr

@@ -40,6 +40,7 @@ _IMAGE_FAULTS = (
 """What PIL raises of a file that is not what it says."""
 _ORIENTATION = 0x0112
 _REMEMBERED = 65536
+_FEW = 8
 
 Float32 = np.ndarray[Any, np.dtype[np.float32]]
 
@@ -155,7 +156,8 @@ def _image(source: str) -> Iterator[Image.Image]:
 
 
 def _size(source: str, rules: MediaRules) -> tuple[int, int]:
-    return _checked_size(source, rules.upright, *_stamp(source))
+    look = _checked_bytes if source.startswith("data:") else _checked_size
+    return look(source, rules.upright, *_stamp(source))
 
 
 @lru_cache(_REMEMBERED)
@@ -168,6 +170,10 @@ def _checked_size(source: str, upright: bool, *stamp: int) -> tuple[int, int]:
             image.draft("L", (max(width // 8, 1), max(height // 8, 1)))
         image.load()
     return (height, width) if turned else (width, height)
+
+
+_checked_bytes = lru_cache(_FEW)(_checked_size.__wrapped__)
+"""The same of images that are whole in their source: so many that a prompt is made at once, and no more, are kept."""
 
 
 def _read_image(source: str, rules: MediaRules) -> Image.Image:
@@ -222,8 +228,9 @@ def _film(source: str, rules: MediaRules) -> Film:
             f"{_shown(source)}: film files need PyAV, which is not installed: pip install av"
         ) from error
     try:
-        with av.open(_stream(source) if source.startswith("data:") else source) as container:
-            frames = [frame.to_image() for frame in container.decode(video=0)]
+        with av.open(_stream(source) if source.startswith("data:") else source, mode="r") as container:
+            decoded = container.decode(video=0)
+            frames = [frame.to_image() for frame in decoded]  # type: ignore[no-untyped-call, unused-ignore]
             rate = float(container.streams.video[0].average_rate or rules.video_fps)
     except FileNotFoundError as error:
         raise RowError("video file is missing", source) from error

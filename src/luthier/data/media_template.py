@@ -17,10 +17,12 @@ from dataclasses import replace
 from functools import cached_property
 from hashlib import sha256
 from itertools import accumulate
+from types import MappingProxyType
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase, ProcessorMixin
 
+from luthier.conversations import MediaKind
 from luthier.data import families
 from luthier.data.encode import media_of
 from luthier.data.media_tokens import MediaReader
@@ -29,6 +31,8 @@ from luthier.data.template import ChatTemplate, install_template
 from luthier.recipe.schema import DataSpec
 from luthier.types import Conversation, DataError, EncodedConversation, Part, RowError
 
+_REMEMBERED = 4096
+"""Expansions whose tokens are counted once."""
 _BEFORE, _AFTER = "Before.", "After."
 
 
@@ -186,9 +190,13 @@ class MediaTemplate(ChatTemplate):
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, reader: MediaReader, **options: Any) -> None:
         super().__init__(tokenizer, **options)
-        self.reader = reader
+        self.reader = self.opener = reader
         self._ids_of_media = reader.token_ids()
         self._counts: dict[str, int] = {}
+        self._checked: set[MediaKind] = set()
+
+    def require(self, kind: MediaKind) -> None:
+        self.reader.require(kind)
 
     @cached_property
     def fingerprint(self) -> str:
@@ -210,6 +218,13 @@ class MediaTemplate(ChatTemplate):
         expansions = [self.reader.expansion(one) for one in media_of(conversation)]
         return replace(encoded, media=self._places(encoded.input_ids, expansions))
 
+    def prompt(self, conversation: Conversation, variables: Variables = MappingProxyType({})) -> list[int]:
+        """See `ChatTemplate`. The first one with media of a kind is checked as `check_processor` says: a model that was
+        not trained here has passed no gate."""
+        if {one.kind for one in media_of(conversation)} - self._checked:
+            self.check_processor(conversation)
+        return super().prompt(conversation, variables)
+
     def check_processor(self, conversation: Conversation) -> None:
         """Raise DataError where the processor, given the same text and the files, makes other tokens."""
         media, messages = media_of(conversation), self.messages(conversation)
@@ -221,9 +236,10 @@ class MediaTemplate(ChatTemplate):
         own = self.whole(conversation)
         if own != given:
             raise DataError(
-                f"the model's processor makes {len(given)} tokens of a conversation with media, and training would "
-                f"have {len(own)}; they part at {self.decode(own[_same(own, given) :][:8])!r}"
+                f"the model's processor makes {len(given)} tokens of a conversation with media, and Luthier would make "
+                f"{len(own)}; they part at {self.decode(own[_same(own, given) :][:8])!r}"
             )
+        self._checked |= {one.kind for one in media}
 
     def _prepared(
         self, conversation: Conversation
@@ -243,6 +259,8 @@ class MediaTemplate(ChatTemplate):
 
     def _count(self, expansion: str) -> int:
         if expansion not in self._counts:
+            if len(self._counts) >= _REMEMBERED:
+                self._counts.clear()
             ids = self._backend.encode(expansion, add_special_tokens=False).ids
             self._counts[expansion] = sum(index in self._ids_of_media for index in ids)
         return self._counts[expansion]

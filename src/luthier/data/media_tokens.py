@@ -15,6 +15,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
+from threading import Lock
 from typing import Any
 
 import numpy as np
@@ -43,6 +44,8 @@ _OF_THE_TEXT = (
     "mm_token_type_ids",
     "text_replacement_offsets",
 )
+_REMEMBERED = 4096
+"""Sizes of media whose expansions are kept."""
 _INSTALL = {"video": ": transformers reads films with torchvision: pip install torchvision"}
 TYPE_IDS = ("mm_token_type_ids", "token_type_ids")
 
@@ -72,6 +75,14 @@ class MediaReader:
                 "cannot be trained yet"
             )
         self._expansions: dict[Extent, str] = {}
+        self._alone = Lock()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if name != "_alone"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._alone = Lock()
 
     def _part(self, kind: str) -> Any:
         return next((part for name in _PARTS[kind] if (part := getattr(self.processor, name, None))), None)
@@ -83,7 +94,7 @@ class MediaReader:
         """Raise DataError where the model, or what is installed, does not take media of this kind."""
         if not self.takes(kind):
             raise DataError(
-                f"the data has {kind}s, and {type(self.processor).__name__} takes none here{_INSTALL.get(kind, '')}"
+                f"there are {kind}s, and {type(self.processor).__name__} takes none here{_INSTALL.get(kind, '')}"
             )
 
     @property
@@ -97,6 +108,8 @@ class MediaReader:
         self.require(media.kind)
         extent = measure(media, self.rules)
         if extent not in self._expansions:
+            if len(self._expansions) >= _REMEMBERED:
+                self._expansions.clear()
             try:
                 self._expansions[extent] = self._asked(media.kind, _empty(extent))
             except ValueError as error:
@@ -142,7 +155,10 @@ class MediaReader:
         if "images" in given:
             options |= self._options
         text = "".join(self.placeholders[kind] for kind in kinds) if text is None else text
-        found: Mapping[str, Any] = self.processor(text=[text], add_special_tokens=False, **given, **options)
+        with self._alone:  # while a server's engine opens images, prompts are counted beside it
+            found: Mapping[str, Any] = self.processor(
+                text=[text], add_special_tokens=False, **given, **options
+            )
         return found
 
     def __call__(self, media: Sequence[Media], input_ids: Tensor) -> dict[str, Tensor]:

@@ -36,8 +36,8 @@ def prompt_sample(row: Row, template: Template, options: EncodeOptions) -> Encod
         raise DataError(f"{row.source}, row {row.index}: a conversation was expected, found plain text")
     if media_of(row.conversation):
         raise DataError(
-            f"{row.source}, row {row.index}: it holds images, films or sounds, and answers to them are not "
-            "generated yet"
+            f"{row.source}, row {row.index}: it holds images, films or sounds, and stages ppo and grpo answer text "
+            "alone; leave such rows out, or train on them with stage sft, dpo or kto"
         )
     try:
         before, answer = posed_part(row.conversation)

@@ -13,6 +13,7 @@ from transformers import (
 )
 
 from luthier.engine.choosing import mended
+from luthier.engine.prompt_inputs import prompt_inputs
 from luthier.engine.protocol import Decode
 from luthier.generation import Generation, GenerationError, GenerationSettings, Request, TokenChoice
 
@@ -68,14 +69,15 @@ def search_beams(model: nn.Module, request: Request, limit: int, decode: Decode 
     if settings.stop and decode is not None:
         stopping.append(_Strings(settings.stop, length, decode))
     device = next(model.parameters()).device
-    ids = torch.tensor([request.prompt], device=device)
+    read = prompt_inputs(model, [request])
     hook = model.register_forward_hook(finite)
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), hook:
         if settings.seed is not None:
             torch.manual_seed(settings.seed)
         output = model.generate(  # type: ignore[operator]
-            input_ids=ids,
-            attention_mask=torch.ones_like(ids),
+            input_ids=read.ids_PL,
+            attention_mask=read.mask_PL,
+            **read.media,
             generation_config=config,
             stopping_criteria=stopping,
         )

@@ -38,6 +38,8 @@ class HfEngine(Engine):
     Raises ModelError for `pack` with several adapters to choose from.
     """
 
+    reads_media = True
+
     def __init__(
         self,
         model: nn.Module,

@@ -9,9 +9,10 @@ Shapes: R rows, P prompts, L tokens from the start of the longest row, V vocabul
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from inspect import signature
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -21,17 +22,20 @@ from transformers import DynamicCache
 
 from luthier.engine.choosing import Chooser, choose_rows
 from luthier.engine.key_values import HeldRows, rows_cache
+from luthier.engine.prompt_inputs import prompt_inputs
 from luthier.engine.protocol import Decode
 from luthier.engine.row import GrowingAnswer
-from luthier.generation import Event, Generation
+from luthier.generation import Event, Generation, Request
 
 
 @dataclass(slots=True)
 class Row(GrowingAnswer):
-    """A request under way, and what chooses its tokens. `first_V`: the logits that its prompt ends in."""
+    """A request under way, and what chooses its tokens. `first_V`: the logits that its prompt ends in; `shift`: the
+    position of its next token less the number of tokens before it (see `prompt_inputs`)."""
 
     chooser: Chooser
     first_V: Tensor | None = field(init=False, default=None)
+    shift: int = field(init=False, default=0)
 
     @property
     def bad_scores(self) -> int:
@@ -62,30 +66,31 @@ class Lane:
 
     def admit(self, rows: Sequence[Row]) -> list[Event]:
         """Read those prompts of new rows that no row here has, each once, and choose the rows' first tokens."""
-        here = {row.request.prompt: number for number, row in enumerate(self._rows)}
-        prompts = dict.fromkeys(row.request.prompt for row in rows)
+        here = {row.request.shown: number for number, row in enumerate(self._rows)}
+        prompts = {row.request.shown: row.request for row in rows}
         parts: list[HeldRows] = []
-        first: dict[tuple[int, ...], Tensor | None] = {}
-        new = [prompt for prompt in prompts if prompt not in here]
+        first: dict[Any, tuple[Tensor | None, int]] = {}
+        new = [request for shown, request in prompts.items() if shown not in here]
         if new:
-            held, logits_PV = self._read(new)
+            held, logits_PV, shifts = self._read(new)
             parts.append(held)
-            first.update(
-                zip(new, logits_PV.clone(), strict=True)
-            )  # a view would keep the logits of all tokens
-        for prompt in (prompt for prompt in prompts if prompt in here):
+            # a view would keep the logits of all tokens
+            found = zip(new, logits_PV.clone(), shifts, strict=True)
+            first.update((request.shown, (logits_V, shift)) for request, logits_V, shift in found)
+        for shown in (shown for shown in prompts if shown in here):
             assert self._held is not None
-            parts.append(self._held.start(here[prompt], len(prompt)))
-            first[prompt] = self._rows[here[prompt]].first_V
+            parts.append(self._held.start(here[shown], len(prompts[shown].prompt)))
+            twin = self._rows[here[shown]]
+            first[shown] = twin.first_V, twin.shift
         joining = parts[0]
         for part in parts[1:]:
             joining.join(part)
-        places = {prompt: place for place, prompt in enumerate(first)}
-        numbers = [places[row.request.prompt] for row in rows]
+        places = {shown: place for place, shown in enumerate(first)}
+        numbers = [places[row.request.shown] for row in rows]
         if numbers != list(range(len(places))):
             joining.keep(numbers)
         for row in rows:
-            row.first_V = first[row.request.prompt]
+            row.first_V, row.shift = first[row.request.shown]
         events = self._chosen(rows, torch.stack([row.first_V for row in rows if row.first_V is not None]))
         if self._held is None:
             self._held = joining
@@ -101,6 +106,8 @@ class Lane:
         last_R1 = torch.tensor([[row.choices[-1].token] for row in self._rows], device=held.mask_RL.device)
         held.mask_RL = F.pad(held.mask_RL, (0, 1), value=1)
         positions_R1 = held.mask_RL.sum(-1, keepdim=True) - 1
+        if any(row.shift for row in self._rows):
+            positions_R1 += torch.tensor([[row.shift] for row in self._rows], device=positions_R1.device)
         logits_RV = self._forward(last_R1, positions_R1, held)
         return self._leave(self._chosen(self._rows, logits_RV))
 
@@ -112,24 +119,27 @@ class Lane:
         self._keep([number for number, other in enumerate(self._rows) if other is not row])
         return row.ended("cancelled")
 
-    def _read(self, prompts: Sequence[tuple[int, ...]]) -> tuple[HeldRows, Tensor]:
-        """A row for each prompt, and the (P, V) logits of what comes next."""
-        width = max(map(len, prompts))
-        device = next(self._model.parameters()).device
-        ids_PL = torch.tensor([[0] * (width - len(ids)) + list(ids) for ids in prompts], device=device)
-        mask_PL = torch.tensor([[0] * (width - len(ids)) + [1] * len(ids) for ids in prompts], device=device)
+    def _read(self, requests: Sequence[Request]) -> tuple[HeldRows, Tensor, list[int]]:
+        """A row for the prompt of each request, the (P, V) logits of what comes next, and the shift of its position."""
+        read = prompt_inputs(self._model, requests)
         config: Any = self._model.config
         cache = rows_cache(config) if self._together else DynamicCache(config=config)
         assert cache is not None
-        held = HeldRows(cache, mask_PL)
-        return held, self._forward(ids_PL, (mask_PL.cumsum(-1) - 1).clamp(min=0), held)
+        held = HeldRows(cache, read.mask_PL)
+        return held, self._forward(read.ids_PL, read.positions, held, read.media), read.shifts
 
-    def _forward(self, ids: Tensor, positions: Tensor, held: HeldRows) -> Tensor:
+    def _forward(
+        self,
+        ids: Tensor,
+        positions: Tensor,
+        held: HeldRows,
+        media: Mapping[str, Tensor] = MappingProxyType({}),
+    ) -> Tensor:
         """(R, V) logits of the next tokens."""
         name = (
             "cache_params" if "cache_params" in self._accepted else "past_key_values"
         )  # Mamba's, and all others'
-        inputs: dict[str, Any] = {"input_ids": ids, name: held.cache, "use_cache": True}
+        inputs: dict[str, Any] = {"input_ids": ids, name: held.cache, "use_cache": True, **media}
         if name == "past_key_values" or ids.shape[1] > 1:
             inputs["attention_mask"] = held.mask_RL  # Mamba would multiply its one token by all of it
         if "position_ids" in self._accepted:

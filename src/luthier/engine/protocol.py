@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
+from typing import ClassVar
 
 from luthier.generation import Event, Generation, GenerationError, GenerationSettings, Request
 
@@ -22,6 +23,9 @@ class Engine(ABC):
     adapters: names that requests may choose; the first is the default. context_length: tokens that prompt and answer
     may have together, where the model has a bound. decode: tokens to text, for stop strings.
     """
+
+    reads_media: ClassVar[bool] = False
+    """Whether requests may have images, films and sounds, of a model that takes them."""
 
     def __init__(self, adapters: Sequence[str], context_length: int | None, decode: Decode | None) -> None:
         self.adapters = tuple(adapters)
@@ -79,6 +83,10 @@ class Engine(ABC):
         settings, length = request.settings, len(request.prompt)
         if not length:
             raise GenerationError("the prompt is empty")
+        if request.media and not self.reads_media:
+            raise GenerationError(
+                "this engine reads text alone, and the request has images, films or sounds: use generation.engine=hf"
+            )
         if settings.stop and self._decode is None:
             raise GenerationError("stop: this engine knows no text, only tokens")
         if request.adapter not in (None, *self.choices):

@@ -156,9 +156,11 @@ def open_judge(
     *,
     template: ChatTemplate | None = None,
     tokens_per_pass: int | None = None,
+    media: bool = False,
     say: Say = lambda text: None,
 ) -> Judge:
     """Load a language model in its parts. template: in place of its own. tokens_per_pass: that of its run where absent.
+    media: whether samples may have images, films and sounds, which rows that are padded alone can hold.
 
     Raises ModelError for a reward model, for parts that do not fit together, and for a model that is exact in no layout
     of rows.
@@ -181,6 +183,7 @@ def open_judge(
         None if precision == "auto" else autocast_type(precision),
         LANGUAGE,
         share_prompts=True,
+        media=media and own.opener is not None,
     )
     model.eval().requires_grad_(False)
     room = tokens_per_pass or (run.tokens_per_pass if run is not None else None)

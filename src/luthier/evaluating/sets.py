@@ -120,7 +120,11 @@ def named_set(
             encoded = found.samples
             if found.lost.dropped is not None:
                 left_out[found.lost.dropped] += 1
-        samples += [part for sample in encoded for part in _fitting(sample, windows)]
+        for sample in encoded:
+            if sample.media and len(sample) > windows.window:
+                left_out["images, films or sounds, and longer than the window"] += 1
+                continue
+            samples += _fitting(replace(sample, opener=template.opener), windows)
     name = f"{attr.name} (chosen)" if kind == "pair" else attr.name
     return TokenSet(name, kind, samples, sizes, left_out)
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -15,7 +16,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from luthier.exporting.probes import Probe
-from luthier.types import Engine, GenerationSettings, ModelKind
+from luthier.model.rows import padded_media
+from luthier.types import Engine, GenerationSettings, ModelKind, Request
 
 EngineOf = Callable[[Any], Engine]
 """Makes the engine that generates with a model."""
@@ -30,10 +32,12 @@ _NUMBERS = 2**27
 class Answers:
     """Of each probe: `logits` (K, V) float32 at its last K positions, `greedy` tokens; of reward models `scores`.
 
-    `sequences` are what the logits are of: the probes, and their prompts with the greedy tokens after them.
+    `sequences` are what the logits are of: the probes, and their prompts with the greedy tokens after them; `shown`
+    the probe of each, for its media.
     """
 
     sequences: tuple[tuple[int, ...], ...]
+    shown: tuple[Probe, ...]
     logits: tuple[Tensor, ...] = ()
     greedy: tuple[tuple[int, ...], ...] = ()
     scores: tuple[float, ...] = ()
@@ -54,50 +58,81 @@ def ask(
     """
     if kind == "reward":
         sequences = tuple(probe.ids for probe in probes)
-        return Answers(sequences, scores=tuple(float(_output(model, ids)[0, 0]) for ids in sequences))
-    settings = GenerationSettings(max_new_tokens=GREEDY_TOKENS, stop_ids=tuple(stop_ids))
-    made = engine_of(model).generate([probe.prompt for probe in probes], settings)
-    greedy = [answer.ids for answer in made]
+        return Answers(sequences, tuple(probes), scores=_scores(model, sequences, probes))
+    made = dict(engine_of(model).answers([_asked(probe, stop_ids) for probe in probes]))
+    greedy = [made[number].ids for number in range(len(probes))]
     sequences = (
         *(probe.ids for probe in probes),
         *((*probe.prompt, *answer) for probe, answer in zip(probes, greedy, strict=True)),
     )
     if like is not None:
         sequences = like.sequences
-    return Answers(sequences, _all_logits(model, sequences), tuple(tuple(answer) for answer in greedy))
+    shown = (*probes, *probes)
+    logits = _all_logits(model, sequences, shown)
+    return Answers(sequences, shown, logits, tuple(tuple(answer) for answer in greedy))
+
+
+def _asked(probe: Probe, stop_ids: Sequence[int]) -> Request:
+    """An answer to media ends at a token that would stand for another one: nothing is there to be seen in its place."""
+    placeholders = probe.opener.token_ids() if probe.media and probe.opener is not None else ()
+    settings = GenerationSettings(max_new_tokens=GREEDY_TOKENS, stop_ids=(*stop_ids, *placeholders))
+    return Request(probe.prompt, settings, media=probe.media, opener=probe.opener)
 
 
 @torch.no_grad()
 def only_logits(model: Any, like: Answers, kind: ModelKind) -> Answers:
     """What a model says of the sequences of `like`, without answers of its own."""
     if kind == "reward":
-        scores = tuple(float(_output(model, ids)[0, 0]) for ids in like.sequences)
-        return Answers(like.sequences, scores=scores)
-    return Answers(like.sequences, _all_logits(model, like.sequences))
+        return Answers(like.sequences, like.shown, scores=_scores(model, like.sequences, like.shown))
+    return Answers(like.sequences, like.shown, _all_logits(model, like.sequences, like.shown))
 
 
-def _all_logits(model: Any, sequences: Sequence[Sequence[int]]) -> tuple[Tensor, ...]:
+def _scores(model: Any, sequences: Sequence[Sequence[int]], shown: Sequence[Probe]) -> tuple[float, ...]:
+    pairs = zip(sequences, shown, strict=True)
+    return tuple(float(_output(model, ids, probe)[0, 0]) for ids, probe in pairs)
+
+
+def _all_logits(model: Any, sequences: Sequence[Sequence[int]], shown: Sequence[Probe]) -> tuple[Tensor, ...]:
     logits = []
-    for ids in sequences:
-        logits_KV = _output(model, ids)[0]
+    for ids, probe in zip(sequences, shown, strict=True):
+        logits_KV = _output(model, ids, probe)[0]
         kept = max(GREEDY_TOKENS + 1, _NUMBERS // (logits_KV.shape[1] * len(sequences)))
         logits.append(logits_KV[-kept:].float().cpu())
     return tuple(logits)
 
 
-def _output(model: Any, ids: Sequence[int]) -> Tensor:
+def _output(model: Any, ids: Sequence[int], probe: Probe) -> Tensor:
     row = torch.tensor([list(ids)], device=model.device)
-    logits: Tensor = model(input_ids=row, attention_mask=torch.ones_like(row), use_cache=False).logits
+    media = _opened([ids], [probe], model.device)
+    logits: Tensor = model(
+        input_ids=row, attention_mask=torch.ones_like(row), use_cache=False, **media
+    ).logits
     return logits
 
 
-def padded_scores(model: PreTrainedModel, sequences: Sequence[Sequence[int]], pad_id: int) -> list[float]:
-    """The scores of a reward model, all rows in one batch that is padded on the right, as others ask it."""
+def _opened(
+    sequences: Sequence[Sequence[int]], shown: Sequence[Probe], device: torch.device
+) -> dict[str, Tensor]:
+    """What the forward takes of the media of some sequences, padded on the right; nothing where there are none."""
+    opener = next((probe.opener for probe in shown if probe.media), None)
+    if opener is None:
+        return {}
+    flat_1T = torch.tensor([[token for ids in sequences for token in ids]])
+    found = opener([medium for probe in shown for medium in probe.media], flat_1T)
+    bounds = torch.tensor([0, *accumulate(map(len, sequences))])
+    return {name: values.to(device) for name, values in padded_media(found, bounds, "right").items()}
+
+
+def padded_scores(model: PreTrainedModel, live: Answers, pad_id: int) -> list[float]:
+    """The scores of a reward model for the sequences of `live`, all rows in one batch that is padded on the right, as
+    others ask it."""
+    sequences = live.sequences
     width = max(map(len, sequences))
     rows = torch.tensor([[*ids, *[pad_id] * (width - len(ids))] for ids in sequences], device=model.device)
     mask = torch.tensor([[1] * len(ids) + [0] * (width - len(ids)) for ids in sequences], device=model.device)
     with torch.no_grad():
-        return [float(score) for score in model(input_ids=rows, attention_mask=mask).logits[:, 0]]
+        media = _opened(sequences, live.shown, model.device)
+        return [float(score) for score in model(input_ids=rows, attention_mask=mask, **media).logits[:, 0]]
 
 
 # --------------------------------------------------------------------------------------------------

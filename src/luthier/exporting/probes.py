@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import base64
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from io import BytesIO
 from itertools import islice
 
 import numpy as np
+from PIL import Image
 
+from luthier.data.encode import media_of
 from luthier.data.formats import to_row
 from luthier.data.prepare import split_rows
 from luthier.data.read import RawRow, read_rows
 from luthier.data.registry import DatasetAttr, resolve_datasets
 from luthier.data.template import ChatTemplate
 from luthier.recipe.schema import Recipe
-from luthier.types import Conversation, DataError, Message, RowError, RowKind
+from luthier.samples import MediaOpener
+from luthier.types import Conversation, DataError, Media, Message, RowError, RowKind
 
 LONGEST = 256
 """Tokens of a probe; what is longer is cut at its end."""
@@ -29,12 +34,15 @@ BUILT_IN = (
 
 @dataclass(frozen=True, slots=True)
 class Probe:
-    """One text of at least two tokens: `ids` all of it, `prompt` what an answer is generated from."""
+    """One text of at least two tokens: `ids` all of it, `prompt` what an answer is generated from; both show `media`,
+    which `opener` opens."""
 
     ids: tuple[int, ...]
     prompt: tuple[int, ...]
     text: str
     conversation: Conversation | None = None
+    media: tuple[Media, ...] = ()
+    opener: MediaOpener | None = field(default=None, compare=False, repr=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,8 +56,30 @@ class Probes:
 def probes_of(recipe: Recipe | None, template: ChatTemplate, kind: RowKind, count: int) -> Probes:
     """The first rows of `data.eval`, else of the rows that `data.dev_split` held out, else of `data.train`.
 
-    Short built-in conversations where there is no such data any more: the origin says so.
+    Short built-in conversations where there is no such data any more: the origin says so. Of a model that takes
+    images, one of them at least has an image, a built-in one where the first rows have none.
     """
+    found = _probes_of(recipe, template, kind, count)
+    if any(probe.media for probe in found.probes):
+        return found
+    shown = _of_conversation(_picture(), template) if template.opener is not None else None
+    if shown is None:
+        return found
+    return Probes((*found.probes, shown), f"{found.origin}, and a built-in picture")
+
+
+def _picture() -> Conversation:
+    """A question about an image whose colours run from left to right and from top to bottom."""
+    across, down = np.meshgrid(np.linspace(0, 255, 112), np.linspace(0, 255, 84))
+    pixels = np.stack([across, down, 255 - across], axis=-1).astype(np.uint8)
+    file = BytesIO()
+    Image.fromarray(pixels).save(file, "PNG")
+    source = "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()
+    question = Message("user", "Which colours are in the picture?", media=(Media("image", source),))
+    return Conversation((question, Message("assistant", "Blue, red and yellow.")))
+
+
+def _probes_of(recipe: Recipe | None, template: ChatTemplate, kind: RowKind, count: int) -> Probes:
     if recipe is not None and (recipe.data.train or recipe.data.eval):
         try:
             origin, rows = _rows(recipe)
@@ -123,4 +153,10 @@ def _of_conversation(conversation: Conversation, template: ChatTemplate) -> Prob
         return None
     ids = tuple(encoded.input_ids)
     start = encoded.answers[-1].start if encoded.answers else len(ids) // 2
+    if encoded.media:  # which are never cut
+        last = encoded.media[-1][1]
+        if start < last:
+            return None
+        media = media_of(conversation)
+        return Probe(ids[: last + LONGEST], ids[:start], text, conversation, media, template.opener)
     return Probe(ids[:LONGEST], ids[max(0, start - LONGEST) : max(start, 1)], text, conversation)

@@ -305,8 +305,8 @@ def _check_head(
         )
         return
     live = expected.answers
-    batch = padded_scores(model, live.sequences, int(pad_id))
-    apart = distance(live, Answers(live.sequences, scores=tuple(batch)))
+    batch = padded_scores(model, live, int(pad_id))
+    apart = distance(live, Answers(live.sequences, live.shown, scores=tuple(batch)))
     bound = bounds(expected.rounding, apart.scale).score_max
     found.number("padding", "largest difference of scores in a padded batch", apart.score_max, bound)
 

@@ -6,18 +6,21 @@ held_out_questions(attrs, ...)  the rows that `data.dev_split` held out of a run
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import hashlib
+import json
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from luthier.data.formats import to_row
+from luthier.data.media_files import stamp
 from luthier.data.prepare import DEV, split_rows
 from luthier.data.read import RawRow, data_fingerprint, read_rows
 from luthier.data.registry import DatasetAttr
 from luthier.data.template import ChatTemplate
-from luthier.types import Conversation, RowError
+from luthier.types import Conversation, Request, RowError
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,6 +117,12 @@ def _asked(index: int, attr: DatasetAttr, raw: RawRow, name: str) -> Asked:
     return Question(
         index, name, raw.index, Conversation(conversation.messages[: last + 1], conversation.tools)
     )
+
+
+def media_identity(requests: Iterable[Request]) -> dict[str, str]:
+    """A hash of the paths, sizes and times of change of all media of some requests; nothing where there are none."""
+    stamps = [[medium.source, stamp(medium)] for request in requests for medium in request.media]
+    return {"media": hashlib.sha256(json.dumps(stamps).encode()).hexdigest()} if stamps else {}
 
 
 def label_text(question: Question, template: ChatTemplate, *, skip_special_tokens: bool) -> str:

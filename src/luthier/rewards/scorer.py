@@ -14,7 +14,7 @@ from peft import PeftModel
 from luthier.arrange import Material, eval_sets
 from luthier.assemble import build_model
 from luthier.data.described import described
-from luthier.data.encode import EncodeOptions
+from luthier.data.encode import EncodeOptions, media_of
 from luthier.data.pairs import feedback_sample, pair_sample
 from luthier.data.prepare import PreparedData
 from luthier.data.registry import DatasetAttr
@@ -147,6 +147,10 @@ class Scorer:
         """The sample of a row, or what is wrong with it."""
         if isinstance(row, RowError):
             return Encoded(lost=Lost(dropped=row.reason))
+        if media_of(row.conversation):
+            raise DataError(
+                f"{row.source}, row {row.index}: it holds images, films or sounds, and scores are of text alone"
+            )
         encode = feedback_sample if row.rejected is None else pair_sample
         return encode(row, self._material.template, self._options)
 
