@@ -105,8 +105,7 @@ def _train(loaded: LoadedRecipe, hardware: Hardware, quiet: bool) -> TrainResult
     material = read_material(settings, tokenizer, say)
     _show(settings, material, say)
     strategy = build_strategy(settings, processes.count)
-    on_host = strategy.loads_on_host
-    model, method = _model(settings, source, hardware, vocabulary, material, say, on_host=on_host)
+    model, method = _model(settings, source, hardware, vocabulary, material, say, strategy.loads_on_host)
     manifest = _manifest(settings, source, material)
     remember_base(model, _base_record(settings, manifest["base"]["fingerprint"]))
     material = fitted(settings, material, model)
@@ -210,7 +209,6 @@ def _model(
     vocabulary: VocabularyChange,
     material: Material,
     say: Say,
-    *,
     on_host: bool,
 ) -> tuple[PreTrainedModel | PeftModel, Method]:
     """The model ready to train; see `build_model`."""
@@ -219,17 +217,8 @@ def _model(
     if looks and not train_spec.overwrite:
         # It holds what the method saw in the data, which need not be looked at again.
         resumed, _ = resolve_resume(Path(train_spec.output), train_spec.resume)
-    return build_model(
-        settings,
-        source,
-        hardware,
-        vocabulary,
-        longest=longest,
-        material=material,
-        resumed=resumed,
-        say=say,
-        on_host=on_host,
-    )
+    given: dict[str, Any] = {"longest": longest, "material": material, "resumed": resumed, "on_host": on_host}
+    return build_model(settings, source, hardware, vocabulary, say=say, **given)
 
 
 def _show(settings: Recipe, material: Material, say: Say) -> None:

@@ -80,6 +80,11 @@ LONG: dict[str, Case] = {
     "bf16": Case(train={"precision": "bf16"}, rounded=1e-2),
     "lion": Case(optim={"type": "lion", "lr": 1e-3}),
     "schedule-free": Case(optim={"type": "schedule_free", "lr": 1e-2}, train={"eval_every": 1}),
+    "oft": Case(method={"type": "oft", "block_size": 8}, optim=ADAM),
+    "vera": Case(method={"type": "vera"}, optim=ADAM),
+    "ia3": Case(method={"type": "ia3"}, optim=ADAM),
+    "miss": Case(method={"type": "miss", "rank": 8}, optim=ADAM),
+    "compiled": Case(train={"compile": {"backend": "aot_eager"}}),
     **{
         f"lora-{name}": Case(method={**LORA, **more}, optim=ADAM)
         for name, more in {

@@ -196,9 +196,10 @@ def _take_parts(module: nn.Module, state: dict[str, Any], prefix: str, *args: An
     """Put parts in the place of whole weights, right before a module takes them."""
     for name, own in module.named_parameters(recurse=False):
         whole = state.get(prefix + name)
-        if isinstance(own, DTensor) and isinstance(whole, Tensor) and not isinstance(whole, DTensor):
-            if whole.shape == own.shape:  # torch says what is wrong with another
-                state[prefix + name] = _part_like(own, whole)
+        if not isinstance(own, DTensor) or not isinstance(whole, Tensor) or isinstance(whole, DTensor):
+            continue
+        if whole.shape == own.shape:  # torch says what is wrong with another
+            state[prefix + name] = _part_like(own, whole)
 
 
 def _parts_of_state(optimizer: Optimizer, state: Mapping[str, Any]) -> dict[str, Any]:

@@ -63,6 +63,11 @@ def _fsdp2(recipe: Recipe, spec: Fsdp2Spec, world_size: int) -> Iterator[str]:
             f"{name} divides matrices by rows, and optim.type: {optim.type} as it is set here looks at whole ones (or "
             f"at blocks of 8-bit numbers); choose from {', '.join(BY_ENTRY)} in 32 bits, or parallel: {{type: ddp}}"
         )
+    if recipe.method.type == "peft":
+        yield (
+            f"{name} does not go with method.type: peft: what an adapter of PEFT's does to layers that are gathered "
+            "for a moment is proven for lora, oft, vera, ia3 and miss alone; choose one of them, or ddp"
+        )
     if isinstance(recipe.stage, SftSpec) and recipe.stage.loss == "asft":
         yield (
             f"{name} does not go with stage.loss: asft, which asks the reference's output head for one piece of the "
@@ -70,5 +75,9 @@ def _fsdp2(recipe: Recipe, spec: Fsdp2Spec, world_size: int) -> Iterator[str]:
         )
     if spec.cpu_offload and recipe.train.precision == "fp16":
         yield f"{name}.cpu_offload does not go with train.precision: fp16, whose loss scale needs the device; give bf16"
+    if spec.state == "sharded":
+        yield (
+            f"{name}.state: sharded is not written yet; give state: full, which any number of processes reads too"
+        )
     if spec.tensor > 1:
         yield f"{name}.tensor: layers are not divided by columns yet; leave it at 1"

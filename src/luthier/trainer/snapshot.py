@@ -120,8 +120,8 @@ def _of_base(model: nn.Module, name: str, tensor: Tensor) -> bool:
     """Whether a frozen tensor belongs to the model below an adapter, and not to the adapter."""
     if not isinstance(model, PeftModel) or not isinstance(tensor, nn.Parameter):
         return False
-    tuner: Any = model.base_model
-    return not any(mark in name for mark in (tuner.prefix, "modules_to_save", "trainable_tokens"))
+    prefix = getattr(model.base_model, "prefix", "")  # without one, nothing can be told apart by its name
+    return not any(mark in name for mark in (prefix, "modules_to_save", "trainable_tokens"))
 
 
 def random_state() -> State:
