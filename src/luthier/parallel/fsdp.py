@@ -32,7 +32,6 @@ from transformers import PreTrainedModel
 
 from luthier.methods.full import decoder_layers
 from luthier.model.multimodal import in_language, is_multimodal
-from luthier.optim.combined import Combined
 from luthier.parallel.strategy import State
 from luthier.recipe.parallel import Fsdp2Spec
 from luthier.types import ModelError
@@ -49,6 +48,7 @@ class FullyShard:
 
     def __init__(self, spec: Fsdp2Spec) -> None:
         self._spec = spec
+        self.writes_parts = spec.state == "sharded"
 
     # ---- the model ---------------------------------------------------------------------------------
 
@@ -204,9 +204,6 @@ def _take_parts(module: nn.Module, state: dict[str, Any], prefix: str, *args: An
 
 def _parts_of_state(optimizer: Optimizer, state: Mapping[str, Any]) -> dict[str, Any]:
     """An optimizer's state in which numbers of the shape of their parameter are parts as it is."""
-    if isinstance(optimizer, Combined):
-        inner = zip(optimizer.inner, state["inner"], strict=True)
-        return {"inner": [_parts_of_state(one, its) for one, its in inner]}
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     numbers = [number for group in state["param_groups"] for number in group["params"]]
     owners = dict(zip(numbers, parameters, strict=True))

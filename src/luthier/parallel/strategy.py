@@ -23,6 +23,8 @@ class Strategy(Protocol):
     shards: bool
     """Whether parameters of the loop's model, or its optimizer's numbers, may be parts of whole ones."""
 
+    writes_parts: bool
+    """Whether each process writes its own part of the optimizer to a checkpoint, which else holds it whole."""
     loads_on_host: bool
     """Whether a model is loaded to the host's memory, because `divide` brings its parts to the device."""
 
@@ -72,6 +74,7 @@ class Replicated:
 
     name = "ddp"
     shards = False
+    writes_parts = False
     loads_on_host = False
 
     def divide(self, model: nn.Module) -> None:
@@ -89,7 +92,7 @@ class Replicated:
         accelerator.backward(loss)
 
     def clip(self, accelerator: Accelerator, model: nn.Module, max_norm: float) -> Tensor:
-        norm: Tensor = accelerator.clip_grad_norm_(model.parameters(), max_norm)  # type: ignore[assignment, no-untyped-call]
+        norm: Tensor = accelerator.clip_grad_norm_(model.parameters(), max_norm)  # type: ignore[assignment]
         return norm
 
     def whole(self, tensor: Tensor) -> Tensor:

@@ -75,9 +75,5 @@ def _fsdp2(recipe: Recipe, spec: Fsdp2Spec, world_size: int) -> Iterator[str]:
         )
     if spec.cpu_offload and recipe.train.precision == "fp16":
         yield f"{name}.cpu_offload does not go with train.precision: fp16, whose loss scale needs the device; give bf16"
-    if spec.state == "sharded":
-        yield (
-            f"{name}.state: sharded is not written yet; give state: full, which any number of processes reads too"
-        )
     if spec.tensor > 1:
         yield f"{name}.tensor: layers are not divided by columns yet; leave it at 1"

@@ -23,6 +23,7 @@ from luthier.parallel.strategy import Strategy
 from luthier.trainer.callback_states import export_states, load_states
 from luthier.trainer.evaluation import Evaluation
 from luthier.trainer.ledger import Ledger
+from luthier.trainer.optimizer_parts import read_parts
 from luthier.trainer.retention import reading
 from luthier.trainer.rollouts import Rollouts
 from luthier.trainer.saving import LOOP_STATE_NAME, CheckpointSaver
@@ -126,7 +127,7 @@ class Keeping(Evaluation):
             state = torch.load(
                 folder / "optimizer.pt", map_location="cpu", weights_only=True, mmap=self.strategy.shards
             )
-            self.strategy.load_optimizer(self.optimizer, state)
+            self.strategy.load_optimizer(self.optimizer, read_parts(folder, state))
             assert self.lr_scheduler is not None
             self.lr_scheduler.load_state_dict(torch.load(folder / "scheduler.pt", weights_only=True))
 

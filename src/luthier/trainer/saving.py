@@ -22,6 +22,7 @@ from transformers import PreTrainedTokenizerBase, TrainerState
 
 from luthier.parallel.strategy import Replicated, Strategy
 from luthier.trainer.checkpoint import atomic_folder
+from luthier.trainer.optimizer_parts import InParts, in_parts
 from luthier.trainer.processes import ALONE, Processes
 from luthier.trainer.retention import require_space, rotate, what_is_left
 from luthier.trainer.snapshot import (
@@ -69,6 +70,7 @@ class _Content:
     state: Mapping[str, Any]
     loop: str
     arrays: Mapping[str, np.ndarray[Any, Any]]
+    parts: InParts | None
     best: Path | None
 
 
@@ -93,7 +95,8 @@ class CheckpointSaver:
         self._limit, self._only_model = limit, only_model
         self._metadata = dict(metadata)
         self._copies, self._processes = HostCopies(), processes
-        self.writer = CheckpointWriter(asynchronous=asynchronous)
+        # What all processes write together is written before the next step.
+        self.writer = CheckpointWriter(asynchronous=asynchronous and not self._strategy.writes_parts)
 
     def save(
         self,
@@ -141,15 +144,21 @@ class CheckpointSaver:
             return
         self.writer.wait()  # the buffers are its until then
         optimizer, scheduler, scaler, generators = companions
-        training = None
+        training, parts = None, None
         if not self._only_model:
-            whole = self._strategy.whole if shards else itself
-            parts = self._strategy.optimizer_state(optimizer)
-            state_of_it = self._copies.tree("optimizer", parts, whole, keep=first)
+            state_of_it: Any = self._strategy.optimizer_state(optimizer)
+            if self._strategy.writes_parts:
+                parts = in_parts(state_of_it)
+                state_of_it = parts.rest
+            else:
+                whole = self._strategy.whole if shards else itself
+                state_of_it = self._copies.tree("optimizer", state_of_it, whole, keep=first)
             training = training_state(state_of_it, scheduler, scaler, generators)
         weights = self._weights(model, optimizer)
         self._copies.finish()
         if not first:
+            if parts is not None:
+                parts.write(None, self._processes)
             return
         best = state.best_model_checkpoint
         content = _Content(
@@ -160,13 +169,21 @@ class CheckpointSaver:
             state=_plain(state),
             loop=json.dumps({**loop, **({} if rollouts is None else {"rollouts": rollouts.state()})}) + "\n",
             arrays={} if rollouts is None else rollouts.arrays(),
+            parts=parts,
             best=Path(best) if best is not None else None,
         )
         written: Mapping[str, Any] = weights.tensors
         if isinstance(model, PeftModel):  # the base is not written
             written = {name: written[name] for name in weights.trained}
-        require_space(self.run_dir, content.final.name, num_bytes(written, training and training.optimizer))
-        self.writer.submit(lambda: self._write(model, content))
+        state = training and training.optimizer if parts is None else parts.tensors
+        needed = num_bytes(written, state)
+        try:
+            require_space(self.run_dir, content.final.name, needed)
+            self.writer.submit(lambda: self._write(model, content))
+        except BaseException:
+            if parts is not None and not parts.begun:
+                parts.write(None, self._processes)  # the others wait for a folder
+            raise
 
     def _about(self, state: TrainerState) -> dict[str, Any]:
         about = {"step": state.global_step, "epoch": state.epoch, **self._metadata}
@@ -184,6 +201,8 @@ class CheckpointSaver:
                 (folder / LOOP_STATE_NAME).write_text(content.loop, encoding="utf-8")
                 if content.arrays:
                     save_file(dict(content.arrays), folder / EXPERIENCE_NAME)
+                if content.parts is not None:
+                    content.parts.write(folder, self._processes)
             rotate(self.run_dir, self._limit, content.best, valid=content.final)
         except OSError as error:
             raise CheckpointError(

@@ -141,6 +141,7 @@ class TrainingState:
     """Optimizer, schedule, loss scaler and generators at one moment, in host memory."""
 
     optimizer: State
+    """As torch has it, or with names in the place of its tensors, which are written as parts."""
     scheduler: State
     scaler: State | None
     generators: Sequence[State]
