@@ -90,6 +90,13 @@ def local_weights(rank: int) -> AbstractContextManager[Any]:
     return patch.object(PeftTrainer, "_global_weights", own)
 
 
+def reference_that_stays(rank: int) -> AbstractContextManager[Any]:
+    """Parts of the weights that training began with are not put in their place."""
+    from luthier.model import reference
+
+    return patch.object(reference, "_exchange", lambda one, other: None)
+
+
 def own_seeds(rank: int) -> AbstractContextManager[Any]:
     """Each process answers with seeds of its own."""
     from luthier.trainer import rollouts

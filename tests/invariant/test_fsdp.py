@@ -165,13 +165,19 @@ class Runs:
         return self.folder / "two" / name
 
 
-def make(folder: Path, names: Iterable[str], resumed: Iterable[str] = ()) -> Runs:
-    """All runs of these cases; `resumed` names those that two processes go on with where one has left them."""
+FAULTS: dict[str, processes.Change] = {"sft": processes.local_weights, "dpo": processes.reference_that_stays}
+
+
+def make(folder: Path, names: Iterable[str], resumed: Iterable[str] = (), faults: Iterable[str] = ()) -> Runs:
+    """All runs of these cases; `resumed` names those that two processes go on with where one has left them, `faults`
+    those that are made once more with a fault."""
     recipes = {name: recipe(folder, name) for name in names}
     runs = Runs(folder, recipes)
     for base in recipes.values():
         luthier.train(base, quiet=True)
-    made = [(divided(base, runs.two(name), name), None) for name, base in recipes.items()]
+    made: list[tuple[dict[str, Any], processes.Change | None]] = []
+    made += [(divided(base, runs.two(name), name), None) for name, base in recipes.items()]
+    made += [(divided(recipes[name], runs.two(f"{name}-fault"), name), FAULTS[name]) for name in faults]
     for name in resumed:
         output = runs.two(f"{name}-resumed")
         made.append((divided(goes_on(recipes[name], runs.one(name), output), output, name), None))
@@ -182,7 +188,7 @@ def make(folder: Path, names: Iterable[str], resumed: Iterable[str] = ()) -> Run
 
 @pytest.fixture(scope="module")
 def short(tmp_path_factory: pytest.TempPathFactory) -> Runs:
-    return make(tmp_path_factory.mktemp("short"), SHORT, RESUMED)
+    return make(tmp_path_factory.mktemp("short"), SHORT, RESUMED, FAULTS)
 
 
 @pytest.fixture(scope="module")
@@ -263,6 +269,12 @@ def test_what_was_compared_is_what_was_meant(short: Runs) -> None:
     losses = [line["eval_loss"] for line in logged(short.one("best")) if "eval_loss" in line]
     assert min(losses[:-1]) < losses[-2]  # the last number is of the best weights
     assert losses[-1] == pytest.approx(min(losses))
+
+
+@pytest.mark.parametrize("name", FAULTS)
+def test_a_planted_fault_is_seen(name: str, short: Runs) -> None:
+    found, expected = short.two(f"{name}-fault"), short.one(name)
+    assert furthest(found, expected, start(short.recipes[name]), FURTHER["sgd"]) > 1000
 
 
 # ---- files -------------------------------------------------------------------------------------------------
