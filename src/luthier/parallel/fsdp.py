@@ -95,7 +95,7 @@ class FullyShard:
         accelerator.backward(loss)
 
     def clip(self, accelerator: Accelerator, model: nn.Module, max_norm: float) -> Tensor:
-        accelerator.unscale_gradients()  # type: ignore[no-untyped-call]
+        accelerator.unscale_gradients()
         parts = [_part(one.grad) for one in model.parameters() if one.grad is not None]
         # Parts that are kept in the host's memory cannot be added up there by the device's processes.
         own = torch.nn.utils.get_total_norm(parts).to(accelerator.device)
@@ -114,13 +114,15 @@ class FullyShard:
         if not isinstance(tensor, DTensor):
             return tensor
         # A part in the host's memory has to travel over the device that speaks with the others.
-        return tensor.detach().to(tensor.device_mesh.device_type).full_tensor()
+        part: Any = tensor.detach().to(tensor.device_mesh.device_type)
+        whole: Tensor = part.full_tensor()
+        return whole
 
     @contextmanager
     def editing(self, model: nn.Module) -> Iterator[None]:
         with ExitStack() as hooks:
             for module in model.modules():
-                handle = module.register_load_state_dict_pre_hook(_take_parts)
+                handle = module.register_load_state_dict_pre_hook(_take_parts)  # type: ignore[no-untyped-call]
                 hooks.callback(handle.remove)
             yield
 
@@ -140,7 +142,7 @@ class FullyShard:
 def _groups(model: PreTrainedModel) -> Iterator[nn.Module]:
     """What is gathered by itself: the decoder layers, and embeddings and head where they are two matrices."""
     yield from decoder_layers(model)[1]
-    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()  # type: ignore[no-untyped-call]
     if isinstance(head, nn.Module) and not set(embedding.parameters()) & set(head.parameters()):
         yield embedding
         yield head

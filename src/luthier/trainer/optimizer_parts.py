@@ -13,9 +13,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributed import checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+from torch.distributed.checkpoint.state_dict_loader import load
+from torch.distributed.checkpoint.state_dict_saver import save
 
 from luthier.trainer.processes import Processes
 from luthier.types import CheckpointError
@@ -33,6 +35,11 @@ class InParts:
     begun: bool = False
     """Whether this process has told the others what it knows of the folder."""
 
+    @property
+    def num_bytes(self) -> int:
+        """Of the parts of all processes."""
+        return sum(tensor.numel() * tensor.element_size() for tensor in self.tensors.values())
+
     def write(self, folder: Path | None, processes: Processes) -> None:
         """Write this process's parts into the folder that the first process names; where it names none, because it
         could not make one, nothing happens. All processes call this once.
@@ -45,7 +52,7 @@ class InParts:
             return
         target = shared / FOLDER
         try:
-            dcp.save(dict(self.tensors), checkpoint_id=target)
+            save(dict(self.tensors), checkpoint_id=target)
         except CheckpointException as error:
             raise CheckpointError(f"the optimizer's parts could not be written: {error}") from error
         if folder is not None:
@@ -54,7 +61,7 @@ class InParts:
 
 def _require_all(folder: Path) -> None:
     """Whether the files of all processes came to this one's folder."""
-    places = dcp.FileSystemReader(folder).read_metadata().storage_data or {}
+    places = FileSystemReader(folder).read_metadata().storage_data or {}
     missing = sorted(
         {place.relative_path for place in places.values()} - {path.name for path in folder.iterdir()}
     )
@@ -89,7 +96,7 @@ def read_parts(folder: Path, rest: Any) -> Any:
     """
     if not (folder / FOLDER).is_dir():
         return rest
-    reader = dcp.FileSystemReader(folder / FOLDER)
+    reader = FileSystemReader(folder / FOLDER)
     known = reader.read_metadata().state_dict_metadata
 
     def visit(value: Any) -> Any:
@@ -106,7 +113,7 @@ def read_parts(folder: Path, rest: Any) -> Any:
         if not isinstance(about, TensorStorageMetadata):
             raise CheckpointError(f"{folder / FOLDER} holds nothing of {name}")
         whole = {name: torch.empty(about.size, dtype=about.properties.dtype)}
-        dcp.load(whole, storage_reader=reader, no_dist=True)
+        load(whole, storage_reader=reader, no_dist=True)
         return whole[name]
 
     return visit(rest)

@@ -175,8 +175,7 @@ class CheckpointSaver:
         written: Mapping[str, Any] = weights.tensors
         if isinstance(model, PeftModel):  # the base is not written
             written = {name: written[name] for name in weights.trained}
-        state = training and training.optimizer if parts is None else parts.tensors
-        needed = num_bytes(written, state)
+        needed = num_bytes(written, training and training.optimizer) + (parts.num_bytes if parts else 0)
         try:
             require_space(self.run_dir, content.final.name, needed)
             self.writer.submit(lambda: self._write(model, content))
