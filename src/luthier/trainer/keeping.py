@@ -52,7 +52,7 @@ class Keeping(Evaluation):
 
     def _move_model_to_device(self, model: nn.Module, device: torch.device) -> None:
         if not self.strategy.shards:  # parts are where they belong
-            super()._move_model_to_device(model, device)  # type: ignore[no-untyped-call]
+            super()._move_model_to_device(model, device)
 
     @property
     def _trained(self) -> nn.Module:
