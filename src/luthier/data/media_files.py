@@ -17,7 +17,7 @@ import math
 import wave
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -46,7 +46,8 @@ Float32 = np.ndarray[Any, np.dtype[np.float32]]
 
 @dataclass(frozen=True, slots=True)
 class MediaRules:
-    """How media are made smaller or larger before the model's processor sees them; None leaves them alone.
+    """How media are made smaller or larger before the model's processor sees them; None leaves them alone, which the
+    recipes of our own do: `media_limits` tells the processor.
 
     `upright`: turn photographs as their camera says, as transformers does in generation and LLaMA-Factory does not.
     """
@@ -60,17 +61,20 @@ class MediaRules:
 
     @classmethod
     def of(cls, spec: MediaSpec, *, llamafactory: bool = False) -> MediaRules:
-        """The recipe's; for one translated from LLaMA-Factory, its limits where the file names none."""
-        image, video = (32 * 32, 768 * 768), (16 * 16, 256 * 256)
-        if not llamafactory:
-            image = video = (None, None)  # type: ignore[assignment]
-        return cls(
-            image_pixels=(spec.image_min_pixels or image[0], spec.image_max_pixels or image[1]),
-            video_pixels=(spec.video_min_pixels or video[0], spec.video_max_pixels or video[1]),
+        """The recipe's; one translated from LLaMA-Factory has that tool's limits of pixels, kept as there."""
+        plain = cls(
             video_fps=spec.video_fps,
             video_max_frames=spec.video_max_frames,
-            audio_sampling_rate=spec.audio_sampling_rate or (16000 if llamafactory else None),
-            upright=not llamafactory,
+            audio_sampling_rate=spec.audio_sampling_rate,
+        )
+        if not llamafactory:
+            return plain
+        return replace(
+            plain,
+            image_pixels=(spec.image_min_pixels or 32 * 32, spec.image_max_pixels or 768 * 768),
+            video_pixels=(spec.video_min_pixels or 16 * 16, spec.video_max_pixels or 256 * 256),
+            audio_sampling_rate=spec.audio_sampling_rate or 16000,
+            upright=False,
         )
 
 
