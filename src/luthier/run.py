@@ -41,7 +41,7 @@ from luthier.recipe.resolve import Hardware, resolve
 from luthier.recipe.schema import AdapterSpec, Recipe
 from luthier.references import live_reference, precomputation
 from luthier.show import Say, example_text, quiet_libraries, speaker
-from luthier.trainer.arguments import training_arguments
+from luthier.trainer.arguments import find_unused, training_arguments
 from luthier.trainer.bad_numbers import Rewind
 from luthier.trainer.callbacks import LogCallback, ProgressCallback
 from luthier.trainer.checkpoint import hash_file, resolve_resume
@@ -107,6 +107,7 @@ def _train(loaded: LoadedRecipe, hardware: Hardware, quiet: bool) -> TrainResult
     model, method = _model(settings, source, hardware, vocabulary, material, say)
     manifest = _manifest(settings, source, material)
     remember_base(model, _base_record(settings, manifest["base"]["fingerprint"]))
+    find_unused(arguments, settings, model)
     material = fitted(settings, material, model)
     supply = _online(loaded, source, model, material, say, processes)
     # Only now, when nothing of the input can be wrong any more, is anything written.

@@ -279,7 +279,7 @@ def test_a_template_goes_to_other_processes(load: Load, pictures: list[str]) -> 
     assert ours["pixel_values"].equal(theirs["pixel_values"])
     smaller = load("qwen2_5_vl", media={"image_max_pixels": 1500})
     assert smaller.fingerprint != template.fingerprint
-    # Less than two tokens; a picture of three times its height is at least three wide.
+    # 1,500 pixels are less than two tokens, and no edge is shorter than one.
     assert [stop - start for start, stop in smaller.encode(conversation).media] == [1, 1, 3, 1]
 
 
