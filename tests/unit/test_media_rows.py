@@ -347,6 +347,50 @@ def test_rows_with_images_become_samples(data: DataSpec, tmp_path: Path) -> None
     assert len(done) == 10
 
 
+def test_a_start_with_nothing_new_reads_no_row(
+    data: DataSpec, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rows are read to know their media, and to be encoded; then neither, until a file is another one."""
+    from luthier.data import prepare as module
+
+    read: list[int] = []
+    own = module.read_rows
+
+    def counted(*args: Any, **options: Any) -> Any:
+        read.append(1)
+        return own(*args, **options)
+
+    monkeypatch.setattr(module, "read_rows", counted)
+    monkeypatch.chdir(tmp_path)
+    how = _preparation(_template(tmp_path, data))
+
+    def reads() -> int:
+        read.clear()
+        prepare(data, how)
+        return len(read)
+
+    assert (reads(), reads()) == (2, 0)
+    (tmp_path / "whole.png").write_bytes((tmp_path / "whole.png").read_bytes() + b"more")
+    assert (reads(), reads()) == (1, 0)
+    picture(tmp_path / "none.png")  # which was missing
+    assert (reads(), reads()) == (1, 0)
+    assert prepare(data, how).reports[0].dropped == {"image file is broken": 1}
+    # A file of the same name in a folder that is looked into first: the other one has not changed.
+    spec = data.model_copy(update={"media": MediaSpec(directory=str(tmp_path / "photos"))})
+    (tmp_path / "photos").mkdir()
+    assert len(prepare(spec, how).train[0].media) == 1
+    picture(tmp_path / "photos" / "whole.png", 60, 60)
+    assert [one.source for one in prepare(spec, how).train[0].media] == [str(tmp_path / "photos/whole.png")]
+    # An index that cannot be read is written again; one row more makes another.
+    (index,) = (tmp_path / "cache").glob("media-*.json")
+    assert json.loads(index.read_text()) == ["whole.png", "none.png", "whole.jpg", "half.jpg"]
+    index.write_text("[")
+    assert (reads(), reads()) == (1, 0)
+    rows = json.loads((tmp_path / "rows.json").read_text())
+    (tmp_path / "rows.json").write_text(json.dumps([*rows, rows[0]]))
+    assert (reads(), reads()) == (2, 0)
+
+
 def test_a_model_that_reads_text_alone_refuses_images(data: DataSpec) -> None:
     template = load_template(chat_tokenizer(), data)
     with pytest.raises(DataError, match=r"row 0: the data has images.*no processor.*leave columns\.images"):

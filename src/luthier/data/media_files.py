@@ -180,10 +180,10 @@ def _read_image(source: str, rules: MediaRules) -> Image.Image:
         return turned.convert("RGB")
 
 
-def stamp(media: Media) -> list[list[int]]:
+def stamp(source: str | tuple[str, ...]) -> list[list[int]]:
     """Size in bytes and time of the last change (ns) of the files of a medium; zeros where one is missing."""
-    sources = media.source if isinstance(media.source, tuple) else (media.source,)
-    return [list(_stamp(source)) for source in sources]
+    sources = source if isinstance(source, tuple) else (source,)
+    return [list(_stamp(one)) for one in sources]
 
 
 def _stamp(source: str) -> tuple[int, int]:
