@@ -19,6 +19,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -106,8 +107,7 @@ def measure(media: Media, rules: MediaRules) -> Extent:
         width, height = _size(_only(media), rules)
         return Extent("image", *fitted_size(width, height, *rules.image_pixels))
     if isinstance(media.source, str):
-        film = _film(media.source, rules)
-        return Extent("video", *film.frames[0].size, frames=len(film.frames), fps=film.fps)
+        return _film_extent(media.source, rules, *_stamp(media.source))
     sizes = [_size(frame, rules) for frame in media.source]
     if len(set(sizes)) > 1:
         raise RowError("frames of a film differ in size", media.source[0])
@@ -217,8 +217,16 @@ def _shown(source: str) -> str:
 # Films
 
 
+@lru_cache(_REMEMBERED)
+def _film_extent(source: str, rules: MediaRules, *stamp: int) -> Extent:
+    """Of a film file, decoded once however many rows name it. `stamp` forgets a file that changed."""
+    film = _film(source, rules)
+    return Extent("video", *film.frames[0].size, frames=len(film.frames), fps=film.fps)
+
+
 def _film(source: str, rules: MediaRules) -> Film:
-    """Frames of a film file, evenly spaced: `video_fps` of each second, at most `video_max_frames`."""
+    """Frames of a film file, evenly spaced from its first to its last one: `video_fps` of each second, at most
+    `video_max_frames` and at least one, as LLaMA-Factory takes them. No others are kept in memory."""
     try:
         import av
     except ImportError as error:
@@ -226,21 +234,48 @@ def _film(source: str, rules: MediaRules) -> Film:
             f"{_shown(source)}: film files need PyAV, which is not installed: pip install av"
         ) from error
     try:
-        with av.open(_stream(source) if source.startswith("data:") else source) as container:
-            frames = [frame.to_image() for frame in container.decode(video=0)]
-            rate = float(container.streams.video[0].average_rate or rules.video_fps)
+        with av.open(_opened(source)) as container:
+            if not container.streams.video:
+                raise ValueError("no film in it")
+            stream = container.streams.video[0]
+            total = stream.frames or _num_frames(source)
+            seconds = _seconds(stream, total, rules)
+            wanted = min(total, rules.video_max_frames, max(1, math.floor(seconds * rules.video_fps)))
+            chosen = np.linspace(0, total - 1, wanted).astype(int).tolist()
+            frames = _decoded_frames(container.decode(stream), frozenset(chosen))
     except FileNotFoundError as error:
         raise RowError("video file is missing", source) from error
-    except (OSError, ValueError, IndexError) as error:  # av's own errors are kinds of these
+    except (OSError, ValueError, LookupError, av.error.FFmpegError) as error:
         raise RowError("video file is broken", f"{_shown(source)}: {error}") from error
-    if not frames:
-        raise RowError("video file is broken", f"{_shown(source)}: no frame in it")
-    wanted = min(
-        len(frames), rules.video_max_frames, max(1, math.floor(len(frames) / rate * rules.video_fps))
-    )
-    chosen = np.linspace(0, len(frames) - 1, wanted).astype(int).tolist()
-    kept = [_fitted(frames[k].convert("RGB"), rules.video_pixels) for k in chosen]
-    return Film(kept, wanted * rate / len(frames))
+    if len(frames) < wanted or not wanted:
+        raise RowError(
+            "video file is broken", f"{_shown(source)}: it has fewer frames than the {total} that it names"
+        )
+    return Film([_fitted(frame, rules.video_pixels) for frame in frames], wanted / seconds)
+
+
+def _num_frames(source: str) -> int:
+    """Frames of a film whose header does not say how many it has: its packets are counted, not decoded."""
+    import av
+
+    with av.open(_opened(source)) as container:
+        return sum(1 for packet in container.demux(video=0) if packet.size)
+
+
+def _seconds(stream: Any, total: int, rules: MediaRules) -> float:
+    """How long a film is, as it says itself; where it does not, by its frames."""
+    if stream.duration and stream.time_base:
+        return float(stream.duration * stream.time_base)
+    return total / float(stream.average_rate or rules.video_fps)
+
+
+def _decoded_frames(decoded: Iterator[Any], chosen: frozenset[int]) -> list[Image.Image]:
+    last = max(chosen, default=-1)
+    return [
+        frame.to_image().convert("RGB")
+        for index, frame in enumerate(islice(decoded, last + 1))
+        if index in chosen
+    ]
 
 
 # --------------------------------------------------------------------------------------------------
