@@ -107,7 +107,6 @@ def _train(loaded: LoadedRecipe, hardware: Hardware, quiet: bool) -> TrainResult
     model, method = _model(settings, source, hardware, vocabulary, material, say)
     manifest = _manifest(settings, source, material)
     remember_base(model, _base_record(settings, manifest["base"]["fingerprint"]))
-    find_unused(arguments, settings, model)
     material = fitted(settings, material, model)
     supply = _online(loaded, source, model, material, say, processes)
     # Only now, when nothing of the input can be wrong any more, is anything written.
@@ -124,7 +123,7 @@ def _train(loaded: LoadedRecipe, hardware: Hardware, quiet: bool) -> TrainResult
     with trackers as tracked, ProgressCallback(quiet=quiet) as progress, interruption:
         trainer = PeftTrainer(
             model=model,
-            args=arguments,
+            args=find_unused(arguments, settings, model),
             stage=material.stage,
             method=method,
             optim=settings.optim,

@@ -8,14 +8,12 @@ from __future__ import annotations
 import json
 from pathlib import Path
 from typing import Any
-from unittest.mock import patch
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
 import luthier
-from luthier.trainer import arguments
 from tests.media import picture
 from tests.multimodal import media_model
 from tests.processes import train_in_processes
@@ -80,16 +78,6 @@ def _rows(folder: Path) -> None:
 def _log(run: Path, key: str = "loss") -> list[float]:
     lines = [json.loads(line) for line in (run / "trainer_log.jsonl").read_text().splitlines()]
     return [line[key] for line in lines if key in line]
-
-
-def _unhelped(rank: int) -> Any:
-    """What transformers does by itself where activations are computed again: nothing is looked for."""
-    from luthier import run
-
-    def off(given: Any, recipe: Any, model: Any) -> None:
-        given.ddp_find_unused_parameters = False
-
-    return patch.object(run, "find_unused", off)
 
 
 @pytest.fixture(scope="module")

@@ -39,6 +39,7 @@ _IMAGE_FAULTS = (
     binascii.Error,
 )
 """What PIL raises of a file that is not what it says."""
+INSTALL = "pip install 'luthier[media]'"
 _ORIENTATION = 0x0112
 _REMEMBERED = 65536
 
@@ -231,7 +232,7 @@ def _film(source: str, rules: MediaRules) -> Film:
         import av
     except ImportError as error:
         raise DataError(
-            f"{_shown(source)}: film files need PyAV, which is not installed: pip install av"
+            f"{_shown(source)}: film files need PyAV, which is not installed: {INSTALL}"
         ) from error
     try:
         with av.open(_opened(source)) as container:
@@ -324,7 +325,7 @@ def _decoded(source: str) -> tuple[Float32, int]:
     except ImportError as error:
         raise DataError(
             f"{_shown(source)}: sounds that are not 16-bit WAV files need soundfile, which is not installed: "
-            "pip install soundfile"
+            f"{INSTALL}"
         ) from error
     samples, rate = soundfile.read(_opened(source), dtype="float32", always_2d=True)
     return samples.mean(axis=1), int(rate)
@@ -336,7 +337,7 @@ def _resampled(samples: Float32, found: int, rate: int, source: str) -> Float32:
     except ImportError as error:
         raise DataError(
             f"{_shown(source)}: it has {found} samples a second and the model wants {rate}, which needs soxr, which is "
-            "not installed: pip install soxr"
+            f"not installed: {INSTALL}"
         ) from error
     resampled: Float32 = soxr.resample(samples, found, rate)
     return resampled

@@ -103,8 +103,10 @@ def _many_processes(extra: Mapping[str, Any]) -> dict[str, Any]:
     return {**extra, "ddp_broadcast_buffers": False}
 
 
-def find_unused(arguments: Seq2SeqTrainingArguments, recipe: Recipe, model: nn.Module) -> None:
-    """Where a tower trains, let DDP find the parameters that a pass without media leaves without a gradient.
+def find_unused(
+    arguments: Seq2SeqTrainingArguments, recipe: Recipe, model: nn.Module
+) -> Seq2SeqTrainingArguments:
+    """The same arguments, with which DDP finds, where a tower trains, what a pass without media leaves without a gradient.
 
     It would else wait for them for ever, or raise at the next step. A parameter that no process used keeps no gradient
     at all, as in one process, so weight decay and moments leave it alone in both. Sending an empty image through the
@@ -113,7 +115,7 @@ def find_unused(arguments: Seq2SeqTrainingArguments, recipe: Recipe, model: nn.M
     Raises RecipeError where activations are computed again in the reentrant way, which DDP cannot follow.
     """
     if arguments.ddp_find_unused_parameters is not None or not trains_outside_language(model):
-        return
+        return arguments
     checkpointing = recipe.model.gradient_checkpointing
     if arguments.world_size > 1 and getattr(checkpointing, "reentrant", False):
         raise RecipeError(
@@ -122,6 +124,7 @@ def find_unused(arguments: Seq2SeqTrainingArguments, recipe: Recipe, model: nn.M
             "(model.frozen_parts)"
         )
     arguments.ddp_find_unused_parameters = True
+    return arguments
 
 
 def _strategy(every: int | str | None) -> str:
