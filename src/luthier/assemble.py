@@ -181,7 +181,7 @@ def build_model(
 
 def _has_media(material: Material | None) -> bool:
     """Whether rows may have images, films or sounds; of data that nobody has seen they may."""
-    if material is None:
+    if material is None or material.stream is not None:  # of which the first rows alone are known
         return True
     return any(table.has_media for table in (material.data.train, *material.data.eval.values()))
 

@@ -145,14 +145,18 @@ def test_files_without_a_part_for_films_get_one() -> None:
 @pytest.mark.parametrize("kind", ["gemma3", "llava"])
 def test_a_processor_that_cannot_say_an_area_refuses_one(kind: Kind, tmp_path: Path) -> None:
     processor = tiny_processor(kind, tmp_path)
-    with pytest.raises(RecipeError, match=r"data\.media\.image_max_pixels: .*resizes by a rule of its own.*remove"):
+    with pytest.raises(
+        RecipeError, match=r"data\.media\.image_max_pixels: .*resizes by a rule of its own.*remove"
+    ):
         MediaReader(processor, MediaSpec(image_max_pixels=5000))
     # A translated file shrinks before the processor sees an image, as LLaMA-Factory does; nothing can be said of it.
     assert MediaReader(processor, MediaSpec(image_max_pixels=5000), llamafactory=True).settings == {}
 
 
 def test_limits_that_leave_nothing_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(RecipeError, match=r"image_max_pixels: .*allows 784 to 12544 pixels.*no least and 700"):
+    with pytest.raises(
+        RecipeError, match=r"image_max_pixels: .*allows 784 to 12544 pixels.*no least and 700"
+    ):
         MediaReader(tiny_processor("qwen2_5_vl", tmp_path), MediaSpec(image_max_pixels=700))
 
 

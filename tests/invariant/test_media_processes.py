@@ -102,7 +102,9 @@ def test_two_processes_are_one(name: str, folder: Path) -> None:
     ours, theirs = load_file(two / file), load_file(one / file)
     assert ours.keys() == theirs.keys()
     for key, weight in theirs.items():
-        torch.testing.assert_close(ours[key], weight, rtol=1e-4, atol=2e-5, msg=lambda text, k=key: f"{k}: {text}")
+        torch.testing.assert_close(
+            ours[key], weight, rtol=1e-4, atol=2e-5, msg=lambda text, k=key: f"{k}: {text}"
+        )
     if name != "lora":
         base = load_file(folder / "base" / file)
         moved = {key for key in base if not torch.equal(base[key], theirs[key])}

@@ -188,6 +188,17 @@ def test_pretraining_refuses_media(tmp_path: Path) -> None:
         require_kind(_attr(tmp_path, images="images"), "text", "pt")
 
 
+def test_pretraining_refuses_media_inside_of_messages(tmp_path: Path) -> None:
+    attr = _attr(tmp_path)
+    parts = [{"type": "text", "text": "See "}, {"type": "image", "image": "a.png"}]
+    with pytest.raises(
+        DataError, match=r"rows\.json, row 4: it holds images.*stage 'sft', or leave them out"
+    ):
+        _row(attr, {"messages": [{"role": "user", "content": parts}]}, "text")
+    row = _row(attr, {"messages": [{"role": "user", "content": parts[:1]}]}, "text")
+    assert row.text == "See "
+
+
 # --------------------------------------------------------------------------------------------------
 # Files
 
@@ -270,7 +281,8 @@ def test_a_sound_is_its_samples_between_minus_one_and_one(
     assert measure(medium, MediaRules()) == Extent("audio", samples=800)
     _sound(tmp_path / "b.wav", 8000, 1)
     with pytest.raises(
-        DataError, match=r"b\.wav: it has 8000 samples a second and the model wants 16000.*soxr.*pip install 'luthier\[media\]'"
+        DataError,
+        match=r"b\.wav: it has 8000 samples a second and the model wants 16000.*soxr.*pip install 'luthier\[media\]'",
     ):
         opened(Media("audio", str(tmp_path / "b.wav")), MediaRules())
     with pytest.raises(RowError, match=r"audio file is missing: .*none\.wav"):
@@ -281,7 +293,8 @@ def test_a_film_file_names_what_reads_it(tmp_path: Path, monkeypatch: pytest.Mon
     monkeypatch.setitem(sys.modules, "av", None)
     (tmp_path / "a.mp4").write_bytes(b"x")
     with pytest.raises(
-        DataError, match=r"a\.mp4: film files need PyAV, which is not installed: pip install 'luthier\[media\]'"
+        DataError,
+        match=r"a\.mp4: film files need PyAV, which is not installed: pip install 'luthier\[media\]'",
     ):
         measure(Media("video", str(tmp_path / "a.mp4")), MediaRules())
 

@@ -227,7 +227,11 @@ def test_rows_with_films_are_what_the_processor_makes_of_them(tmp_path: Path) ->
         )
         frames = np.stack([films[k][index] for index in indices])
         seconds = {0: 3.0, 2: 3.0, 3: 1.5}[k]
-        metadata = {"total_num_frames": len(indices), "fps": len(indices) / seconds, "frames_indices": [*range(len(indices))]}
+        metadata = {
+            "total_num_frames": len(indices),
+            "fps": len(indices) / seconds,
+            "frames_indices": [*range(len(indices))],
+        }
         given = processor(
             text=[text],
             videos=[frames],

@@ -22,7 +22,7 @@ from luthier.types import RecipeError
 PARTS = {"image": "image_processor", "video": "video_processor"}
 _GRIDS = {"image": "image_grid_thw", "video": "video_grid_thw"}
 _LEAST, _MOST = "shortest_edge", "longest_edge"
-"""What transformers calls the areas, whatever the names say (its own docs: pixels, formerly min_pixels and max_pixels)."""
+"""What transformers calls the least and the most area, in pixels (formerly min_pixels and max_pixels)."""
 _PROBES = ((1, 1), (9, 9), (3, 11))
 """Widths and heights of images that are tried, in tokens; the limits tried are 4 and 16 tokens."""
 
@@ -45,8 +45,9 @@ def limit_processor(processor: ProcessorMixin, spec: MediaSpec) -> Settings:
         key = f"data.media.{kind}_{'max' if most is not None else 'min'}_pixels"
         if not takes_areas(part, kind):
             raise RecipeError(
-                f"{key}: {type(part).__name__} resizes by a rule of its own, and its saved files cannot say an area, so "
-                "the model would be served other pixels than it was trained on; remove the key, or make the files smaller"
+                f"{key}: {type(part).__name__} resizes by a rule of its own, and its saved files cannot say an area, "
+                "so the model would be served other pixels than it was trained on; remove the key, or make the files "
+                "smaller"
             )
         own = part.size
         size = {_LEAST: max(least or 0, own[_LEAST]), _MOST: min(most or own[_MOST], own[_MOST])}
@@ -60,7 +61,9 @@ def limit_processor(processor: ProcessorMixin, spec: MediaSpec) -> Settings:
     return _with_video_part(settings, processor)
 
 
-def nearest_settings(processor: ProcessorMixin, limits: Mapping[str, tuple[int | None, int | None]]) -> Settings:
+def nearest_settings(
+    processor: ProcessorMixin, limits: Mapping[str, tuple[int | None, int | None]]
+) -> Settings:
     """What files can say of limits that are kept before the processor sees a medium: the same areas where the part
     takes some, cut to its own limits; nothing else. The processor stays as it is."""
     settings: Settings = {}
@@ -96,7 +99,9 @@ def takes_areas(part: Any, kind: str) -> bool:
         empty = Image.new("RGB", (width * edge, height * edge))
         for frames in (2, 8) if kind == "video" else (1,):
             given: dict[str, Any] = (
-                {"videos": [[empty] * frames], "do_sample_frames": False} if kind == "video" else {"images": [empty]}
+                {"videos": [[empty] * frames], "do_sample_frames": False}
+                if kind == "video"
+                else {"images": [empty]}
             )
             try:
                 grid = part(**given, size=limits)[_GRIDS[kind]]

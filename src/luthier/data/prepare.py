@@ -177,9 +177,7 @@ def cache_key(attr: DatasetAttr, spec: DataSpec, how: Preparation) -> str:
     if isinstance(template, MediaTemplate):
         index = _cache(spec).folder / f"media-{content_key(rows)}.json"
         stamps = media_stamps(index, Path(attr.media_directory or ""), partial(_media_named, attr, spec, how))
-    return content_key(
-        {**rows, "template": template.fingerprint, "encode": how.identity, "media": stamps}
-    )
+    return content_key({**rows, "template": template.fingerprint, "encode": how.identity, "media": stamps})
 
 
 def _media_named(attr: DatasetAttr, spec: DataSpec, how: Preparation) -> Iterator[Source]:

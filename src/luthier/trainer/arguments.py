@@ -106,7 +106,7 @@ def _many_processes(extra: Mapping[str, Any]) -> dict[str, Any]:
 def find_unused(
     arguments: Seq2SeqTrainingArguments, recipe: Recipe, model: nn.Module
 ) -> Seq2SeqTrainingArguments:
-    """The same arguments, with which DDP finds, where a tower trains, what a pass without media leaves without a gradient.
+    """The same arguments; where a tower trains, DDP is to find what a pass without media leaves without a gradient.
 
     It would else wait for them for ever, or raise at the next step. A parameter that no process used keeps no gradient
     at all, as in one process, so weight decay and moments leave it alone in both. Sending an empty image through the
