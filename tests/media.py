@@ -14,7 +14,9 @@ from transformers import (
     PreTrainedTokenizerFast,
     ProcessorMixin,
     Qwen2_5_VLProcessor,
+    Qwen2AudioProcessor,
     Qwen2VLVideoProcessor,
+    WhisperFeatureExtractor,
 )
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 from transformers.models.gemma3.image_processing_pil_gemma3 import Gemma3ImageProcessorPil
@@ -131,3 +133,46 @@ def picture(file: Path, width: int = 40, height: int = 30, seed: int = 0) -> Pat
     pixels = np.random.default_rng(seed).integers(0, 256, (height, width, 3), np.uint8)
     Image.fromarray(pixels).save(file)
     return file
+
+
+# --------------------------------------------------------------------------------------------------
+# Films and sounds
+
+
+def film(file: Path, *, frames: int, fps: int, width: int = 64, height: int = 48) -> Path:
+    """A film without loss, of random colours; frame k has k in the red of its first pixel."""
+    import av
+
+    rng = np.random.default_rng(frames)
+    with av.open(str(file), "w") as container:
+        stream = container.add_stream("ffv1", rate=fps)
+        stream.width, stream.height, stream.pix_fmt = width, height, "bgr0"
+        for k in range(frames):
+            pixels = rng.integers(0, 256, (height, width, 3), np.uint8)
+            pixels[0, 0, 0] = k
+            for packet in stream.encode(av.VideoFrame.from_ndarray(pixels, format="rgb24")):
+                container.mux(packet)
+        for packet in stream.encode():
+            container.mux(packet)
+    return file
+
+
+def tone(rate: int, seconds: float, hertz: float = 440.0, channels: int = 1) -> np.ndarray[Any, Any]:
+    """Samples of a sine, (n, channels) float32; the second channel is half as loud."""
+    times = np.arange(int(rate * seconds)) / rate
+    loud = np.array([0.5 / 2**k for k in range(channels)])
+    return (np.sin(2 * np.pi * hertz * times)[:, None] * loud).astype(np.float32)
+
+
+SOUND_RATE = 16000
+
+
+def tiny_sound_processor(folder: Path) -> Any:
+    """Qwen2-Audio's with 8 mel bands and sounds of at most a second: 100 frames of them, 25 tokens."""
+    special = ["<|im_start|>", "<|im_end|>", "<|audio_bos|>", "<|AUDIO|>", "<|audio_eos|>"]
+    template = _chatml("", audio="<|audio_bos|><|AUDIO|><|audio_eos|>")
+    tokenizer = media_tokenizer(special, template, eos="<|im_end|>")
+    ears = WhisperFeatureExtractor(feature_size=8, chunk_length=1, sampling_rate=SOUND_RATE)
+    processor = Qwen2AudioProcessor(ears, tokenizer, chat_template=template)
+    processor.save_pretrained(folder)
+    return processor

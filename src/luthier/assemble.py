@@ -15,6 +15,7 @@ from transformers import (
 )
 
 from luthier.arrange import Material, first_batches
+from luthier.data.media_template import MediaTemplate
 from luthier.environment import require
 from luthier.material import fitted
 from luthier.measures.libraries import require_libraries
@@ -37,6 +38,7 @@ from luthier.model.positions import (
     require_positions,
 )
 from luthier.model.probes import LANGUAGE
+from luthier.model.processor import set_processor
 from luthier.model.quantize import require_adapter_method
 from luthier.model.selftest import build_with_rows
 from luthier.model.value_head import ScoreProbe
@@ -170,6 +172,8 @@ def build_model(
         media=is_multimodal(load_config(settings.model, source)) and _has_media(material),
     )
     assert isinstance(model, PreTrainedModel | PeftModel)
+    if material is not None and isinstance(material.template, MediaTemplate):
+        set_processor(model, material.template.reader.settings)
     if isinstance(methods[-1], Lora) and isinstance(model, PeftModel):
         held = torch.device("cpu") if on_host else device
         begin_adapter(settings, source, held, model, methods[-1], material, resumed, say)
@@ -178,7 +182,7 @@ def build_model(
 
 def _has_media(material: Material | None) -> bool:
     """Whether rows may have images, films or sounds; of data that nobody has seen they may."""
-    if material is None:
+    if material is None or material.stream is not None:  # of which the first rows alone are known
         return True
     return any(table.has_media for table in (material.data.train, *material.data.eval.values()))
 

@@ -62,6 +62,9 @@ OPTIONAL = (
     Library(
         "math_verify", "math-verify", "rewards of type math_verify", "pip install 'luthier[rl-verifiers]'"
     ),
+    Library("av", "av", "film files in data", "pip install 'luthier[media]'"),
+    Library("soundfile", "soundfile", "sounds that are not 16-bit WAV files", "pip install 'luthier[media]'"),
+    Library("soxr", "soxr", "sounds of another rate than the model's", "pip install 'luthier[media]'"),
     Library("swanlab", "swanlab", "train.report_to: [swanlab]", "pip install swanlab"),
     Library("trackio", "trackio", "train.report_to: [trackio]", "pip install trackio"),
 )

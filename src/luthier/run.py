@@ -42,7 +42,7 @@ from luthier.recipe.resolve import Hardware, resolve
 from luthier.recipe.schema import AdapterSpec, Recipe
 from luthier.references import live_reference, precomputation
 from luthier.show import Say, example_text, quiet_libraries, speaker
-from luthier.trainer.arguments import training_arguments
+from luthier.trainer.arguments import find_unused, training_arguments
 from luthier.trainer.bad_numbers import Rewind
 from luthier.trainer.callbacks import LogCallback, ProgressCallback
 from luthier.trainer.checkpoint import hash_file, resolve_resume
@@ -125,7 +125,7 @@ def _train(loaded: LoadedRecipe, hardware: Hardware, quiet: bool) -> TrainResult
     with trackers as tracked, ProgressCallback(quiet=quiet) as progress, interruption:
         trainer = PeftTrainer(
             model=model,
-            args=arguments,
+            args=find_unused(arguments, settings, model),
             stage=material.stage,
             method=method,
             optim=settings.optim,

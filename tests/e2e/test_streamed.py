@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -16,8 +17,9 @@ from safetensors.torch import load_file
 
 import luthier
 from luthier.check.check import check
+from luthier.data.stream_preview import _sampled
 from luthier.trainer.checkpoint import newest_valid
-from luthier.types import DataError, RecipeError
+from luthier.types import CheckpointError, DataError, RecipeError
 from tests.tiny import chat_model
 
 STEPS = 9
@@ -226,3 +228,41 @@ def test_feedback_and_pairs_are_streamed(folder: Path, tmp_path: Path) -> None:
             tree["train"] |= {"max_steps": 5}
             runs.append(logged(luthier.train(tree, quiet=True).output))
         assert runs[0] == runs[1]
+
+
+def test_a_changed_file_is_refused_whatever_was_changed(folder: Path, tmp_path: Path) -> None:
+    """Another character in the middle of a file, which keeps its size: the run does not go on with it."""
+    text = (folder / "b.jsonl").read_text()
+    (tmp_path / "b.jsonl").write_text(text)
+    tree = recipe_of(folder, "changed", stream={"buffer": 4})
+    tree["data"] |= {"train": ["b.jsonl"], "directory": str(tmp_path)}
+    tree["train"] |= {"max_steps": 6, "output": str(tmp_path / "run")}
+    whole = logged(luthier.train(tree, quiet=True).output)
+    shutil.rmtree(tmp_path / "run" / "checkpoint-6")
+    (tmp_path / "b.jsonl").write_text(text.replace('"b 6?"', '"b 7?"'))
+    with pytest.raises(CheckpointError, match="the training data, or how it becomes tokens, is another"):
+        luthier.train(tree, ["train.resume=auto"], quiet=True)
+    (tmp_path / "b.jsonl").write_text(text)
+    assert logged(luthier.train(tree, ["train.resume=auto"], quiet=True).output) == whole
+
+
+def test_the_hash_of_a_streamed_file_sees_its_pieces(tmp_path: Path) -> None:
+    """Every byte of a file up to 1 MiB; of a larger one the ends and pieces that are spread over all of it."""
+    file, small, large = tmp_path / "x", 1 << 20, 40 << 20
+
+    def seen(size: int, at: int) -> bool:
+        file.write_bytes(bytes(size))
+        before = _sampled(file)
+        with file.open("r+b") as stream:
+            stream.seek(at)
+            stream.write(b"x")
+        return _sampled(file) != before
+
+    assert all(seen(small, at) for at in (0, 65536, 65537, 500_000, 983_041, small - 1))
+    assert all(
+        seen(large, at) for at in (0, large // 2, large // 2 + 4095, large * 200 // 256, large - 65536)
+    )
+    assert not seen(large, large // 2 + 4096)
+    before = _sampled(file)
+    os.utime(file, (1, 1))
+    assert _sampled(file) == before

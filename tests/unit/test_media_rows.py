@@ -188,6 +188,17 @@ def test_pretraining_refuses_media(tmp_path: Path) -> None:
         require_kind(_attr(tmp_path, images="images"), "text", "pt")
 
 
+def test_pretraining_refuses_media_inside_of_messages(tmp_path: Path) -> None:
+    attr = _attr(tmp_path)
+    parts = [{"type": "text", "text": "See "}, {"type": "image", "image": "a.png"}]
+    with pytest.raises(
+        DataError, match=r"rows\.json, row 4: it holds images.*stage 'sft', or leave them out"
+    ):
+        _row(attr, {"messages": [{"role": "user", "content": parts}]}, "text")
+    row = _row(attr, {"messages": [{"role": "user", "content": parts[:1]}]}, "text")
+    assert row.text == "See "
+
+
 # --------------------------------------------------------------------------------------------------
 # Files
 
@@ -198,7 +209,8 @@ def test_limits_keep_the_shape() -> None:
     assert fitted_size(100, 50, 100, 5000) == (100, 50)
     least = MediaRules.of(MediaSpec(), llamafactory=True)
     assert (least.image_pixels, least.video_pixels) == ((1024, 768 * 768), (256, 256 * 256))
-    assert MediaRules.of(MediaSpec(image_max_pixels=5000)).image_pixels == (None, 5000)
+    # Our own recipes leave it to the processor.
+    assert MediaRules.of(MediaSpec(image_max_pixels=5000)).image_pixels == (None, None)
 
 
 def test_an_image_is_opened_as_it_was_measured(tmp_path: Path) -> None:
@@ -269,7 +281,8 @@ def test_a_sound_is_its_samples_between_minus_one_and_one(
     assert measure(medium, MediaRules()) == Extent("audio", samples=800)
     _sound(tmp_path / "b.wav", 8000, 1)
     with pytest.raises(
-        DataError, match=r"b\.wav: it has 8000 samples a second and the model wants 16000.*soxr"
+        DataError,
+        match=r"b\.wav: it has 8000 samples a second and the model wants 16000.*soxr.*pip install 'luthier\[media\]'",
     ):
         opened(Media("audio", str(tmp_path / "b.wav")), MediaRules())
     with pytest.raises(RowError, match=r"audio file is missing: .*none\.wav"):
@@ -280,7 +293,8 @@ def test_a_film_file_names_what_reads_it(tmp_path: Path, monkeypatch: pytest.Mon
     monkeypatch.setitem(sys.modules, "av", None)
     (tmp_path / "a.mp4").write_bytes(b"x")
     with pytest.raises(
-        DataError, match=r"a\.mp4: film files need PyAV, which is not installed: pip install av"
+        DataError,
+        match=r"a\.mp4: film files need PyAV, which is not installed: pip install 'luthier\[media\]'",
     ):
         measure(Media("video", str(tmp_path / "a.mp4")), MediaRules())
 
@@ -344,6 +358,50 @@ def test_rows_with_images_become_samples(data: DataSpec, tmp_path: Path) -> None
     os.utime(tmp_path / "whole.png", ns=(1, 1))
     prepare(data, how, lambda name, count: done.append(count))
     assert len(done) == 10
+
+
+def test_a_start_with_nothing_new_reads_no_row(
+    data: DataSpec, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rows are read to know their media, and to be encoded; then neither, until a file is another one."""
+    from luthier.data import prepare as module
+
+    read: list[int] = []
+    own = module.read_rows
+
+    def counted(*args: Any, **options: Any) -> Any:
+        read.append(1)
+        return own(*args, **options)
+
+    monkeypatch.setattr(module, "read_rows", counted)
+    monkeypatch.chdir(tmp_path)
+    how = _preparation(_template(tmp_path, data))
+
+    def reads() -> int:
+        read.clear()
+        prepare(data, how)
+        return len(read)
+
+    assert (reads(), reads()) == (2, 0)
+    (tmp_path / "whole.png").write_bytes((tmp_path / "whole.png").read_bytes() + b"more")
+    assert (reads(), reads()) == (1, 0)
+    picture(tmp_path / "none.png")  # which was missing
+    assert (reads(), reads()) == (1, 0)
+    assert prepare(data, how).reports[0].dropped == {"image file is broken": 1}
+    # A file of the same name in a folder that is looked into first: the other one has not changed.
+    spec = data.model_copy(update={"media": MediaSpec(directory=str(tmp_path / "photos"))})
+    (tmp_path / "photos").mkdir()
+    assert len(prepare(spec, how).train[0].media) == 1
+    picture(tmp_path / "photos" / "whole.png", 60, 60)
+    assert [one.source for one in prepare(spec, how).train[0].media] == [str(tmp_path / "photos/whole.png")]
+    # An index that cannot be read is written again; one row more makes another.
+    (index,) = (tmp_path / "cache").glob("media-*.json")
+    assert json.loads(index.read_text()) == ["whole.png", "none.png", "whole.jpg", "half.jpg"]
+    index.write_text("[")
+    assert (reads(), reads()) == (1, 0)
+    rows = json.loads((tmp_path / "rows.json").read_text())
+    (tmp_path / "rows.json").write_text(json.dumps([*rows, rows[0]]))
+    assert (reads(), reads()) == (2, 0)
 
 
 def test_a_model_that_reads_text_alone_refuses_images(data: DataSpec) -> None:

@@ -388,3 +388,20 @@ def test_mapping_problems_name_the_key_alone() -> None:
 def test_file_with_byte_order_mark() -> None:
     Path("bom.yaml").write_bytes(b"\xef\xbb\xbf" + MINIMAL.encode())
     assert load_recipe("bom.yaml").recipe.model.path == "embedded"
+
+
+@pytest.mark.parametrize(
+    ("stage", "does"),
+    [("pt", "learns every token"), *((name, "compares whole answers") for name in ("rm", "dpo", "kto"))],
+)
+@pytest.mark.parametrize("said", ["mask_history: true", "train_on_prompt: true", "train_roles: [user]"])
+def test_what_is_learnt_of_a_conversation_is_said_for_sft_alone(stage: str, does: str, said: str) -> None:
+    data, key = f"model: {{path: m}}\ndata: {{train: [a], {said}}}\n", said.partition(":")[0]
+    (problem,) = problems(f"{data}stage: {{type: {stage}}}\n")
+    why = f"data.{key} does not go with stage: {stage}, which {does}; leave it out, or give stage: sft"
+    assert problem.endswith(why)
+
+
+def test_the_last_answer_alone_and_everything_exclude_each_other() -> None:
+    (problem,) = problems("model: {path: m}\ndata: {train: [a], mask_history: true, train_on_prompt: true}\n")
+    assert "data.mask_history learns the last answer alone, and data.train_on_prompt everything" in problem

@@ -220,7 +220,20 @@ def test_reasoning_without_a_place_is_counted() -> None:
     assert lost.dropped == "template 'tokenizer' leaves out the reasoning of an answer"
     drops = HERMES.replace("message.reasoning_content +", "'' if message.reasoning_content else '' +")
     lost = sft_sample(Row("demo", 0, TALK), loaded(drops), options).lost
-    assert lost.dropped == "template 'tokenizer' leaves out the reasoning of an answer"
+    assert lost.dropped == "template 'tokenizer' has no place for reasoning"
+
+
+def test_a_field_that_is_only_passed_on_is_no_place_for_reasoning() -> None:
+    """Marked reasoning stays in the content then, as the docs promise, and in earlier answers too."""
+    passes = "{%- set kept = messages[0].reasoning_content -%}" + CHATML
+    inline = answer("<think>\nr\n</think>\n\na")
+    talk = Conversation((user("q"), inline, user("again"), inline))
+    for template in (loaded(passes), loaded(passes, history="keep"), loaded(CHATML, history="keep")):
+        encoded = sft_sample(Row("demo", 0, talk), template, EncodeOptions(4000, "drop"))
+        (sample,) = encoded.samples
+        assert encoded.lost.dropped is None
+        shown = template.decode(sample.input_ids.tolist())
+        assert shown.count("<think>\nr\n</think>\n\na") == 2
 
 
 def test_pairs_and_feedback_have_reasoning_too() -> None:
@@ -243,7 +256,11 @@ def test_pairs_and_feedback_have_reasoning_too() -> None:
 @pytest.mark.parametrize(
     ("template", "thinking", "message"),
     [
-        (CHATML, {"history": "keep"}, "which has no place for it"),
+        (
+            CHATML.replace("message['content']", "message['content'].split('</think>')[-1]"),
+            {"history": "keep"},
+            "which takes reasoning out itself",
+        ),
         (CHATML, {"enable": True}, "does not know enable_thinking"),
         (source("qwen3_5_nothink"), {"empty": "learn"}, "empty: learn does not go with this chat template"),
     ],

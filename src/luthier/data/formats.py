@@ -103,13 +103,21 @@ def _texts(row: Row) -> Iterator[str]:
 
 
 def _text(raw: RawRow, attr: DatasetAttr) -> str:
-    """The first message's text: the prompt column, or the first user turn of a conversation."""
+    """The first message's text: the prompt column, or the first user turn of a conversation.
+
+    Raises DataError where that holds media, which `require_kind` cannot know of: they stand in the message itself.
+    """
     if attr.formatting != "alpaca":
         messages = history(raw, attr).messages
-        first = next((m.content for m in messages if m.role != "system"), None)
+        first = next((m for m in messages if m.role != "system"), None)
         if first is None:
             raise RowError("no message")
-        return first
+        if first.media:
+            raise DataError(
+                f"{raw.place}: it holds images, films or sounds, and text alone is learnt from it (stage 'pt'); use "
+                "stage 'sft', or leave them out"
+            )
+        return first.content
     column = attr.columns.prompt
     if column not in raw.columns and "prompt" not in attr.named and "text" in raw.columns:
         column = "text"

@@ -88,7 +88,8 @@ def _source(value: Any, kind: MediaKind, place: str) -> Source:
 def with_media(conversation: Conversation, raw: RawRow, attr: DatasetAttr) -> Conversation:
     """The conversation with the media of the row's columns, every path looked up.
 
-    Raises RowError where a kind has tags, and not as many as its column has entries.
+    Without a media directory, paths stay as they are named. Raises RowError where a kind has tags, and not as many as
+    its column has entries.
     """
     given = {kind: _given(raw, attr, kind) for kind in TAGS.values()}
     inline = any(message.media for message in conversation.messages)
@@ -108,11 +109,13 @@ def with_media(conversation: Conversation, raw: RawRow, attr: DatasetAttr) -> Co
                 f"{raw.place}: {len(sources or ())} for {waiting}",
             )
     waits = {kind: iter(sources or ()) for kind, sources in given.items()}
-    folder = Path(attr.media_directory)
+    folder = None if attr.media_directory is None else Path(attr.media_directory)
     filled = []
     for message in messages:
         media = [replace(one, source=one.source or next(waits[one.kind])) for one in message.media]
-        found = tuple(replace(one, source=_looked_up(one.source, folder)) for one in media)
+        found = tuple(
+            media if folder is None else [replace(one, source=looked_up(one.source, folder)) for one in media]
+        )
         filled.append(replace(message, media=found) if found else message)
     return replace(conversation, messages=tuple(filled))
 
@@ -166,9 +169,10 @@ def _in_front(messages: Sequence[Message], media: Sequence[Media], raw: RawRow) 
     return [*messages[:first], replace(messages[first], media=joined), *messages[first + 1 :]]
 
 
-def _looked_up(source: Source, folder: Path) -> Source:
+def looked_up(source: Source, folder: Path) -> Source:
+    """The absolute path of a file in the folder of media, or of one that is where its name says, or of no file."""
     if isinstance(source, tuple):
-        return tuple(str(_looked_up(frame, folder)) for frame in source)
+        return tuple(str(looked_up(frame, folder)) for frame in source)
     if source.startswith("data:"):
         return source
     inside = folder / source

@@ -17,8 +17,9 @@ import math
 import wave
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +39,7 @@ _IMAGE_FAULTS = (
     binascii.Error,
 )
 """What PIL raises of a file that is not what it says."""
+INSTALL = "pip install 'luthier[media]'"
 _ORIENTATION = 0x0112
 _REMEMBERED = 65536
 _FEW = 8
@@ -47,7 +49,8 @@ Float32 = np.ndarray[Any, np.dtype[np.float32]]
 
 @dataclass(frozen=True, slots=True)
 class MediaRules:
-    """How media are made smaller or larger before the model's processor sees them; None leaves them alone.
+    """How media are made smaller or larger before the model's processor sees them; None leaves them alone, which the
+    recipes of our own do: `media_limits` tells the processor.
 
     `upright`: turn photographs as their camera says, as transformers does in generation and LLaMA-Factory does not.
     """
@@ -61,17 +64,20 @@ class MediaRules:
 
     @classmethod
     def of(cls, spec: MediaSpec, *, llamafactory: bool = False) -> MediaRules:
-        """The recipe's; for one translated from LLaMA-Factory, its limits where the file names none."""
-        image, video = (32 * 32, 768 * 768), (16 * 16, 256 * 256)
-        if not llamafactory:
-            image = video = (None, None)  # type: ignore[assignment]
-        return cls(
-            image_pixels=(spec.image_min_pixels or image[0], spec.image_max_pixels or image[1]),
-            video_pixels=(spec.video_min_pixels or video[0], spec.video_max_pixels or video[1]),
+        """The recipe's; one translated from LLaMA-Factory has that tool's limits of pixels, kept as there."""
+        plain = cls(
             video_fps=spec.video_fps,
             video_max_frames=spec.video_max_frames,
-            audio_sampling_rate=spec.audio_sampling_rate or (16000 if llamafactory else None),
-            upright=not llamafactory,
+            audio_sampling_rate=spec.audio_sampling_rate,
+        )
+        if not llamafactory:
+            return plain
+        return replace(
+            plain,
+            image_pixels=(spec.image_min_pixels or 32 * 32, spec.image_max_pixels or 768 * 768),
+            video_pixels=(spec.video_min_pixels or 16 * 16, spec.video_max_pixels or 256 * 256),
+            audio_sampling_rate=spec.audio_sampling_rate or 16000,
+            upright=False,
         )
 
 
@@ -103,8 +109,7 @@ def measure(media: Media, rules: MediaRules) -> Extent:
         width, height = _size(_only(media), rules)
         return Extent("image", *fitted_size(width, height, *rules.image_pixels))
     if isinstance(media.source, str):
-        film = _film(media.source, rules)
-        return Extent("video", *film.frames[0].size, frames=len(film.frames), fps=film.fps)
+        return _film_extent(media.source, rules, *_stamp(media.source))
     sizes = [_size(frame, rules) for frame in media.source]
     if len(set(sizes)) > 1:
         raise RowError("frames of a film differ in size", media.source[0])
@@ -182,10 +187,10 @@ def _read_image(source: str, rules: MediaRules) -> Image.Image:
         return turned.convert("RGB")
 
 
-def stamp(media: Media) -> list[list[int]]:
+def stamp(source: str | tuple[str, ...]) -> list[list[int]]:
     """Size in bytes and time of the last change (ns) of the files of a medium; zeros where one is missing."""
-    sources = media.source if isinstance(media.source, tuple) else (media.source,)
-    return [list(_stamp(source)) for source in sources]
+    sources = source if isinstance(source, tuple) else (source,)
+    return [list(_stamp(one)) for one in sources]
 
 
 def _stamp(source: str) -> tuple[int, int]:
@@ -219,31 +224,65 @@ def _shown(source: str) -> str:
 # Films
 
 
+@lru_cache(_REMEMBERED)
+def _film_extent(source: str, rules: MediaRules, *stamp: int) -> Extent:
+    """Of a film file, decoded once however many rows name it. `stamp` forgets a file that changed."""
+    film = _film(source, rules)
+    return Extent("video", *film.frames[0].size, frames=len(film.frames), fps=film.fps)
+
+
 def _film(source: str, rules: MediaRules) -> Film:
-    """Frames of a film file, evenly spaced: `video_fps` of each second, at most `video_max_frames`."""
+    """Frames of a film file, evenly spaced from its first to its last one: `video_fps` of each second, at most
+    `video_max_frames` and at least one, as LLaMA-Factory takes them. No others are kept in memory."""
     try:
         import av
     except ImportError as error:
         raise DataError(
-            f"{_shown(source)}: film files need PyAV, which is not installed: pip install av"
+            f"{_shown(source)}: film files need PyAV, which is not installed: {INSTALL}"
         ) from error
     try:
-        with av.open(_stream(source) if source.startswith("data:") else source, mode="r") as container:
-            decoded = container.decode(video=0)
-            frames = [frame.to_image() for frame in decoded]  # type: ignore[no-untyped-call, unused-ignore]
-            rate = float(container.streams.video[0].average_rate or rules.video_fps)
+        with av.open(_opened(source)) as container:
+            if not container.streams.video:
+                raise ValueError("no film in it")
+            stream = container.streams.video[0]
+            total = stream.frames or _num_frames(source)
+            seconds = _seconds(stream, total, rules)
+            wanted = min(total, rules.video_max_frames, max(1, math.floor(seconds * rules.video_fps)))
+            chosen = np.linspace(0, total - 1, wanted).astype(int).tolist()
+            frames = _decoded_frames(container.decode(stream), frozenset(chosen))
     except FileNotFoundError as error:
         raise RowError("video file is missing", source) from error
-    except (OSError, ValueError, IndexError) as error:  # av's own errors are kinds of these
+    except (OSError, ValueError, LookupError, av.error.FFmpegError) as error:
         raise RowError("video file is broken", f"{_shown(source)}: {error}") from error
-    if not frames:
-        raise RowError("video file is broken", f"{_shown(source)}: no frame in it")
-    wanted = min(
-        len(frames), rules.video_max_frames, max(1, math.floor(len(frames) / rate * rules.video_fps))
-    )
-    chosen = np.linspace(0, len(frames) - 1, wanted).astype(int).tolist()
-    kept = [_fitted(frames[k].convert("RGB"), rules.video_pixels) for k in chosen]
-    return Film(kept, wanted * rate / len(frames))
+    if len(frames) < wanted or not wanted:
+        raise RowError(
+            "video file is broken", f"{_shown(source)}: it has fewer frames than the {total} that it names"
+        )
+    return Film([_fitted(frame, rules.video_pixels) for frame in frames], wanted / seconds)
+
+
+def _num_frames(source: str) -> int:
+    """Frames of a film whose header does not say how many it has: its packets are counted, not decoded."""
+    import av
+
+    with av.open(_opened(source)) as container:
+        return sum(1 for packet in container.demux(video=0) if packet.size)
+
+
+def _seconds(stream: Any, total: int, rules: MediaRules) -> float:
+    """How long a film is, as it says itself; where it does not, by its frames."""
+    if stream.duration and stream.time_base:
+        return float(stream.duration * stream.time_base)
+    return total / float(stream.average_rate or rules.video_fps)
+
+
+def _decoded_frames(decoded: Iterator[Any], chosen: frozenset[int]) -> list[Image.Image]:
+    last = max(chosen, default=-1)
+    return [
+        frame.to_image().convert("RGB")
+        for index, frame in enumerate(islice(decoded, last + 1))
+        if index in chosen
+    ]
 
 
 # --------------------------------------------------------------------------------------------------
@@ -292,7 +331,7 @@ def _decoded(source: str) -> tuple[Float32, int]:
     except ImportError as error:
         raise DataError(
             f"{_shown(source)}: sounds that are not 16-bit WAV files need soundfile, which is not installed: "
-            "pip install soundfile"
+            f"{INSTALL}"
         ) from error
     samples, rate = soundfile.read(_opened(source), dtype="float32", always_2d=True)
     return samples.mean(axis=1), int(rate)
@@ -304,7 +343,7 @@ def _resampled(samples: Float32, found: int, rate: int, source: str) -> Float32:
     except ImportError as error:
         raise DataError(
             f"{_shown(source)}: it has {found} samples a second and the model wants {rate}, which needs soxr, which is "
-            "not installed: pip install soxr"
+            f"not installed: {INSTALL}"
         ) from error
     resampled: Float32 = soxr.resample(samples, found, rate)
     return resampled

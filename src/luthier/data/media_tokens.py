@@ -27,6 +27,7 @@ from transformers import ProcessorMixin
 
 from luthier.conversations import Media, MediaKind
 from luthier.data.media_files import Extent, Film, MediaRules, measure, opened
+from luthier.data.media_limits import Settings, limit_processor, nearest_settings
 from luthier.recipe.media import MediaSpec
 from luthier.types import DataError, ModelError, RowError
 
@@ -53,7 +54,8 @@ TYPE_IDS = ("mm_token_type_ids", "token_type_ids")
 class MediaReader:
     """Opens media and asks the model's processor about them; can be sent to other processes.
 
-    Raises ModelError for a processor that does not say how its media stand in a text.
+    The processor is given the recipe's limits of pixels; `settings` are those that its files are saved with. Raises
+    ModelError for a processor that does not say how its media stand in a text, RecipeError as `limit_processor` does.
     """
 
     def __init__(self, processor: ProcessorMixin, spec: MediaSpec, *, llamafactory: bool = False) -> None:
@@ -62,6 +64,11 @@ class MediaReader:
         if spec.audio_sampling_rate is None and rate is not None:
             spec = spec.model_copy(update={"audio_sampling_rate": rate})
         self.rules = MediaRules.of(spec, llamafactory=llamafactory)
+        self.settings: Settings = (
+            nearest_settings(processor, {"image": self.rules.image_pixels, "video": self.rules.video_pixels})
+            if llamafactory
+            else limit_processor(processor, spec)
+        )
         chosen = {"do_pan_and_scan": spec.pan_and_scan, "crop_to_patches": spec.crop_to_patches}
         self._options = {name: value for name, value in chosen.items() if value is not None}
         self.placeholders: dict[str, str] = {

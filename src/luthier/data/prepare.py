@@ -8,11 +8,10 @@ the other, `dev_split` is taken out, and rows are packed where the recipe says s
 
 from __future__ import annotations
 
-import hashlib
-import json
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -24,7 +23,8 @@ from luthier.data.cache import CODE_VERSION, TokenCache, content_key, default_fo
 from luthier.data.encode import blocks, media_of
 from luthier.data.encode_raw import encode_raw
 from luthier.data.formats import require_kind, to_row
-from luthier.data.media_files import stamp
+from luthier.data.media import Source
+from luthier.data.media_stamps import media_stamps
 from luthier.data.media_template import MediaTemplate
 from luthier.data.mixing import check_mix, mixed_rows
 from luthier.data.packing import best_fit, greedy_groups, in_order
@@ -106,7 +106,7 @@ def prepare(spec: DataSpec, how: Preparation, progress: Progress | None = None) 
     Raises DataError for anything wrong with the data, and where nothing is left to train on. Losses are only
     counted here; `report.check_max_lost` judges them.
     """
-    cache = TokenCache(Path(spec.cache).expanduser() if spec.cache else default_folder())
+    cache = _cache(spec)
     attrs = {"train": resolve_datasets(spec.train, spec), "eval": resolve_datasets(spec.eval, spec)}
     reports: list[DataReport] = []
     fingerprints: dict[str, str] = {}
@@ -166,38 +166,36 @@ def cache_key(attr: DatasetAttr, spec: DataSpec, how: Preparation) -> str:
         "tags": attr.tags.model_dump(),
         "named": sorted(attr.named),
     }
-    return content_key(
-        {
-            "code": [CODE_VERSION, __version__],
-            "data": data_fingerprint(attr, how.hub_cache, how.hub_token),
-            "format": description,
-            "kind": how.kind,
-            "rows": [spec.max_samples, how.seed if attr.num_samples is not None else None],
-            "template": template.fingerprint,
-            "encode": how.identity,
-            "media": _media_stamps(attr, spec, how),
-        }
-    )
+    rows = {
+        "code": [CODE_VERSION, __version__],
+        "data": data_fingerprint(attr, how.hub_cache, how.hub_token),
+        "format": description,
+        "kind": how.kind,
+        "rows": [spec.max_samples, how.seed if attr.num_samples is not None else None],
+    }
+    stamps = None
+    if isinstance(template, MediaTemplate):
+        index = _cache(spec).folder / f"media-{content_key(rows)}.json"
+        stamps = media_stamps(index, Path(attr.media_directory or ""), partial(_media_named, attr, spec, how))
+    return content_key({**rows, "template": template.fingerprint, "encode": how.identity, "media": stamps})
 
 
-def _media_stamps(attr: DatasetAttr, spec: DataSpec, how: Preparation) -> str | None:
-    """SHA-256 of paths, sizes and times of change of all media of a data set; None where the model takes none."""
-    if not isinstance(how.template, MediaTemplate):
-        return None
-    digest, seen = hashlib.sha256(), set()
+def _media_named(attr: DatasetAttr, spec: DataSpec, how: Preparation) -> Iterator[Source]:
+    """The media of all rows that can be used, as the rows name them."""
+    plain = replace(attr, media_directory=None)
     rng = np.random.RandomState(how.seed)
     for raw in read_rows(
         attr, max_samples=spec.max_samples, rng=rng, cache_dir=how.hub_cache, token=how.hub_token
     ):
         try:
-            found = media_of(to_row(raw, attr, how.kind).conversation)
+            found = media_of(to_row(raw, plain, how.kind).conversation)
         except RowError:
             continue  # counted when the rows are encoded
-        for one in found:
-            if one.source not in seen:
-                seen.add(one.source)
-                digest.update(json.dumps([one.source, stamp(one)]).encode())
-    return digest.hexdigest()
+        yield from (one.source for one in found)
+
+
+def _cache(spec: DataSpec) -> TokenCache:
+    return TokenCache(Path(spec.cache).expanduser() if spec.cache else default_folder())
 
 
 def _one_dataset(

@@ -107,7 +107,7 @@ class DatasetAttr:
     columns: ColumnSpec = DEFAULT_COLUMNS["alpaca"]
     tags: TagSpec = DEFAULT_TAGS["alpaca"]
     named: frozenset[str] = frozenset()
-    media_directory: str = ""
+    media_directory: str | None = ""
     """Where the files are that rows name."""
 
     def files(self) -> list[Path]:

@@ -48,8 +48,8 @@ _EXTRAS = {
 """What each protocol needs beside fsspec."""
 
 _STORE_ERRORS = {
-    "s3": ("botocore.exceptions:BotoCoreError",),
-    "gs": ("gcsfs.retry:HttpError", "google.auth.exceptions:GoogleAuthError"),
+    **dict.fromkeys(("s3", "s3a"), ("botocore.exceptions:BotoCoreError",)),
+    **dict.fromkeys(("gs", "gcs"), ("gcsfs.retry:HttpError", "google.auth.exceptions:GoogleAuthError")),
 }
 """What the libraries of some stores raise that is no OSError."""
 

@@ -33,10 +33,18 @@ def knows(source: str, name: str) -> bool:
     return re.search(rf"\b{re.escape(name)}\b", source) is not None
 
 
-def field_of(source: str) -> str | None:
-    """The field in which a template looks for reasoning; None where it has no place for it."""
-    patterns = (rf"\.{name}\b|\[?['\"]{name}['\"]" for name in FIELDS)
-    return next((n for n, p in zip(FIELDS, patterns, strict=True) if re.search(p, source)), None)
+def field_of(source: str, variables: Mapping[str, Any]) -> str | None:
+    """The field whose text a template shows as an answer's reasoning; None where it has no place for any.
+
+    Templates that only pass the field on, or take it out of every answer, have none.
+    """
+    for name in FIELDS:
+        if re.search(rf"\.{name}\b|\[?['\"]{name}['\"]", source) is None:
+            continue
+        tried = Habits(source, variables, name)
+        if any(WHY in tried.text(asked(), tried.answer(WHY), enable=mode) for mode in (None, True)):
+            return name
+    return None
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,6 +156,11 @@ class Habits:
         shown = self.marks.opens + WHY + self.marks.closes + _SAID
         return shown in self.text(asked(), self.answer(WHY), asked(_AGAIN))
 
+    def keeps_content(self) -> bool:
+        """Whether an earlier answer is shown with reasoning that is written into its content."""
+        inline = f"{THINK[0]}\n{WHY}\n{THINK[1]}\n\n{_SAID}"
+        return inline in self.text(asked(), self.answer(content=inline), asked(_AGAIN))
+
     def strips(self) -> bool:
         """Whether an earlier answer is shown without its reasoning, however that is given."""
         inline = f"<think>\n{WHY}\n</think>\n\n{_SAID}"
@@ -177,7 +190,7 @@ class Habits:
 
 @lru_cache(maxsize=64)
 def _habits(source: str, variables: tuple[tuple[str, str], ...]) -> Habits:
-    return Habits(source, dict(variables), field_of(without_policy(source)))
+    return Habits(source, dict(variables), field_of(without_policy(source), dict(variables)))
 
 
 def habits(source: str, variables: Mapping[str, Any]) -> Habits:

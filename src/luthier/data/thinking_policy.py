@@ -55,7 +55,7 @@ def with_thinking(source: str, spec: ThinkingSpec, variables: Mapping[str, Any])
     found = POLICY.search(source)
     head = source[: found.start()] if found is not None else ""
     base = without_policy(source)
-    own = Habits(base, variables, field_of(base))
+    own = Habits(base, variables, field_of(base, variables))
     plan = _Plan(enable=spec.enable, strip_all=spec.answers == "none")
     # A template without a non-thinking mode gets one where the recipe wants its empty thought in a prompt.
     wants_mode = spec.empty == "prompt" or spec.enable is False
@@ -100,12 +100,13 @@ def _with_history(
             replace(plan, variables=(("clear_thinking", False),)),
             replace(plan, write_history=True),
         )
+        if not has_place and tried(plan).keeps_content():
+            return plan  # all of it stands in the content, and stays there
         found = next((way for way in ways if tried(way).keeps()), None)
         if found is None or not has_place:
-            why = "takes it out itself" if has_place else "has no place for it"
             raise DataError(
-                f"data.thinking.history: keep does not go with this chat template, which {why}; leave it out, or "
-                "choose another template"
+                "data.thinking.history: keep does not go with this chat template, which takes reasoning out itself; "
+                "leave it out, or choose another template"
             )
         plan = found
     return plan

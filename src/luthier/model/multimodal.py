@@ -10,6 +10,7 @@ import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from peft import PeftModel
 from torch import nn
 from transformers import (
     AutoModelForCausalLM,
@@ -154,6 +155,13 @@ def outside_language(model: PreTrainedModel) -> list[nn.Parameter]:
         return []
     part_of = sorter(model)
     return [one for name, one in model.named_parameters() if part_of(name) in ("tower", "projector")]
+
+
+def trains_outside_language(model: nn.Module) -> bool:
+    """Whether a parameter of tower or projector trains, an adapter's in them among it: a pass without media leaves
+    it without a gradient."""
+    inner: Any = model.get_base_model() if isinstance(model, PeftModel) else model
+    return any(parameter.requires_grad for parameter in outside_language(inner))
 
 
 def in_language(model: PreTrainedModel) -> Callable[[str], bool]:

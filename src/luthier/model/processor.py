@@ -1,7 +1,8 @@
 """The files of a model's processor: how it turns images, films and sounds into tensors.
 
 A trained model is served with the processor that it was trained with, so its files go into every folder that is saved,
-as they are: the classes that read them may want libraries (torchvision) that training on images does without.
+as they are but for what the recipe changed: the classes that read them may want libraries (torchvision) that training
+on images does without.
 """
 
 from __future__ import annotations
@@ -41,6 +42,37 @@ def _without_template(content: bytes) -> bytes:
         return content
     del values["chat_template"]
     return (json.dumps(values, indent=2) + "\n").encode()
+
+
+def with_settings(files: Mapping[str, bytes], settings: Mapping[str, Mapping[str, Any]]) -> dict[str, bytes]:
+    """The files with other values in them: {"image_processor": {"size": ...}, "video_processor": {}}, say.
+
+    A part that is named gets a file of its own where it would read the images' one.
+    """
+    values: dict[str, dict[str, Any]] = {name: json.loads(content) for name, content in files.items()}
+    whole, images = values.get(PROCESSOR_FILES[0], {}), values.get(PROCESSOR_FILES[1])
+    if "video_processor" in settings and "video_processor" not in whole and images is not None:
+        values.setdefault(PROCESSOR_FILES[2], dict(images))
+    for part, name in (("image_processor", PROCESSOR_FILES[1]), ("video_processor", PROCESSOR_FILES[2])):
+        for place in (values.get(name), whole.get(part)):
+            if place is not None and settings.get(part):
+                place.update(settings[part])
+                if "size" in settings[part]:  # under their earlier names they would win
+                    place.pop("min_pixels", None)
+                    place.pop("max_pixels", None)
+    return {
+        name: files[name]
+        if name in files and json.loads(files[name]) == value
+        else (json.dumps(value, indent=2) + "\n").encode()
+        for name, value in values.items()
+    }
+
+
+def set_processor(model: PreTrainedModel | PeftModel, settings: Mapping[str, Mapping[str, Any]]) -> None:
+    """Have the processor's files written with the values that training uses, as `with_settings` says."""
+    inner: Any = model.get_base_model() if isinstance(model, PeftModel) else model
+    if files := getattr(inner, "luthier_processor", None):
+        inner.luthier_processor = with_settings(files, settings)
 
 
 def remember_processor(model: PreTrainedModel, files: Mapping[str, bytes]) -> None:

@@ -20,7 +20,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
-from transformers.models.auto.modeling_auto import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_MULTIMODAL_LM_MAPPING,
+    MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
+)
 
 from luthier.model.logprobs import backbone_inputs, model_inputs, require_flat, specialise, with_explicit_mask
 from luthier.model.rows import FLAT, Rows
@@ -39,6 +42,18 @@ _CLASSIFIER = "ForSequenceClassification"
 # Loading and saving
 
 
+def _families_that_see(config: PreTrainedConfig) -> str:
+    """Of a model that reads media: which such families have a classifier."""
+    if config.get_text_config() is config:
+        return ""
+    both = [
+        one for one in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING if one in MODEL_FOR_MULTIMODAL_LM_MAPPING
+    ]
+    decoders = [one for one in both if one.sub_configs and not getattr(one, "is_encoder_decoder", False)]
+    names = sorted(one.model_type for one in decoders)
+    return f"; of those that read images, films or sounds it has one of {', '.join(names)}"
+
+
 def reward_config(config: PreTrainedConfig, label: str) -> bool:
     """Ask the config for one label; returns whether its files hold a trained value head already.
 
@@ -52,7 +67,7 @@ def reward_config(config: PreTrainedConfig, label: str) -> bool:
     ):
         raise ModelError(
             f"{label}: transformers has no form of {name} with a value head ({_CLASSIFIER}), so it cannot be a reward "
-            "model; choose a base of another family"
+            f"model; choose a base of another family{_families_that_see(config)}"
         )
     trained = any(architecture.endswith(_CLASSIFIER) for architecture in config.architectures or ())
     if trained and config.num_labels != 1:

@@ -31,7 +31,7 @@ from torch.optim import Optimizer
 from transformers import PreTrainedModel
 
 from luthier.methods.full import decoder_layers
-from luthier.model.multimodal import in_language, is_multimodal
+from luthier.model.multimodal import trains_outside_language
 from luthier.parallel.strategy import State
 from luthier.recipe.parallel import Fsdp2Spec
 from luthier.types import ModelError
@@ -56,7 +56,7 @@ class FullyShard:
         """Raises ModelError for a model without a list of decoder layers, and for one whose tower of media trains."""
         inner: Any = model.get_base_model() if isinstance(model, PeftModel) else model
         assert isinstance(inner, PreTrainedModel)
-        _require_same_work(inner)
+        _require_same_work(model)
         device = PartialState().device.type
         mesh = init_device_mesh(device, (torch.distributed.get_world_size(),))
         offload = CPUOffloadPolicy(pin_memory=device == "cuda") if self._spec.cpu_offload else OffloadPolicy()
@@ -148,18 +148,14 @@ def _groups(model: PreTrainedModel) -> Iterator[nn.Module]:
         yield head
 
 
-def _require_same_work(model: PreTrainedModel) -> None:
+def _require_same_work(model: nn.Module) -> None:
     """All processes have to gather the same groups in the same order, and add up gradients of the same parameters. A
     process whose rows have no image calls no tower: what is frozen of it is gathered with the root."""
-    if not is_multimodal(model.config):
-        return
-    chosen = in_language(model)
-    for name, parameter in model.named_parameters():
-        if parameter.requires_grad and not chosen(name):
-            raise ModelError(
-                f"parallel: fsdp2 with {name} training: a process whose rows have no images would have no gradient of "
-                "it, and the others would wait; hold all towers still (model.frozen_parts) or use parallel: {type: ddp}"
-            )
+    if trains_outside_language(model):
+        raise ModelError(
+            "parallel: fsdp2 with a tower of media that trains: a process whose rows have none would have no gradient "
+            "of it, and the others would wait; hold all towers still (model.frozen_parts) or use parallel: {type: ddp}"
+        )
 
 
 def _keep_for_backward(model: nn.Module, args: Any) -> None:

@@ -121,7 +121,7 @@ def _asked(index: int, attr: DatasetAttr, raw: RawRow, name: str) -> Asked:
 
 def media_identity(requests: Iterable[Request]) -> dict[str, str]:
     """A hash of the paths, sizes and times of change of all media of some requests; nothing where there are none."""
-    stamps = [[medium.source, stamp(medium)] for request in requests for medium in request.media]
+    stamps = [[medium.source, stamp(medium.source)] for request in requests for medium in request.media]
     return {"media": hashlib.sha256(json.dumps(stamps).encode()).hexdigest()} if stamps else {}
 
 

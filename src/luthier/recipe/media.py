@@ -11,7 +11,7 @@ class MediaSpec(Spec):
     directory: str | None = None
     """Folder of the files that rows name; `data.directory` if absent."""
     image_max_pixels: int | None = Field(default=None, gt=0)
-    """Shrink larger images to this area before the model's processor sees them; its own limits hold too."""
+    """Shrink larger images to this area: the model's processor does, and is saved so. Its own limits hold too."""
     image_min_pixels: int | None = Field(default=None, gt=0)
     """Enlarge smaller images to this area."""
     pan_and_scan: bool | None = None

@@ -236,10 +236,7 @@ class Recipe(Spec):
         stage = self.stage
         if self.data.stream is not None:
             require_streamable(stage, self.data, self.train)
-        if self.data.train_roles != ("assistant",) and stage.type in ("rm", "dpo", "kto"):
-            raise ValueError(
-                f"data.train_roles does not go with stage: {stage.type}, which compares whole answers"
-            )
+        self._require_learnt()
         if isinstance(stage, OnlineSpec):
             require_online(stage, self.data, self.train, self.generation, self.method, self.optim)
         if self.train.generate_at_eval is not None:
@@ -255,6 +252,25 @@ class Recipe(Spec):
                 "leave it out"
             )
         return self
+
+    def _require_learnt(self) -> None:
+        """What says which tokens of a conversation are learnt is for sft; ppo and grpo have rules of their own."""
+        data, stage = self.data, self.stage.type
+        if data.train_on_prompt and data.mask_history:
+            raise ValueError(
+                "data.mask_history learns the last answer alone, and data.train_on_prompt everything; keep one of them"
+            )
+        does = {"pt": "learns every token", **dict.fromkeys(("rm", "dpo", "kto"), "compares whole answers")}
+        chosen = {
+            "train_on_prompt": data.train_on_prompt,
+            "mask_history": data.mask_history,
+            "train_roles": data.train_roles != ("assistant",),
+        }
+        for key, is_given in chosen.items():
+            if is_given and stage in does:
+                raise ValueError(
+                    f"data.{key} does not go with stage: {stage}, which {does[stage]}; leave it out, or give stage: sft"
+                )
 
     def _require_answers(self) -> None:
         key, data = "train.generate_at_eval", self.data

@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 from luthier.methods.adapter_files import attach_adapter
 from luthier.model.load import ModelSource, load_model
 from luthier.model.positions import recorded_positions
+from luthier.model.processor import processor_files, remember_processor
 from luthier.model.vocabulary import recorded_change, resize_embeddings
 from luthier.trained.dequantize import dequantize, is_quantized
 from luthier.trained.source import Trained
@@ -50,6 +51,8 @@ class Loader:
         )
         if (dequantized or len(trained.adapters) > 1) and is_quantized(base):
             base = dequantize(base)
+        if trained.adapters and (files := processor_files(trained.adapters[-1], {})):
+            remember_processor(base, files)  # its training may have set other limits than the base's
         record = recorded_change(trained.adapters)
         if record is not None:
             resize_embeddings(base, record)
