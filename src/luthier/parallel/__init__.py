@@ -5,13 +5,21 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from luthier.parallel.deepspeed import DeepSpeed
 from luthier.parallel.strategy import Replicated, Strategy
-from luthier.recipe.parallel import DdpSpec
+from luthier.recipe.deepspeed_json import deepspeed_config, zero_stage
+from luthier.recipe.parallel import DdpSpec, DeepSpeedSpec
 from luthier.recipe.schema import Recipe
 
 STRATEGIES: dict[type[Any], Callable[[Recipe, int], Strategy]] = {
-    DdpSpec: lambda recipe, processes: Replicated()
+    DdpSpec: lambda recipe, processes: Replicated(),
+    DeepSpeedSpec: lambda recipe, processes: _deepspeed(recipe, processes),
 }
+
+
+def _deepspeed(recipe: Recipe, processes: int) -> Strategy:
+    """ZeRO 0 divides nothing."""
+    return DeepSpeed(deepspeed_config(recipe), processes) if zero_stage(recipe) else Replicated()
 
 
 def build_strategy(recipe: Recipe, processes: int) -> Strategy:

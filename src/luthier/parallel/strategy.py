@@ -27,6 +27,11 @@ class Strategy(Protocol):
         """Divide a whole, loaded model among the processes, before its optimizer is built. *Together.*"""
         ...
 
+    def wrap(self, accelerator: Accelerator, model: nn.Module, optimizer: Any) -> tuple[nn.Module, Any]:
+        """What the loop calls in place of a model, and steps in place of its optimizer: both as they are where nothing
+        but DistributedDataParallel has to be put around them. *Together.*"""
+        ...
+
     def wrapped(self, model: nn.Module) -> str:
         """The class that holds the model for several processes, for `run.json`: asked for when training begins."""
         ...
@@ -39,6 +44,10 @@ class Strategy(Protocol):
 
     def backward(self, accelerator: Accelerator, model: nn.Module, loss: Tensor, *, last: bool) -> None:
         """Gradients of one pass."""
+        ...
+
+    def clip(self, accelerator: Accelerator, model: nn.Module, max_norm: float) -> Tensor:
+        """Scale the gradients down to `max_norm`, which may be infinite; their norm before. *Together.*"""
         ...
 
     def whole(self, tensor: Tensor) -> Tensor:
@@ -69,6 +78,9 @@ class Replicated:
     def divide(self, model: nn.Module) -> None:
         return None
 
+    def wrap(self, accelerator: Accelerator, model: nn.Module, optimizer: Any) -> tuple[nn.Module, Any]:
+        return model, optimizer
+
     def wrapped(self, model: nn.Module) -> str:
         return type(model).__name__
 
@@ -79,6 +91,10 @@ class Replicated:
 
     def backward(self, accelerator: Accelerator, model: nn.Module, loss: Tensor, *, last: bool) -> None:
         accelerator.backward(loss)
+
+    def clip(self, accelerator: Accelerator, model: nn.Module, max_norm: float) -> Tensor:
+        norm: Tensor = accelerator.clip_grad_norm_(model.parameters(), max_norm)  # type: ignore[assignment, no-untyped-call]
+        return norm
 
     def whole(self, tensor: Tensor) -> Tensor:
         return tensor

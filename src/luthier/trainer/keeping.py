@@ -50,9 +50,19 @@ class Keeping(Evaluation):
             self._divided = True
             # The loop underneath has a way for models that hold their parts themselves: nothing wraps them again.
             self.is_distributed_loading_by_transformers = True
+        self._num_parameters = self._num_parameters or sum(one.numel() for one in self._trained.parameters())
         return super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)  # type: ignore[no-untyped-call]
 
     _divided = False
+    _num_parameters = 0
+
+    def _wrap_model(self, model: nn.Module, training: bool = True, dataloader: Any = None) -> nn.Module:
+        """Called once the optimizer is built, before either of them is prepared."""
+        wrapped, self.optimizer = self.strategy.wrap(self.accelerator, self._trained, self.optimizer)
+        if wrapped is self._trained:
+            return super()._wrap_model(model, training, dataloader)  # type: ignore[no-untyped-call, no-any-return]
+        self.is_distributed_loading_by_transformers = False  # what wraps it looks after its gradients too
+        return wrapped
 
     @property
     def _trained(self) -> nn.Module:
