@@ -224,7 +224,7 @@ class DeepSpeed:
             safe_set_local_optimizer_state(parameter, nn.functional.pad(part, (0, size - len(part))), name)
 
 
-class _Steps(AcceleratedOptimizer):
+class _Steps(AcceleratedOptimizer):  # type: ignore[misc]
     """The recipe's optimizer as the loop sees it; a step of it is the engine's."""
 
     def __init__(self, engine: Any) -> None:

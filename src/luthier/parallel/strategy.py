@@ -93,7 +93,7 @@ class Replicated:
         accelerator.backward(loss)
 
     def clip(self, accelerator: Accelerator, model: nn.Module, max_norm: float) -> Tensor:
-        norm: Tensor = accelerator.clip_grad_norm_(model.parameters(), max_norm)  # type: ignore[assignment, no-untyped-call]
+        norm: Tensor = accelerator.clip_grad_norm_(model.parameters(), max_norm)
         return norm
 
     def whole(self, tensor: Tensor) -> Tensor:

@@ -53,29 +53,25 @@ def _not_with_zero(recipe: Recipe) -> Iterator[str]:
     """What DeepSpeed's own step leaves no room for."""
     train, optim, name = recipe.train, recipe.optim, "parallel: deepspeed"
     if train.precision == "fp16":
-        yield f"{name} does not go with train.precision: fp16 here, whose loss scale it keeps to itself; give bf16 or fp32"
+        yield (
+            f"{name} does not go with train.precision: fp16 here, whose loss scale it keeps to itself; give bf16 or fp32"
+        )
     if (action := train.bad_numbers.action) != "stop":
         yield (
-            f"{name} does not go with train.bad_numbers.action: {action}: gradients that it has taken in cannot be given "
-            "back; give stop, or use parallel: {type: ddp}"
+            f"{name} does not go with train.bad_numbers.action: {action}: gradients that it has taken in cannot be "
+            "given back; give stop, or use parallel: {type: ddp}"
         )
     if train.compile is not None:
-        yield f"{name} does not go with train.compile: it takes gradients and weights by hooks of its own; remove it"
+        yield f"{name} does not go with train.compile: it works by hooks of its own; remove it"
     if train.fit_memory:
         yield (
             f"{name} does not go with train.fit_memory: a pass that did not fit leaves gradients behind; remove it and "
             "give train.tokens_per_pass"
         )
-    plain = isinstance(optim, SgdSpec) or (
-        isinstance(optim, AdamwSpec | LionSpec) and optim.bits == 32 and not optim.paged
-    )
-    if not plain:
-        kind = (
-            f"{getattr(optim, 'type', '')} with bits or paged"
-            if isinstance(optim, AdamwSpec | LionSpec)
-            else optim.type
-        )  # type: ignore[attr-defined]
+    small = isinstance(optim, AdamwSpec | LionSpec) and (optim.bits != 32 or optim.paged)
+    if small or not isinstance(optim, AdamwSpec | LionSpec | SgdSpec):
+        kind = f"{optim.type}{' with bits or paged' if small else ''}"  # type: ignore[attr-defined]
         yield (
-            f"{name} does not go with optim.type: {kind}: a process holds pieces of flat rows of numbers, in which it has "
-            "no matrices, layers or blocks; give adamw, sgd or lion with 32 bits"
+            f"{name} does not go with optim.type: {kind}: a process holds pieces of flat rows of numbers, in which "
+            "there are no matrices, layers or blocks; give adamw, sgd or lion with 32 bits"
         )

@@ -60,7 +60,7 @@ class Keeping(Evaluation):
         """Called once the optimizer is built, before either of them is prepared."""
         wrapped, self.optimizer = self.strategy.wrap(self.accelerator, self._trained, self.optimizer)
         if wrapped is self._trained:
-            return super()._wrap_model(model, training, dataloader)  # type: ignore[no-untyped-call, no-any-return]
+            return super()._wrap_model(model, training, dataloader)
         self.is_distributed_loading_by_transformers = False  # what wraps it looks after its gradients too
         return wrapped
 
