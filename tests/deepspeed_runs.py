@@ -8,7 +8,7 @@ from __future__ import annotations
 import copy
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,7 +21,7 @@ from safetensors.torch import load_file
 
 import luthier
 from tests import processes
-from tests.compared import FULL, LORA, recipe_for
+from tests.compared import FULL, recipe_for
 from tests.tiny import chat_model, write_alpaca
 
 Recipe = dict[str, Any]
@@ -62,7 +62,7 @@ def recipe(folder: Path, stage: str, method: Mapping[str, Any] = FULL, **train: 
     return made
 
 
-def divided(base: Recipe, output: Path, zero: int, **parallel: Any) -> Recipe:
+def divided(base: Recipe, output: Path, zero: int | None, **parallel: Any) -> Recipe:
     """The recipe for two processes, under ZeRO; one process has both shares of the rows."""
     made = copy.deepcopy(base)
     made["train"] |= {"output": str(output)}
@@ -102,20 +102,22 @@ class Runs:
     def two(self, label: str) -> Path:
         return Path(self.recipes[label]["train"]["output"])
 
-    def base(self, name: str, made: Recipe) -> Recipe:
+    def base(self, name: str, made: Recipe, **train: Any) -> Recipe:
         """Trains `made` in one plain process under `name`."""
         output = self.folder / "one" / name
-        luthier.train(alone(made, output), quiet=True)
+        luthier.train(alone(made, output, **train), quiet=True)
         self.one[name] = output
         return made
 
     def add(self, label: str, made: Recipe, change: processes.Change | None = None) -> None:
         self.recipes[label], self.changes[label] = made, change
 
-    def train(self, count: int = 2) -> None:
-        """All that was added and not trained yet."""
-        todo = [label for label in self.recipes if label not in self.said]
+    def train(self, count: int = 2, only: Sequence[str] | None = None) -> None:
+        """All that was added and not trained yet, or `only` some of it."""
+        todo = [label for label in only or self.recipes if label not in self.said]
         work = [(self.recipes[label], self.changes[label]) for label in todo]
+        if not todo:
+            return
         said = processes.train_in_processes(work, self.folder / f"said-{len(self.said)}", count)
         self.said |= {label: list(texts) for label, texts in zip(todo, zip(*said, strict=True), strict=True)}
 

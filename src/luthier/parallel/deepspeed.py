@@ -102,13 +102,14 @@ class DeepSpeed:
 
     def clip(self, accelerator: Accelerator, model: nn.Module, max_norm: float) -> Tensor:
         """The norm of the gradients, infinite where one of them is not a number. The engine clips as it steps."""
-        zero = self._engine.optimizer
-        if self.stage < 3:
-            norm: Tensor = zero.scaled_global_norm()
-            return norm
         from deepspeed.runtime.utils import combine_grad_norm_groups
 
-        norm = combine_grad_norm_groups(zero._get_norm_groups())
+        zero = self._engine.optimizer
+        norm: Tensor = (
+            combine_grad_norm_groups(zero._get_norm_groups())
+            if self.stage == 3
+            else zero.scaled_global_norm()
+        )
         return norm
 
     # ---- files -------------------------------------------------------------------------------------

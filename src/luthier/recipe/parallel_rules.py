@@ -54,7 +54,8 @@ def _not_with_zero(recipe: Recipe) -> Iterator[str]:
     train, optim, name = recipe.train, recipe.optim, "parallel: deepspeed"
     if train.precision == "fp16":
         yield (
-            f"{name} does not go with train.precision: fp16 here, whose loss scale it keeps to itself; give bf16 or fp32"
+            f"{name} does not go with train.precision: fp16 here, whose loss scale it keeps to itself; give bf16 or "
+            "fp32"
         )
     if (action := train.bad_numbers.action) != "stop":
         yield (
