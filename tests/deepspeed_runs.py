@@ -56,7 +56,7 @@ def recipe(folder: Path, stage: str, method: Mapping[str, Any] = FULL, **train: 
         made["stage"] = {"type": stage}
         write_alpaca(folder / "alpaca.json", 31)
         write_alpaca(folder / "alpaca_eval.json", 7)
-        kinds = {"sft": {}, "pt": {"format": "text", "columns": {"text": "output"}}}[stage]
+        kinds = {"sft": {}, "pt": {"columns": {"prompt": "output"}}}[stage]
         for key, name in (("train", "alpaca"), ("eval", "alpaca_eval")):
             made["data"][key] = [{"file_name": f"{name}.json", **kinds}]
     return made

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +17,7 @@ from tests.compared import FULL, LORA
 from tests.deepspeed_runs import (
     ALL_DIVIDED,
     Runs,
+    alone,
     assert_same_run,
     divided,
     every_pass_is_the_last,
@@ -148,6 +152,24 @@ def test_options_change_nothing(label: str, options: Runs) -> None:
     assert_same_run(options.two(label), options.one["sft"])
     expected = "DistributedDataParallel" if label == "zero 0" else "DeepSpeedEngine"
     assert parallel_of(options.two(label))["wrapped"].startswith(expected)
+
+
+@pytest.mark.parametrize("zero", [2, 3])
+def test_one_process_keeps_its_optimizer_in_the_hosts_memory(zero: int, options: Runs) -> None:
+    """A process that nobody launched."""
+    made = alone(options.recipes["json"], options.folder / f"host {zero}")
+    made["parallel"] = {"type": "deepspeed", "zero": zero, "offload_optimizer": True}
+    recipe, run = options.folder / f"host{zero}.json", options.folder / f"host {zero}"
+    recipe.write_text(json.dumps(made), encoding="utf-8")
+    words = [sys.executable, "-m", "luthier", "train", str(recipe)]
+    done = subprocess.run(words, capture_output=True, text=True, check=False, timeout=200)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert parallel_of(run) == {
+        "type": "deepspeed",
+        "processes": 1,
+        "wrapped": f"DeepSpeedEngine, ZeRO-{zero}",
+    }
+    assert_same_run(run, options.one["sft"])
 
 
 @pytest.mark.parametrize("zero", [2, 3])

@@ -7,7 +7,7 @@ from typing import Any
 
 from luthier.parallel.deepspeed import DeepSpeed
 from luthier.parallel.strategy import Replicated, Strategy
-from luthier.recipe.deepspeed_json import deepspeed_config, zero_stage
+from luthier.recipe.deepspeed_json import deepspeed_config, offloads
 from luthier.recipe.parallel import DdpSpec, DeepSpeedSpec
 from luthier.recipe.schema import Recipe
 
@@ -18,8 +18,11 @@ STRATEGIES: dict[type[Any], Callable[[Recipe, int], Strategy]] = {
 
 
 def _deepspeed(recipe: Recipe, processes: int) -> Strategy:
-    """ZeRO 0 divides nothing."""
-    return DeepSpeed(deepspeed_config(recipe), processes) if zero_stage(recipe) else Replicated()
+    """ZeRO 0 divides nothing, and one process has nobody to divide with: it is there for the host's memory."""
+    config = deepspeed_config(recipe)
+    if config["zero_optimization"]["stage"] and (processes > 1 or offloads(config)):
+        return DeepSpeed(config, processes)
+    return Replicated()
 
 
 def build_strategy(recipe: Recipe, processes: int) -> Strategy:

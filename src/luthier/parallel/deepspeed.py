@@ -58,6 +58,10 @@ class DeepSpeed:
             self._groups = [(group, list(group["params"])) for group in optimizer.param_groups]
             # Autocast goes inside: the engine takes off what is around itself.
             inner = accelerator.prepare_model(model, device_placement=False, evaluation_mode=True)
+            if not torch.distributed.is_initialized():  # one process that nobody launched
+                backend = "gloo" if accelerator.device.type == "cpu" else None
+                store = torch.distributed.HashStore()
+                torch.distributed.init_process_group(backend, store=store, rank=0, world_size=1)
             if self.stage == 3:
                 _whole_head(deepspeed, inner)
             self._engine, *_ = deepspeed.initialize(

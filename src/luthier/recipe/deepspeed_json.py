@@ -39,14 +39,15 @@ _SCHEDULERS = {"warmuplr": "constant_with_warmup", "warmupdecaylr": "linear", "w
 """What transformers takes DeepSpeed's schedules for."""
 
 
-def zero_stage(recipe: Recipe) -> int:
+def zero_stage(recipe: Recipe, processes: int | None = None) -> int:
     """0 to 3: the ZeRO stage of a recipe with `parallel: {type: deepspeed}`; 0 divides nothing. Raises RecipeError."""
-    stage: int = deepspeed_config(recipe)["zero_optimization"]["stage"]
+    stage: int = deepspeed_config(recipe, processes)["zero_optimization"]["stage"]
     return stage
 
 
-def deepspeed_config(recipe: Recipe) -> Tree:
-    """What DeepSpeed is given, but for batch sizes; `auto` is left where only the model says a number.
+def deepspeed_config(recipe: Recipe, processes: int | None = None) -> Tree:
+    """What DeepSpeed is given, but for batch sizes; `auto` is left where only the model says a number. Where it is known
+    how many `processes` there are, the size of a whole batch is compared too.
 
     Raises RecipeError for a file that cannot be read, and for the first key that contradicts the recipe, naming both
     values.
@@ -54,7 +55,7 @@ def deepspeed_config(recipe: Recipe) -> Tree:
     spec = recipe.parallel
     assert isinstance(spec, DeepSpeedSpec)
     given = _read(spec.config)
-    for text in _problems(given, recipe):
+    for text in _problems(given, recipe, processes):
         raise RecipeError(text)
     zero = given.get("zero_optimization", {})
     stage = _stage(zero, spec)
@@ -64,6 +65,12 @@ def deepspeed_config(recipe: Recipe) -> Tree:
     built |= {"zero_allow_untested_optimizer": True, "zero_force_ds_cpu_optimizer": False}
     built["gradient_clipping"] = recipe.optim.max_grad_norm
     return built
+
+
+def offloads(config: Mapping[str, Any]) -> bool:
+    """Whether a `deepspeed_config` keeps weights or optimizer in the host's memory."""
+    zero = config["zero_optimization"]
+    return "cpu" in (_place(zero, "offload_optimizer"), _place(zero, "offload_param"))
 
 
 _DECIDED = frozenset(
@@ -96,7 +103,7 @@ def _read(config: str | Mapping[str, Any] | None) -> Tree:
     return tree
 
 
-def _problems(given: Tree, recipe: Recipe) -> Iterator[str]:
+def _problems(given: Tree, recipe: Recipe, processes: int | None) -> Iterator[str]:
     for name, why in _REFUSED.items():
         if given.get(name) not in (None, False, 1, {}):
             yield f"parallel.config.{name}: {why}; remove it"
@@ -104,7 +111,7 @@ def _problems(given: Tree, recipe: Recipe) -> Iterator[str]:
     for name in sections:
         if not isinstance(given.get(name, {}), dict):
             yield f"parallel.config.{name}: expected an object, found {given[name]!r}"
-    for key, wanted, ours in _decisions(given, recipe):
+    for key, wanted, ours in _decisions(given, recipe, processes):
         if wanted not in (_MISSING, _AUTO, None) and not _equal(wanted, ours[1]):
             yield (
                 f"parallel.config.{key} is {wanted!r}, and {ours[0]} is {ours[1]!r}: write auto there, or give both "
@@ -113,7 +120,9 @@ def _problems(given: Tree, recipe: Recipe) -> Iterator[str]:
     yield from _offload_problems(given.get("zero_optimization", {}))
 
 
-def _decisions(given: Tree, recipe: Recipe) -> Iterator[tuple[str, Any, tuple[str, Any]]]:
+def _decisions(
+    given: Tree, recipe: Recipe, processes: int | None
+) -> Iterator[tuple[str, Any, tuple[str, Any]]]:
     """(DeepSpeed's key, its value there, (the recipe's key, its value))."""
     spec, train, optim = recipe.parallel, recipe.train, recipe.optim
     assert isinstance(spec, DeepSpeedSpec)
@@ -157,6 +166,10 @@ def _decisions(given: Tree, recipe: Recipe) -> Iterator[tuple[str, Any, tuple[st
         at("gradient_accumulation_steps"),
         ("train.accumulation" if by_rows else rule, train.accumulation if by_rows else "in tokens"),
     )
+    if processes is not None or not by_rows:
+        rows = (train.rows_per_device or 0) * train.accumulation * (processes or 0)
+        name = f"{rule} x train.accumulation x {processes} processes" if by_rows else rule
+        yield "train_batch_size", at("train_batch_size"), (name, rows if by_rows else "in tokens")
     yield from _optimizer(at, optim)
 
 

@@ -45,7 +45,7 @@ def _refusals(recipe: Recipe, world_size: int) -> Iterator[str]:
             f"{name} does not go with optim.type: {recipe.optim.type}, which updates whole parameters in the backward "
             "pass; give another optimizer"
         )
-    if isinstance(recipe.parallel, DeepSpeedSpec) and zero_stage(recipe):
+    if isinstance(recipe.parallel, DeepSpeedSpec) and zero_stage(recipe, world_size):
         yield from _not_with_zero(recipe)
 
 
