@@ -60,7 +60,7 @@ class DeepSpeed:
             inner = accelerator.prepare_model(model, device_placement=False, evaluation_mode=True)
             if not torch.distributed.is_initialized():  # one process that nobody launched
                 backend = "gloo" if accelerator.device.type == "cpu" else None
-                store = torch.distributed.HashStore()
+                store = torch.distributed.HashStore()  # type: ignore[attr-defined]
                 torch.distributed.init_process_group(backend, store=store, rank=0, world_size=1)
             if self.stage == 3:
                 _whole_head(deepspeed, inner)

@@ -46,8 +46,8 @@ def zero_stage(recipe: Recipe, processes: int | None = None) -> int:
 
 
 def deepspeed_config(recipe: Recipe, processes: int | None = None) -> Tree:
-    """What DeepSpeed is given, but for batch sizes; `auto` is left where only the model says a number. Where it is known
-    how many `processes` there are, the size of a whole batch is compared too.
+    """What DeepSpeed is given, but for batch sizes; `auto` is left where only the model says a number. With the number
+    of `processes`, the size of a whole batch is compared too.
 
     Raises RecipeError for a file that cannot be read, and for the first key that contradicts the recipe, naming both
     values.

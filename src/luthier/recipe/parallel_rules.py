@@ -71,7 +71,7 @@ def _not_with_zero(recipe: Recipe) -> Iterator[str]:
         )
     small = isinstance(optim, AdamwSpec | LionSpec) and (optim.bits != 32 or optim.paged)
     if small or not isinstance(optim, AdamwSpec | LionSpec | SgdSpec):
-        kind = f"{optim.type}{' with bits or paged' if small else ''}"  # type: ignore[attr-defined]
+        kind = f"{optim.type}{' with bits or paged' if small else ''}"
         yield (
             f"{name} does not go with optim.type: {kind}: a process holds pieces of flat rows of numbers, in which "
             "there are no matrices, layers or blocks; give adamw, sgd or lion with 32 bits"
