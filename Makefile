@@ -28,6 +28,8 @@ COMPILED := $(shell grep -E '^pycosat==' constraints.txt)
 # transformers reads films with it. Put apart, because a registry's one does not fit a CPU's torch: one test of films uses it,
 # in a process of its own. 25 MB.
 FILMS := $(shell sed -n 's/^\# films: //p' constraints.txt)
+# Its build asks torch, which an isolated one would not have.
+DEEPSPEED := $(shell grep -E '^deepspeed==' constraints.txt)
 
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
@@ -53,6 +55,7 @@ $(VENV)/core.stamp: constraints.txt pyproject.toml
 $(VENV)/dev.stamp: $(VENV)/core.stamp
 	$(INSTALL) -e '.[test,dev]'
 	$(INSTALL) --no-deps $(LM_EVAL) $(VERIFIERS)
+	$(INSTALL) --no-build-isolation $(DEEPSPEED)
 	$(INSTALL) --no-deps $(COMPILED) || echo "$(COMPILED) could not be built here: the tests of reasoning-gym are skipped"
 	$(PIP) install --disable-pip-version-check --quiet $(PIP_ARGS) --no-deps --upgrade --target $(VENV)/torchvision "$(FILMS)" || echo "$(FILMS) is not to be had: its test is skipped"
 	@touch $@

@@ -51,6 +51,7 @@ from luthier.optim.schedule import Factor
 from luthier.publish import require_hub
 from luthier.recipe.load import LoadedRecipe
 from luthier.recipe.online import OnlineSpec, PpoSpec
+from luthier.recipe.parallel import DeepSpeedSpec
 from luthier.recipe.resolve import Hardware
 from luthier.recipe.schema import AdapterSpec, Recipe, RmSpec
 from luthier.show import Say
@@ -131,6 +132,8 @@ def build_model(
     """
     if getattr(settings.optim, "bits", 32) == 8 or getattr(settings.optim, "paged", False):
         require("bitsandbytes", "optim.bits=8 or optim.paged=true")
+    if isinstance(settings.parallel, DeepSpeedSpec):
+        require("deepspeed", "parallel: {type: deepspeed}")
     device = torch.device(hardware.device)
     positions = _positions(settings, source)
     kind: ModelKind = "reward" if isinstance(settings.stage, RmSpec) else "language"

@@ -41,6 +41,9 @@ OPTIONAL = (
         "optim: {type: adamw, bits: 8}",
         "pip install 'luthier[bitsandbytes]'",
     ),
+    Library(
+        "deepspeed", "deepspeed", "parallel: {type: deepspeed}", "pip install --no-build-isolation deepspeed"
+    ),
     Library("tensorboard", "tensorboard", "train.report_to: [tensorboard]", "pip install tensorboard"),
     Library("wandb", "wandb", "train.report_to: [wandb]", "pip install wandb"),
     Library("mlflow", "mlflow", "train.report_to: [mlflow]", "pip install mlflow"),

@@ -18,6 +18,8 @@ from luthier.model.logprobs import chosen_rows
 from luthier.model.reference import AdaptersOff, AsItIs, OtherModel, Reference, StartingPoint
 from luthier.model.selftest import build_with_rows
 from luthier.parallel.strategy import Strategy
+from luthier.recipe.deepspeed_json import zero_stage
+from luthier.recipe.parallel import DeepSpeedSpec
 from luthier.recipe.resolve import TOKENS_PER_BATCH, Hardware
 from luthier.recipe.schema import AdapterSpec, Recipe, ReferenceSpec
 from luthier.show import Say
@@ -51,7 +53,8 @@ def build_reference(
     """The model that the stage compares with, as the recipe's `stage.reference` says; `before` the first step the
     policy itself is what it starts from. Where `strategy` has divided the policy, another model is divided too.
 
-    Raises ModelError for another model that cannot be loaded or has another vocabulary.
+    Raises ModelError for another model that cannot be loaded or has another vocabulary, and where a copy of divided
+    weights would be needed.
     """
     spec = reference_spec(settings)
     if spec.path is not None:
@@ -72,7 +75,14 @@ def build_reference(
                 "stage.reference: base: the adapter changes biases of the base, which switching it off does not undo; "
                 "name the base in stage.reference.path"
             )
-    return AsItIs() if before else StartingPoint(model)
+    if before:
+        return AsItIs()
+    if isinstance(settings.parallel, DeepSpeedSpec) and zero_stage(settings) == 3:
+        raise ModelError(
+            "stage.reference: start: a copy of the weights cannot take the place of weights that DeepSpeed divides "
+            "(zero: 3); give stage.reference: precompute, which asks it once before they are divided"
+        )
+    return StartingPoint(model)
 
 
 def _nearer(settings: Recipe) -> bool:

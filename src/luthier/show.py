@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import warnings
 from collections.abc import Callable, Sequence
 from itertools import groupby, pairwise
@@ -23,8 +24,12 @@ def speaker(quiet: bool) -> Say:
 
 def quiet_libraries() -> None:
     """Leave the terminal to the run: transformers' own progress and notices, and a warning that is for PEFT."""
+    import torch
     from transformers.utils import logging
 
+    if not torch.accelerator.is_available():
+        # accelerate imports DeepSpeed where it is installed, which says aloud what it found unless it is told.
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
     logging.set_verbosity_error()  # type: ignore[no-untyped-call]
     logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*", category=FutureWarning)

@@ -77,6 +77,9 @@ class FullyShard:
         if not self._spec.reshard_after_forward:
             model.register_forward_pre_hook(_keep_for_backward)
 
+    def wrap(self, accelerator: Accelerator, model: nn.Module, optimizer: Any) -> tuple[nn.Module, Any]:
+        return model, optimizer
+
     def wrapped(self, model: nn.Module) -> str:
         return FSDPModule.__name__ if isinstance(model, FSDPModule) else type(model).__name__
 

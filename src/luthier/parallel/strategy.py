@@ -33,6 +33,11 @@ class Strategy(Protocol):
         *Together.*"""
         ...
 
+    def wrap(self, accelerator: Accelerator, model: nn.Module, optimizer: Any) -> tuple[nn.Module, Any]:
+        """What the loop calls in place of a model, and steps in place of its optimizer: both as they are where nothing
+        but DistributedDataParallel has to be put around them. *Together.*"""
+        ...
+
     def wrapped(self, model: nn.Module) -> str:
         """The class that holds the model for several processes, for `run.json`: asked for when training begins."""
         ...
@@ -79,6 +84,9 @@ class Replicated:
 
     def divide(self, model: nn.Module) -> None:
         return None
+
+    def wrap(self, accelerator: Accelerator, model: nn.Module, optimizer: Any) -> tuple[nn.Module, Any]:
+        return model, optimizer
 
     def wrapped(self, model: nn.Module) -> str:
         return type(model).__name__

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from luthier.recipe.parallel import Fsdp2Spec
-from luthier.recipe.schema import OnlineSpec, Recipe, SftSpec
+from luthier.recipe.deepspeed_json import zero_stage
+from luthier.recipe.parallel import DeepSpeedSpec, Fsdp2Spec
+from luthier.recipe.schema import AdamwSpec, LionSpec, OnlineSpec, Recipe, SftSpec, SgdSpec
 from luthier.types import RecipeError
 
 BY_ENTRY = ("adamw", "sgd", "lion", "schedule_free")
@@ -49,6 +50,8 @@ def _refusals(recipe: Recipe, world_size: int) -> Iterator[str]:
             f"{name} does not go with optim.type: {recipe.optim.type}, which updates whole parameters in the backward "
             "pass; give another optimizer"
         )
+    if isinstance(recipe.parallel, DeepSpeedSpec) and zero_stage(recipe, world_size):
+        yield from _not_with_zero(recipe)
 
 
 def _fsdp2(recipe: Recipe, spec: Fsdp2Spec, world_size: int) -> Iterator[str]:
@@ -77,3 +80,32 @@ def _fsdp2(recipe: Recipe, spec: Fsdp2Spec, world_size: int) -> Iterator[str]:
         yield f"{name}.cpu_offload does not go with train.precision: fp16, whose loss scale needs the device; give bf16"
     if spec.tensor > 1:
         yield f"{name}.tensor: layers are not divided by columns yet; leave it at 1"
+
+
+def _not_with_zero(recipe: Recipe) -> Iterator[str]:
+    """What DeepSpeed's own step leaves no room for."""
+    train, optim, name = recipe.train, recipe.optim, "parallel: deepspeed"
+    if train.precision == "fp16":
+        yield (
+            f"{name} does not go with train.precision: fp16 here, whose loss scale it keeps to itself; give bf16 or "
+            "fp32"
+        )
+    if (action := train.bad_numbers.action) != "stop":
+        yield (
+            f"{name} does not go with train.bad_numbers.action: {action}: gradients that it has taken in cannot be "
+            "given back; give stop, or use parallel: {type: ddp}"
+        )
+    if train.compile is not None:
+        yield f"{name} does not go with train.compile: it works by hooks of its own; remove it"
+    if train.fit_memory:
+        yield (
+            f"{name} does not go with train.fit_memory: a pass that did not fit leaves gradients behind; remove it and "
+            "give train.tokens_per_pass"
+        )
+    small = isinstance(optim, AdamwSpec | LionSpec) and (optim.bits != 32 or optim.paged)
+    if small or not isinstance(optim, AdamwSpec | LionSpec | SgdSpec):
+        kind = f"{optim.type}{' with bits or paged' if small else ''}"
+        yield (
+            f"{name} does not go with optim.type: {kind}: a process holds pieces of flat rows of numbers, in which "
+            "there are no matrices, layers or blocks; give adamw, sgd or lion with 32 bits"
+        )

@@ -46,13 +46,24 @@ class Keeping(Evaluation):
         self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: str | None
     ) -> Any:
         self._resumed_from = None if resume_from_checkpoint is None else Path(resume_from_checkpoint)
+        self._num_parameters = self._num_parameters or sum(one.numel() for one in self._trained.parameters())
         # The loop underneath has a way for models that hold their parts themselves: nothing wraps them again.
         self.is_distributed_loading_by_transformers = self.strategy.shards
         return super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)  # type: ignore[no-untyped-call]
 
+    _num_parameters = 0
+
     def _move_model_to_device(self, model: nn.Module, device: torch.device) -> None:
         if not self.strategy.shards:  # parts are where they belong
             super()._move_model_to_device(model, device)
+
+    def _wrap_model(self, model: nn.Module, training: bool = True, dataloader: Any = None) -> nn.Module:
+        """Called once the optimizer is built, before either of them is prepared."""
+        wrapped, self.optimizer = self.strategy.wrap(self.accelerator, self._trained, self.optimizer)
+        if wrapped is self._trained:
+            return super()._wrap_model(model, training, dataloader)
+        self.is_distributed_loading_by_transformers = False  # what wraps it looks after its gradients too
+        return wrapped
 
     @property
     def _trained(self) -> nn.Module:
