@@ -117,9 +117,11 @@ def build_model(
     material: Material | None = None,
     resumed: Path | None = None,
     say: Say = lambda text: None,
+    on_host: bool = False,
 ) -> tuple[PreTrainedModel | PeftModel, Method]:
     """The model ready to train: new tokens given rows, adapters attached, target forward installed, isolation
-    proven. `vocabulary` is what `load_tokens` said, `longest` the tokens of the longest sample.
+    proven. `vocabulary` is what `load_tokens` said, `longest` the tokens of the longest sample; `on_host` has it in the
+    host's memory, whatever the device.
 
     A method that starts from the run's data sees rows of `material`, or takes the shapes of the checkpoint `resumed`,
     which holds what the rows led to. Raises ModelError for what cannot be loaded, does not fit together, or would not
@@ -136,7 +138,13 @@ def build_model(
         # What an adapter draws depends on the seed alone, not on the data before it.
         set_seed(settings.train.seed)
         base = load_model(
-            settings.model, source, device, own_attention=own_attention, positions=positions, kind=kind
+            settings.model,
+            source,
+            device,
+            own_attention=own_attention,
+            positions=positions,
+            kind=kind,
+            on_host=on_host,
         )
         require_adapter_method(base, settings.method, f"model.path={settings.model.path}")
         require_positions(base.config, longest, alone=settings.train.tokens_per_pass == 1)
@@ -163,7 +171,8 @@ def build_model(
     )
     assert isinstance(model, PreTrainedModel | PeftModel)
     if isinstance(methods[-1], Lora) and isinstance(model, PeftModel):
-        begin_adapter(settings, source, device, model, methods[-1], material, resumed, say)
+        held = torch.device("cpu") if on_host else device
+        begin_adapter(settings, source, held, model, methods[-1], material, resumed, say)
     return model, _finish(settings, model, methods[-1], say)
 
 

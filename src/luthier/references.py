@@ -17,6 +17,7 @@ from luthier.model.load import ModelSource, fingerprint, load_model, locate
 from luthier.model.logprobs import chosen_rows
 from luthier.model.reference import AdaptersOff, AsItIs, OtherModel, Reference, StartingPoint
 from luthier.model.selftest import build_with_rows
+from luthier.parallel.strategy import Strategy
 from luthier.recipe.resolve import TOKENS_PER_BATCH, Hardware
 from luthier.recipe.schema import AdapterSpec, Recipe, ReferenceSpec
 from luthier.show import Say
@@ -27,25 +28,38 @@ from luthier.types import ModelError
 
 
 def live_reference(
-    settings: Recipe, hardware: Hardware, model: PreTrainedModel | PeftModel, material: Material
+    settings: Recipe,
+    hardware: Hardware,
+    model: PreTrainedModel | PeftModel,
+    material: Material,
+    strategy: Strategy | None = None,
 ) -> Reference | None:
     """The reference that stays beside the policy; None where the stage has none, or it was asked before."""
     if not material.stage.needs_reference or reference_spec(settings).precompute:
         return None
-    return build_reference(settings, hardware, model)
+    return build_reference(settings, hardware, model, strategy=strategy)
 
 
 def build_reference(
-    settings: Recipe, hardware: Hardware, model: PreTrainedModel | PeftModel, *, before: bool = False
+    settings: Recipe,
+    hardware: Hardware,
+    model: PreTrainedModel | PeftModel,
+    *,
+    before: bool = False,
+    strategy: Strategy | None = None,
 ) -> Reference:
     """The model that the stage compares with, as the recipe's `stage.reference` says; `before` the first step the
-    policy itself is what it starts from.
+    policy itself is what it starts from. Where `strategy` has divided the policy, another model is divided too.
 
     Raises ModelError for another model that cannot be loaded or has another vocabulary.
     """
     spec = reference_spec(settings)
     if spec.path is not None:
-        return OtherModel(_other_model(settings, spec, hardware, model))
+        on_host = strategy is not None and strategy.loads_on_host
+        other = OtherModel(_other_model(settings, spec, hardware, model, on_host=on_host))
+        if strategy is not None:
+            strategy.divide(other.model)
+        return other
     fresh = (
         isinstance(settings.method, AdapterSpec) and not settings.method.continues and not _nearer(settings)
     )
@@ -73,7 +87,12 @@ def reference_spec(settings: Recipe) -> ReferenceSpec:
 
 
 def _other_model(
-    settings: Recipe, spec: ReferenceSpec, hardware: Hardware, policy: PreTrainedModel | PeftModel
+    settings: Recipe,
+    spec: ReferenceSpec,
+    hardware: Hardware,
+    policy: PreTrainedModel | PeftModel,
+    *,
+    on_host: bool,
 ) -> nn.Module:
     """Another model in the policy's layout of rows, its adapters added into its weights."""
     label, rows = f"stage.reference.path={spec.path}", chosen_rows(policy)
@@ -85,7 +104,8 @@ def _other_model(
 
     def build(own_attention: bool) -> nn.Module:
         other: PreTrainedModel | PeftModel
-        other = load_model(described, source, torch.device(hardware.device), own_attention=own_attention)
+        device = torch.device(hardware.device)
+        other = load_model(described, source, device, own_attention=own_attention, on_host=on_host)
         if spec.adapters and spec.quantization is not None:
             return attach_adapter(other, spec.adapters[0], trainable=False)  # beside weights that are rounded
         for folder in spec.adapters:
@@ -120,6 +140,7 @@ def precomputation(
     model: PreTrainedModel | PeftModel,
     material: Material,
     say: Say,
+    strategy: Strategy | None = None,
 ) -> Precomputation | None:
     """How the reference's log-probabilities get to the samples before training; None where they are not asked for."""
     spec = reference_spec(settings)
@@ -142,7 +163,7 @@ def precomputation(
     }
     return Precomputation(
         cache=ReferenceCache(settings.data.cache, identity),
-        reference=partial(build_reference, settings, hardware, model, before=True),
+        reference=partial(build_reference, settings, hardware, model, before=True, strategy=strategy),
         model=model,
         device=torch.device(hardware.device),
         arithmetic=AUTOCAST[settings.train.precision],

@@ -104,7 +104,9 @@ def _train(loaded: LoadedRecipe, hardware: Hardware, quiet: bool) -> TrainResult
     tokenizer, vocabulary = load_tokens(settings, source, say)
     material = read_material(settings, tokenizer, say)
     _show(settings, material, say)
-    model, method = _model(settings, source, hardware, vocabulary, material, say)
+    strategy = build_strategy(settings, processes.count)
+    on_host = strategy.loads_on_host
+    model, method = _model(settings, source, hardware, vocabulary, material, say, on_host=on_host)
     manifest = _manifest(settings, source, material)
     remember_base(model, _base_record(settings, manifest["base"]["fingerprint"]))
     material = fitted(settings, material, model)
@@ -117,7 +119,8 @@ def _train(loaded: LoadedRecipe, hardware: Hardware, quiet: bool) -> TrainResult
     trackers = tracking(
         train_spec.report_to if main else (), output, run_name=arguments.run_name, resumed=resumed
     )
-    attach = precomputation(settings, source, hardware, model, material, say)
+    strategy.divide(model)
+    attach = precomputation(settings, source, hardware, model, material, say, strategy)
     # A signal ends what is computed here at once: there is no step yet to wait for, nor anything to save.
     supply = supply or _offline(settings, source, model, material, attach, processes, say)
     with trackers as tracked, ProgressCallback(quiet=quiet) as progress, interruption:
@@ -138,10 +141,10 @@ def _train(loaded: LoadedRecipe, hardware: Hardware, quiet: bool) -> TrainResult
             schedule=attached.schedule,
             answers=supply.answers,
             rollouts=supply.rollouts,
-            strategy=build_strategy(settings, processes.count),
+            strategy=strategy,
             eval_arithmetic=AUTOCAST[train_spec.eval_precision],
             bad_numbers=train_spec.bad_numbers,
-            reference=live_reference(settings, hardware, model, material),
+            reference=live_reference(settings, hardware, model, material, strategy),
             fit_memory=supply.fit_memory(say) if train_spec.fit_memory else None,
         )
         supply.watch(progress.answered, lambda: interruption.received is not None, trainer.saver.writer.wait)
@@ -207,6 +210,8 @@ def _model(
     vocabulary: VocabularyChange,
     material: Material,
     say: Say,
+    *,
+    on_host: bool,
 ) -> tuple[PreTrainedModel | PeftModel, Method]:
     """The model ready to train; see `build_model`."""
     longest, train_spec = longest_sample(settings, material), settings.train
@@ -215,7 +220,15 @@ def _model(
         # It holds what the method saw in the data, which need not be looked at again.
         resumed, _ = resolve_resume(Path(train_spec.output), train_spec.resume)
     return build_model(
-        settings, source, hardware, vocabulary, longest=longest, material=material, resumed=resumed, say=say
+        settings,
+        source,
+        hardware,
+        vocabulary,
+        longest=longest,
+        material=material,
+        resumed=resumed,
+        say=say,
+        on_host=on_host,
     )
 
 

@@ -219,8 +219,9 @@ def varlen_segments(
         # Rotary embeddings leave float32 queries beside 16-bit values; autocast does not know this kernel.
         dtype = torch.get_autocast_dtype(query.device.type)
         query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
-    if dropout > 0 or softcap is not None or query.dtype == torch.float32:
-        # The kernel has none of these; the per-segment form is exact, only slower.
+    if dropout > 0 or softcap is not None or query.dtype == torch.float32 or not query.is_cuda:
+        # The kernel has none of these; the per-segment form is exact, only slower. A model may be on the host for a
+        # while before its parts go to the devices.
         return sdpa_segments(
             query, key, value, cu_seqlens, max_length,
             scale=scale, dropout=dropout, window=window, softcap=softcap, parents=parents,

@@ -188,8 +188,10 @@ def load_model(
     own_attention: bool = False,
     positions: PositionsChange | None = None,
     kind: ModelKind = "language",
+    on_host: bool = False,
 ) -> PreTrainedModel:
-    """The model with the isolated attention chosen, or its own, on `device`, in training mode off.
+    """The model with the isolated attention chosen, or its own, on `device`, in training mode off; `on_host` leaves it
+    in the host's memory, for a device that is to get parts of it.
 
     `spec.dtype` and `spec.attention` are resolved; `positions` is the stretch that `spec.rope_scaling` or an adapter
     asks for. A reward model gets the value head of its files, or one drawn by torch's generator. Raises ModelError for
@@ -236,7 +238,7 @@ def load_model(
     if is_multimodal(config):
         remember_processor(model, processor_files(source.path, hub_arguments(spec)))
     _apply_tricks(model, spec)
-    nn.Module.to(model, device)
+    nn.Module.to(model, torch.device("cpu") if on_host else device)
     finish_quantization(model, spec.quantization, device, label)
     return model
 

@@ -15,6 +15,8 @@ from typing import Protocol
 import torch
 from peft import PeftModel
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
 
 from luthier.model.critic import critic_parameters
 
@@ -59,27 +61,45 @@ class AdaptersOff:
 class StartingPoint:
     """The policy as it was when this was made: a copy of what trains is swapped in for a moment.
 
-    It costs the memory of the parameters that train: all of a full fine-tune, one adapter of a continued one.
+    It costs the memory of the parameters that train: all of a full fine-tune, one adapter of a continued one. Where
+    each process holds parts of them, it copies its parts; `model` has been divided before.
     """
 
     def __init__(self, model: nn.Module) -> None:
         critics = critic_parameters(model)  # they say nothing of the answer's tokens
         self._trained = [one for one in model.parameters() if one.requires_grad and one not in critics]
-        self._copies: list[Tensor] = [parameter.detach().clone() for parameter in self._trained]
+        self._copies = [_own(parameter.detach()).clone() for parameter in self._trained]
 
     @contextmanager
     def active(self, model: nn.Module) -> Iterator[nn.Module]:
-        self._swap()
+        self._swap(model)
         try:
             with _evaluating(model):
                 yield model
         finally:
-            self._swap()
+            self._swap(model)
 
-    def _swap(self) -> None:
+    def _swap(self, model: nn.Module) -> None:
+        for module in model.modules():
+            if isinstance(module, FSDPModule):  # what is gathered of the other weights is gathered anew
+                module.reshard()
         # `data` and not the values: what autograd saved of an earlier forward pass stays as it is.
         for number, parameter in enumerate(self._trained):
-            parameter.data, self._copies[number] = self._copies[number], parameter.data
+            if isinstance(parameter, DTensor):  # autograd saves what is gathered of it
+                _exchange(_own(parameter.detach()), self._copies[number])
+            else:
+                parameter.data, self._copies[number] = self._copies[number], parameter.data
+
+
+def _own(parameter: Tensor) -> Tensor:
+    """What this process holds of it."""
+    return parameter.to_local() if isinstance(parameter, DTensor) else parameter
+
+
+def _exchange(one: Tensor, other: Tensor) -> None:
+    kept = one.clone()
+    one.copy_(other)
+    other.copy_(kept)
 
 
 class AsItIs:
@@ -95,9 +115,9 @@ class OtherModel:
     """A model of its own, with the target forward installed; nothing of it trains."""
 
     def __init__(self, model: nn.Module) -> None:
-        self._model = model.requires_grad_(False).eval()
+        self.model = model.requires_grad_(False).eval()
 
     @contextmanager
     def active(self, model: nn.Module) -> Iterator[nn.Module]:
         with torch.no_grad():
-            yield self._model
+            yield self.model

@@ -5,13 +5,20 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from luthier.parallel.fsdp import FullyShard
 from luthier.parallel.strategy import Replicated, Strategy
-from luthier.recipe.parallel import DdpSpec
+from luthier.recipe.parallel import DdpSpec, Fsdp2Spec
 from luthier.recipe.schema import Recipe
 
 STRATEGIES: dict[type[Any], Callable[[Recipe, int], Strategy]] = {
-    DdpSpec: lambda recipe, processes: Replicated()
+    DdpSpec: lambda recipe, processes: Replicated(),
+    Fsdp2Spec: lambda recipe, processes: _fsdp2(recipe.parallel, processes),
 }
+
+
+def _fsdp2(spec: Any, processes: int) -> Strategy:
+    """One process has nothing to divide with, and computes what many do."""
+    return FullyShard(spec) if processes > 1 else Replicated()
 
 
 def build_strategy(recipe: Recipe, processes: int) -> Strategy:

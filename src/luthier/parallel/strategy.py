@@ -23,8 +23,12 @@ class Strategy(Protocol):
     shards: bool
     """Whether parameters of the loop's model, or its optimizer's numbers, may be parts of whole ones."""
 
+    loads_on_host: bool
+    """Whether a model is loaded to the host's memory, because `divide` brings its parts to the device."""
+
     def divide(self, model: nn.Module) -> None:
-        """Divide a whole, loaded model among the processes, before its optimizer is built. *Together.*"""
+        """Divide a whole, loaded model among the processes, before its optimizer and its reference are built.
+        *Together.*"""
         ...
 
     def wrapped(self, model: nn.Module) -> str:
@@ -41,13 +45,16 @@ class Strategy(Protocol):
         """Gradients of one pass."""
         ...
 
+    def clip(self, accelerator: Accelerator, model: nn.Module, max_norm: float) -> Tensor:
+        """Scale the gradients down to `max_norm`, which may be infinite; their norm before. *Together.*"""
+        ...
+
     def whole(self, tensor: Tensor) -> Tensor:
         """A parameter, buffer or number of the optimizer as a single process would hold it. *Together.*"""
         ...
 
     def editing(self, model: nn.Module) -> AbstractContextManager[Any]:
-        """In it, parameters are whole and may be written to (load_best, rewind); the parts follow after it.
-        *Together.*"""
+        """In it, `load_state_dict` of the model takes whole weights (resume, load_best, rewind). *Together.*"""
         ...
 
     def optimizer_state(self, optimizer: Any) -> State:
@@ -65,6 +72,7 @@ class Replicated:
 
     name = "ddp"
     shards = False
+    loads_on_host = False
 
     def divide(self, model: nn.Module) -> None:
         return None
@@ -79,6 +87,10 @@ class Replicated:
 
     def backward(self, accelerator: Accelerator, model: nn.Module, loss: Tensor, *, last: bool) -> None:
         accelerator.backward(loss)
+
+    def clip(self, accelerator: Accelerator, model: nn.Module, max_norm: float) -> Tensor:
+        norm: Tensor = accelerator.clip_grad_norm_(model.parameters(), max_norm)  # type: ignore[assignment, no-untyped-call]
+        return norm
 
     def whole(self, tensor: Tensor) -> Tensor:
         return tensor

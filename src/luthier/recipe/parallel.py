@@ -46,6 +46,9 @@ class Fsdp2Spec(_Processes):
     autocast."""
     reduce_dtype: Literal["float32", "bfloat16", "float16"] | None = None
     """Type in which gradients are added up; absent: that of the gradients."""
+    reduce_each_pass: bool = True
+    """Add up the processes' gradients after each pass, so that each holds its part alone; or once in a step, which
+    sends less and keeps whole gradients until then."""
     state: Literal["full", "sharded"] = "full"
     """Checkpoints hold the optimizer whole (one file, gathered in the first process's memory), or as each process's
     part (torch's distributed checkpoint). Both are read by any number of processes; weights are always whole."""

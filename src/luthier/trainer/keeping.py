@@ -45,14 +45,13 @@ class Keeping(Evaluation):
         self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: str | None
     ) -> Any:
         self._resumed_from = None if resume_from_checkpoint is None else Path(resume_from_checkpoint)
-        if self.strategy.shards and not self._divided:
-            self.strategy.divide(self._trained)
-            self._divided = True
-            # The loop underneath has a way for models that hold their parts themselves: nothing wraps them again.
-            self.is_distributed_loading_by_transformers = True
+        # The loop underneath has a way for models that hold their parts themselves: nothing wraps them again.
+        self.is_distributed_loading_by_transformers = self.strategy.shards
         return super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)  # type: ignore[no-untyped-call]
 
-    _divided = False
+    def _move_model_to_device(self, model: nn.Module, device: torch.device) -> None:
+        if not self.strategy.shards:  # parts are where they belong
+            super()._move_model_to_device(model, device)  # type: ignore[no-untyped-call]
 
     @property
     def _trained(self) -> nn.Module:
@@ -123,7 +122,10 @@ class Keeping(Evaluation):
             warnings.filterwarnings("ignore", message="Please also save or load the state of the optimizer")
             folder = Path(checkpoint)
             # On the host: a device that has room for its part of it need not have room for the whole.
-            state = torch.load(folder / "optimizer.pt", map_location="cpu", weights_only=True)
+            # Where only a part is taken of it, only that is read.
+            state = torch.load(
+                folder / "optimizer.pt", map_location="cpu", weights_only=True, mmap=self.strategy.shards
+            )
             self.strategy.load_optimizer(self.optimizer, state)
             assert self.lr_scheduler is not None
             self.lr_scheduler.load_state_dict(torch.load(folder / "scheduler.pt", weights_only=True))

@@ -8,6 +8,7 @@ atomic.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from functools import partial
 from operator import itemgetter
@@ -233,13 +234,13 @@ class PeftTrainer(Keeping):
     def _clip_grad_norm(self, model: nn.Module) -> Tensor:
         if self.ledger.left_out:
             return torch.zeros(())
-        return super()._clip_grad_norm(model)  # type: ignore[no-any-return,no-untyped-call]
+        return self.strategy.clip(self.accelerator, model, self.args.max_grad_norm)
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
         """The norm for the log; a bad step is dealt with here, right before the optimizer would take it."""
         if self.ledger.left_out:
             return 0.0
-        norm = super()._get_grad_norm(model, grad_norm=grad_norm)  # type: ignore[no-untyped-call]
+        norm = grad_norm if grad_norm is not None else self.strategy.clip(self.accelerator, model, math.inf)
         # With a loss scaler infinite gradients are its daily bread: it leaves the step out and scales less.
         scaled = getattr(self.accelerator, "scaler", None) is not None
         if not self.ledger.judge(self.state.global_step + 1, None if scaled else float(norm)):
