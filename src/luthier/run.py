@@ -105,6 +105,7 @@ def _train(loaded: LoadedRecipe, hardware: Hardware, quiet: bool) -> TrainResult
     material = read_material(settings, tokenizer, say)
     _show(settings, material, say)
     strategy = build_strategy(settings, processes.count)
+    with_rows = processes.with_rows(strategy.copies)
     on_host = strategy.loads_on_host
     model, method = _model(settings, source, hardware, vocabulary, material, say, on_host=on_host)
     manifest = _manifest(settings, source, material)
@@ -122,7 +123,7 @@ def _train(loaded: LoadedRecipe, hardware: Hardware, quiet: bool) -> TrainResult
     strategy.divide(model)
     attach = precomputation(settings, source, hardware, model, material, say, strategy)
     # A signal ends what is computed here at once: there is no step yet to wait for, nor anything to save.
-    supply = supply or _offline(settings, source, model, material, attach, processes, say)
+    supply = supply or _offline(settings, source, model, material, attach, with_rows, say)
     with trackers as tracked, ProgressCallback(quiet=quiet) as progress, interruption:
         trainer = PeftTrainer(
             model=model,

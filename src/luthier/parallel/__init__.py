@@ -7,18 +7,24 @@ from typing import Any
 
 from luthier.parallel.fsdp import FullyShard
 from luthier.parallel.strategy import Replicated, Strategy
-from luthier.recipe.parallel import DdpSpec, Fsdp2Spec
+from luthier.parallel.tensor import TensorParallel
+from luthier.recipe.parallel import DdpSpec, Fsdp2Spec, TensorSpec
 from luthier.recipe.schema import Recipe
 
 STRATEGIES: dict[type[Any], Callable[[Recipe, int], Strategy]] = {
     DdpSpec: lambda recipe, processes: Replicated(),
     Fsdp2Spec: lambda recipe, processes: _fsdp2(recipe.parallel, processes),
+    TensorSpec: lambda recipe, processes: _tensor(recipe.parallel, processes),
 }
 
 
 def _fsdp2(spec: Any, processes: int) -> Strategy:
     """One process has nothing to divide with, and computes what many do."""
     return FullyShard(spec) if processes > 1 else Replicated()
+
+
+def _tensor(spec: Any, processes: int) -> Strategy:
+    return TensorParallel(spec.group or processes, processes) if processes > 1 else Replicated()
 
 
 def build_strategy(recipe: Recipe, processes: int) -> Strategy:

@@ -23,6 +23,9 @@ class Strategy(Protocol):
     shards: bool
     """Whether parameters of the loop's model, or its optimizer's numbers, may be parts of whole ones."""
 
+    copies: int
+    """How many processes, neighbours by number, have the same rows."""
+
     loads_on_host: bool
     """Whether a model is loaded to the host's memory, because `divide` brings its parts to the device."""
 
@@ -72,6 +75,7 @@ class Replicated:
 
     name = "ddp"
     shards = False
+    copies = 1
     loads_on_host = False
 
     def divide(self, model: nn.Module) -> None:
