@@ -5,16 +5,20 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import torch
+
 from luthier.parallel.fsdp import FullyShard
 from luthier.parallel.strategy import Replicated, Strategy
 from luthier.parallel.tensor import TensorParallel
 from luthier.recipe.parallel import DdpSpec, Fsdp2Spec, TensorSpec
 from luthier.recipe.schema import Recipe
 
+_AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
 STRATEGIES: dict[type[Any], Callable[[Recipe, int], Strategy]] = {
     DdpSpec: lambda recipe, processes: Replicated(),
     Fsdp2Spec: lambda recipe, processes: _fsdp2(recipe.parallel, processes),
-    TensorSpec: lambda recipe, processes: _tensor(recipe.parallel, processes),
+    TensorSpec: lambda recipe, processes: _tensor(recipe, recipe.parallel, processes),
 }
 
 
@@ -23,8 +27,10 @@ def _fsdp2(spec: Any, processes: int) -> Strategy:
     return FullyShard(spec) if processes > 1 else Replicated()
 
 
-def _tensor(spec: Any, processes: int) -> Strategy:
-    return TensorParallel(spec.group or processes, processes) if processes > 1 else Replicated()
+def _tensor(recipe: Recipe, spec: Any, processes: int) -> Strategy:
+    if processes == 1:
+        return Replicated()
+    return TensorParallel(spec.group or processes, processes, _AUTOCAST.get(recipe.train.precision))
 
 
 def build_strategy(recipe: Recipe, processes: int) -> Strategy:

@@ -4,8 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from luthier.recipe.schema import OnlineSpec, Recipe
+from luthier.recipe.parallel import Fsdp2Spec
+from luthier.recipe.schema import OnlineSpec, Recipe, SftSpec
 from luthier.types import RecipeError
+
+BY_ENTRY = ("adamw", "sgd", "lion", "schedule_free")
+"""Optimizers whose update of a number needs nothing but that number, its gradient and its own history."""
 
 
 def require_parallel(recipe: Recipe, world_size: int) -> None:
@@ -21,6 +25,8 @@ def _refusals(recipe: Recipe, world_size: int) -> Iterator[str]:
             f"train.fit_memory works in one process, and these are {world_size}; remove it and give "
             "train.tokens_per_pass"
         )
+    if isinstance(recipe.parallel, Fsdp2Spec):
+        yield from _fsdp2(recipe, recipe.parallel, world_size)
     if not recipe.parallel.shards:
         return
     if isinstance(recipe.stage, OnlineSpec):
@@ -43,3 +49,24 @@ def _refusals(recipe: Recipe, world_size: int) -> Iterator[str]:
             f"{name} does not go with optim.type: {recipe.optim.type}, which updates whole parameters in the backward "
             "pass; give another optimizer"
         )
+
+
+def _fsdp2(recipe: Recipe, spec: Fsdp2Spec, world_size: int) -> Iterator[str]:
+    optim, name = recipe.optim, "parallel: fsdp2"
+    if world_size == 1:
+        for key in ("cpu_offload", "param_dtype", "reduce_dtype"):
+            if getattr(spec, key):
+                yield f"{name}.{key} needs several processes, and this is one: `luthier train` starts them; remove it"
+        return
+    if optim.type not in BY_ENTRY or getattr(optim, "bits", 32) == 8 or getattr(optim, "paged", False):
+        yield (
+            f"{name} divides matrices by rows, and optim.type: {optim.type} as it is set here looks at whole ones (or "
+            f"at blocks of 8-bit numbers); choose from {', '.join(BY_ENTRY)} in 32 bits, or parallel: {{type: ddp}}"
+        )
+    if isinstance(recipe.stage, SftSpec) and recipe.stage.loss == "asft":
+        yield (
+            f"{name} does not go with stage.loss: asft, which asks the reference's output head for one piece of the "
+            "tokens after the other; use parallel: {type: ddp}"
+        )
+    if spec.cpu_offload and recipe.train.precision == "fp16":
+        yield f"{name}.cpu_offload does not go with train.precision: fp16, whose loss scale needs the device; give bf16"

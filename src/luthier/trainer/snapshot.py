@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from peft import PeftModel
 from torch import Tensor, nn
 
 State = dict[str, Any]
@@ -88,7 +89,8 @@ def model_state(
     """The model's state dict: what can change is copied, frozen parameters are the model's own tensors.
 
     Parameters of `optimizer` can change, though it may have frozen them for a while. Where tensors are parts, `whole`
-    completes them, on every process; the frozen ones are copies then too, and those that do not `keep` get nothing.
+    completes them, on every process; the frozen ones are copies then too, but for those of an adapter's base, which no
+    file holds, and those that do not `keep` get nothing.
     """
     groups = [] if optimizer is None else optimizer.param_groups
     optimized = {id(parameter) for group in groups for parameter in group["params"]}
@@ -100,6 +102,8 @@ def model_state(
         trains = tensor.requires_grad or id(tensor) in optimized
         if trains:
             trained.add(name)
+        if whole is not itself and not trains and _of_base(model, name, tensor):
+            continue
         if key not in seen:
             complete = whole(tensor)
             if not keep:
@@ -110,6 +114,14 @@ def model_state(
         tensors[name] = seen[key]
     tensors = tensors if keep else {}
     return ModelState(tensors, frozenset(trained))
+
+
+def _of_base(model: nn.Module, name: str, tensor: Tensor) -> bool:
+    """Whether a frozen tensor belongs to the model below an adapter, and not to the adapter."""
+    if not isinstance(model, PeftModel) or not isinstance(tensor, nn.Parameter):
+        return False
+    tuner: Any = model.base_model
+    return not any(mark in name for mark in (tuner.prefix, "modules_to_save", "trainable_tokens"))
 
 
 def random_state() -> State:

@@ -289,7 +289,8 @@ class PeftTrainer(Keeping):
         """Six operations per token and parameter, as transformers estimates it for a whole batch."""
         batches = inputs if self._rollouts is None else self._rollouts.current
         num_parameters = sum(parameter.numel() for parameter in self._trained.parameters())
-        return 6 * sum(batch.num_tokens for batch in batches) * num_parameters
+        # Those of all processes are added up.
+        return 6 * sum(batch.num_tokens for batch in batches) * num_parameters // self.strategy.copies
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "train_loss" in logs:  # transformers' own covers the steps since the last resume alone
