@@ -6,10 +6,11 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from transformers import PreTrainedConfig
 
 from luthier.parallel.fsdp import FullyShard
 from luthier.parallel.strategy import Replicated, Strategy
-from luthier.parallel.tensor import TensorParallel
+from luthier.parallel.tensor import TensorParallel, require_plan
 from luthier.recipe.parallel import DdpSpec, Fsdp2Spec, TensorSpec
 from luthier.recipe.schema import Recipe
 
@@ -33,6 +34,15 @@ def _tensor(recipe: Recipe, spec: Any, processes: int) -> Strategy:
     return TensorParallel(spec.group or processes, processes, _AUTOCAST.get(recipe.train.precision))
 
 
-def build_strategy(recipe: Recipe, processes: int) -> Strategy:
-    """The strategy of a resolved recipe for so many processes in all."""
+def build_strategy(recipe: Recipe, processes: int, config: PreTrainedConfig) -> Strategy:
+    """The strategy of a resolved recipe for so many processes in all, and a model of this config. Raises ModelError as
+    `require_divisible` does."""
+    require_divisible(recipe, config, processes)
     return STRATEGIES[type(recipe.parallel)](recipe, processes)
+
+
+def require_divisible(recipe: Recipe, config: PreTrainedConfig, processes: int | None) -> None:
+    """Raise ModelError where the strategy cannot divide a model of this config, among `processes` if that is known."""
+    spec = recipe.parallel
+    if isinstance(spec, TensorSpec) and processes != 1:
+        require_plan(config, spec.group or processes)

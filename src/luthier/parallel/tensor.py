@@ -1,9 +1,9 @@
 """The matrices of every layer divided among processes that compute the same rows (Shoeybi et al., 2019,
 arXiv:1909.08053), by torch's `parallelize_module` and the plan that transformers has for the model's family.
 
-A layer's first matrices are divided by outputs (an attention by its heads), its last by inputs, whose products are added
-up. What lies outside of the layers (embeddings, head, norms) each process holds whole, so the head is called as ever.
-Rows, the loss and what is drawn are the same on all processes of a group; several groups average their gradients.
+A layer's first matrices are divided by outputs (an attention by its heads), its last by inputs, whose products are
+added up. What lies outside of the layers (embeddings, head, norms) each process holds whole, so the head is called as
+ever. Rows, the loss and what is drawn are the same on all processes of a group; several groups average their gradients.
 
 Before and after it is divided, the model is asked for the same numbers and gradients: a plan that does not suit it is
 found before it trains.
@@ -230,7 +230,9 @@ def _added_up(gradient: Tensor, *, group: dist.ProcessGroup) -> Tensor:
 
 def _outside(model: PreTrainedModel, styles: Mapping[nn.Module, str]) -> list[nn.Parameter]:
     """What trains, is held whole by each, and is small: norms within the layers, and an adapter's other matrices."""
-    parts = {one for module, style in styles.items() if style != _EACH_OWN_HEADS for one in module.parameters()}
+    parts = {
+        one for module, style in styles.items() if style != _EACH_OWN_HEADS for one in module.parameters()
+    }
     ends = {
         one
         for module in (model.get_input_embeddings(), model.get_output_embeddings())
@@ -275,8 +277,8 @@ def _require_same(
     worst = max(gradients, default=0.0)
     if not (apart <= tolerance and worst <= tolerance):  # NaN too
         raise ModelError(
-            f"parallel: tensor: divided as its plan says, {type(model).__name__} answers otherwise: by {apart:.2g}, and "
-            f"by {worst:.2g} of a gradient (allowed {tolerance:g}); {_ELSE}"
+            f"parallel: tensor: divided as its plan says, {type(model).__name__} answers otherwise: by {apart:.2g}, "
+            f"and by {worst:.2g} of a gradient (allowed {tolerance:g}); {_ELSE}"
         )
 
 

@@ -164,6 +164,7 @@ __all__ = [
     "TagSpec",
     "TargetedSpec",
     "TemplateSpec",
+    "TensorSpec",
     "TorchaoSpec",
     "TrainSpec",
     "VeraSpec",

@@ -99,7 +99,9 @@ class PeftTrainer(Keeping):
             strategy=self.strategy,
         )
         self._eval_arithmetic, self._fit_memory = eval_arithmetic, fit_memory
-        self.ledger = Ledger(NumberGuard(bad_numbers or BadNumbersSpec(), self.saver.run_dir), self._with_rows)
+        self.ledger = Ledger(
+            NumberGuard(bad_numbers or BadNumbersSpec(), self.saver.run_dir), self._with_rows
+        )
         super().__init__(
             model=model,
             args=args,
