@@ -27,7 +27,7 @@ from luthier.eval_answers import answers_at_eval
 from luthier.material import fitted, load_tokens, read_material
 from luthier.methods.groups import ParameterCount, count_parameters
 from luthier.model.base_record import BaseRecord, remember_base
-from luthier.model.load import ModelSource, fingerprint, locate
+from luthier.model.load import ModelSource, fingerprint, load_config, locate
 from luthier.model.logprobs import chosen_rows
 from luthier.model.positions import loaded_positions
 from luthier.model.quantize import untested_files
@@ -104,7 +104,7 @@ def _train(loaded: LoadedRecipe, hardware: Hardware, quiet: bool) -> TrainResult
     tokenizer, vocabulary = load_tokens(settings, source, say)
     material = read_material(settings, tokenizer, say)
     _show(settings, material, say)
-    strategy = build_strategy(settings, processes.count)
+    strategy = build_strategy(settings, processes.count, load_config(settings.model, source))
     model, method = _model(settings, source, hardware, vocabulary, material, say, strategy.loads_on_host)
     manifest = _manifest(settings, source, material)
     remember_base(model, _base_record(settings, manifest["base"]["fingerprint"]))
@@ -121,7 +121,9 @@ def _train(loaded: LoadedRecipe, hardware: Hardware, quiet: bool) -> TrainResult
     strategy.divide(model)
     attach = precomputation(settings, source, hardware, model, material, say, strategy)
     # A signal ends what is computed here at once: there is no step yet to wait for, nor anything to save.
-    supply = supply or _offline(settings, source, model, material, attach, processes, say)
+    supply = supply or _offline(
+        settings, source, model, material, attach, processes.with_rows(strategy.copies), say
+    )
     with trackers as tracked, ProgressCallback(quiet=quiet) as progress, interruption:
         trainer = PeftTrainer(
             model=model,

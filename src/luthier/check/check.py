@@ -42,6 +42,7 @@ from luthier.model.quantize import DTYPES
 from luthier.model.reference import Reference
 from luthier.model.vocabulary import VocabularyChange
 from luthier.online import online_supply
+from luthier.parallel import require_divisible
 from luthier.recipe.load import LoadedRecipe, load_recipe
 from luthier.recipe.resolve import Hardware, resolve
 from luthier.recipe.schema import ModelRewardSpec, OnlineSpec, Recipe
@@ -118,6 +119,7 @@ class _Check:
         source = found.ask("model", lambda: locate(settings.model))
         if source is None:
             return
+        found.ask("processes", lambda: _require_divisible(settings, source))
         tokens = found.ask("tokenizer", lambda: load_tokens(settings, source, self._note))
         material = self._material(settings, tokens[0]) if tokens is not None else None
         if train.resume != "never":
@@ -322,6 +324,13 @@ def _require_one_process(hardware: Hardware) -> None:
         raise RecipeError(
             f"luthier check runs in one process, and {hardware.world_size} were started; run it without torchrun"
         )
+
+
+def _require_divisible(settings: Recipe, source: ModelSource) -> None:
+    """Raise ModelError where the processes of the recipe cannot divide the model."""
+    spec = settings.parallel
+    count = None if spec.processes == "auto" else spec.nodes * spec.processes
+    require_divisible(settings, load_config(settings.model, source), count)
 
 
 def _datasets(settings: Recipe, data: PreparedData) -> list[DataSet]:

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from peft.tuners.lora.layer import Linear as PeftLinear
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 
 class _LoraProduct(torch.autograd.Function):
@@ -85,6 +86,8 @@ class _FusedForward(PeftLinear):
         active = [name for name in self.active_adapters if name in self.lora_A]
         base = self.get_base_layer()
         if not active or type(base) is not nn.Linear or any(p.requires_grad for p in base.parameters()):
+            return []
+        if isinstance(base.weight, DTensor):  # a part of it, whose products the processes add up
             return []
         first = active[0]
         plain = not self.fan_in_fan_out and all(self._is_plain(name) for name in active)

@@ -12,6 +12,7 @@ from torch.optim import Optimizer
 from transformers.optimization import Adafactor as TransformersAdafactor
 
 from luthier.optim.adam_mini import AdamMini, adam_mini_blocks
+from luthier.optim.apart import step_apart
 from luthier.optim.apollo import Apollo
 from luthier.optim.badam import BlockAdam, RatioAdam, layer_blocks, trains_in_ratio
 from luthier.optim.combined import Combined
@@ -70,7 +71,9 @@ class Adafactor(ExactState, TransformersAdafactor):
 def _adamw(spec: AdamwSpec, given: Material) -> Optimizer:
     options: dict[str, Any] = {"lr": spec.lr, "betas": spec.betas, "eps": spec.eps}
     if spec.bits == 32 and not spec.paged:
-        return torch.optim.AdamW(given.groups, **options, fused=True)
+        adamw = torch.optim.AdamW(given.groups, **options, fused=True)
+        step_apart(adamw)
+        return adamw
     from bitsandbytes.optim import AdamW
 
     if spec.bits == 32:

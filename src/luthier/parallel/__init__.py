@@ -5,17 +5,24 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import torch
+from transformers import PreTrainedConfig
+
 from luthier.parallel.deepspeed import DeepSpeed
 from luthier.parallel.fsdp import FullyShard
 from luthier.parallel.strategy import Replicated, Strategy
+from luthier.parallel.tensor import TensorParallel, require_plan
 from luthier.recipe.deepspeed_json import deepspeed_config, offloads
-from luthier.recipe.parallel import DdpSpec, DeepSpeedSpec, Fsdp2Spec
+from luthier.recipe.parallel import DdpSpec, DeepSpeedSpec, Fsdp2Spec, TensorSpec
 from luthier.recipe.schema import Recipe
+
+_AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 STRATEGIES: dict[type[Any], Callable[[Recipe, int], Strategy]] = {
     DdpSpec: lambda recipe, processes: Replicated(),
     Fsdp2Spec: lambda recipe, processes: _fsdp2(recipe.parallel, processes),
     DeepSpeedSpec: lambda recipe, processes: _deepspeed(recipe, processes),
+    TensorSpec: lambda recipe, processes: _tensor(recipe, recipe.parallel, processes),
 }
 
 
@@ -32,6 +39,21 @@ def _deepspeed(recipe: Recipe, processes: int) -> Strategy:
     return Replicated()
 
 
-def build_strategy(recipe: Recipe, processes: int) -> Strategy:
-    """The strategy of a resolved recipe for so many processes in all."""
+def _tensor(recipe: Recipe, spec: Any, processes: int) -> Strategy:
+    if processes == 1:
+        return Replicated()
+    return TensorParallel(spec.group or processes, processes, _AUTOCAST.get(recipe.train.precision))
+
+
+def build_strategy(recipe: Recipe, processes: int, config: PreTrainedConfig) -> Strategy:
+    """The strategy of a resolved recipe for so many processes in all, and a model of this config. Raises ModelError as
+    `require_divisible` does."""
+    require_divisible(recipe, config, processes)
     return STRATEGIES[type(recipe.parallel)](recipe, processes)
+
+
+def require_divisible(recipe: Recipe, config: PreTrainedConfig, processes: int | None) -> None:
+    """Raise ModelError where the strategy cannot divide a model of this config, among `processes` if that is known."""
+    spec = recipe.parallel
+    if isinstance(spec, TensorSpec) and processes != 1:
+        require_plan(config, spec.group or processes)

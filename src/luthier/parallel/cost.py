@@ -13,7 +13,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import partial
 
-from luthier.recipe.parallel import DdpSpec, DeepSpeedSpec, Fsdp2Spec, ParallelSpec
+from luthier.recipe.parallel import DdpSpec, DeepSpeedSpec, Fsdp2Spec, ParallelSpec, TensorSpec
 
 BUCKET = 4 * 500_000_000
 """Bytes of gradients that DeepSpeed adds up at once: its `reduce_bucket_size` at the default, in float32."""
@@ -22,13 +22,16 @@ BUCKET = 4 * 500_000_000
 @dataclass(frozen=True, slots=True)
 class Whole:
     """Bytes of a whole model. `group`: the weights of the largest layer, or of embeddings and head where they are
-    gathered together. `trained`: the weights of what trains."""
+    gathered together. `trained`: the weights of what trains. `outside`: the weights that tensor parallelism leaves
+    whole, which are embeddings and head. `hidden`: what enters all layers in one pass."""
 
     weights: int
     gradients: int
     optimizer: int
     group: int
     trained: int
+    outside: int = 0
+    hidden: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,7 +52,7 @@ class Held:
 
 def zero_stage(spec: ParallelSpec) -> int:
     """What is divided: nothing (0), the optimizer (1), gradients too (2), weights too (3)."""
-    if isinstance(spec, DdpSpec):
+    if isinstance(spec, DdpSpec | TensorSpec):
         return 0
     if isinstance(spec, Fsdp2Spec):
         return 3
@@ -60,6 +63,10 @@ def held(spec: ParallelSpec, processes: int, whole: Whole) -> Held:
     """What each of `processes` holds of the model between and in its passes, without activations."""
     if processes == 1:
         return Held(whole.weights, whole.gradients, whole.optimizer)
+    if isinstance(spec, TensorSpec):
+        group, inside = spec.group or processes, 1 - whole.outside / whole.weights
+        sizes = (whole.weights, whole.gradients, whole.optimizer)
+        return Held(*(round(size * (1 - inside + inside / group)) for size in sizes))
     stage, part = zero_stage(spec), partial(_part, processes=processes)
     optimizer = part(whole.optimizer) if stage >= 1 else whole.optimizer
     if stage == 0:
@@ -89,6 +96,12 @@ def held(spec: ParallelSpec, processes: int, whole: Whole) -> Held:
 def sent(spec: ParallelSpec, processes: int, whole: Whole, passes: int = 1) -> int:
     """Bytes that each process sends in one optimizer step of `passes` passes."""
     stage, ring = zero_stage(spec), (processes - 1) / processes
+    if isinstance(spec, TensorSpec):
+        # Forward adds up behind attention and MLP; backward behind each of the five matrices that divide their outputs.
+        group = spec.group or processes
+        exchanged = passes * 7 * whole.hidden * (group - 1) / group
+        groups = processes // group
+        return round(2 * (exchanged + held(spec, processes, whole).gradients * (groups - 1) / groups))
     if stage == 0:
         return round(2 * whole.gradients * ring)
     if stage == 1:

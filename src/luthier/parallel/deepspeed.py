@@ -37,6 +37,7 @@ class DeepSpeed:
     shards = True
     loads_on_host = False
     writes_parts = False
+    copies = 1
 
     def __init__(self, config: Mapping[str, Any], processes: int) -> None:
         self._config = dict(config)

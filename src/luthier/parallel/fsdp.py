@@ -44,6 +44,7 @@ class FullyShard:
 
     name = "fsdp2"
     shards = True
+    copies = 1
     loads_on_host = True
 
     def __init__(self, spec: Fsdp2Spec) -> None:

@@ -25,6 +25,10 @@ class Strategy(Protocol):
 
     writes_parts: bool
     """Whether each process writes its own part of the optimizer to a checkpoint, which else holds it whole."""
+
+    copies: int
+    """How many processes, neighbours by number, have the same rows."""
+
     loads_on_host: bool
     """Whether a model is loaded to the host's memory, because `divide` brings its parts to the device."""
 
@@ -80,6 +84,7 @@ class Replicated:
     name = "ddp"
     shards = False
     writes_parts = False
+    copies = 1
     loads_on_host = False
 
     def divide(self, model: nn.Module) -> None:

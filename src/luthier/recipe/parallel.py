@@ -52,8 +52,18 @@ class Fsdp2Spec(_Processes):
     state: Literal["full", "sharded"] = "full"
     """Checkpoints hold the optimizer whole (one file, gathered in the first process's memory), or as each process's
     part (torch's distributed checkpoint). Both are read by any number of processes; weights are always whole."""
-    tensor: int = Field(default=1, gt=0)
-    """Processes that share each layer's matrices (tensor parallelism); the others divide what is left."""
+
+
+class TensorSpec(_Processes):
+    """The matrices of every layer are divided among processes that compute the same rows together (tensor parallelism;
+    Shoeybi et al., 2019, arXiv:1909.08053), as the model's family says in transformers."""
+
+    shards: ClassVar[bool] = True
+
+    type: Literal["tensor"] = "tensor"
+    group: int | None = Field(default=None, gt=1)
+    """Processes that share the matrices, neighbours by number; absent: all. Several groups have rows of their own, and
+    average their gradients."""
 
 
 class DeepSpeedSpec(_Processes):
@@ -72,4 +82,4 @@ class DeepSpeedSpec(_Processes):
     """DeepSpeed's own JSON, as a path or in place. Keys that the recipe decides must be `auto` or equal to it."""
 
 
-ParallelSpec = Annotated[DdpSpec | Fsdp2Spec | DeepSpeedSpec, Field(discriminator="type")]
+ParallelSpec = Annotated[DdpSpec | Fsdp2Spec | TensorSpec | DeepSpeedSpec, Field(discriminator="type")]

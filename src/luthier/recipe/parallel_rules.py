@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from luthier.recipe.deepspeed_json import zero_stage
-from luthier.recipe.parallel import DeepSpeedSpec, Fsdp2Spec
-from luthier.recipe.schema import AdamwSpec, LionSpec, OnlineSpec, Recipe, SftSpec, SgdSpec
+from luthier.recipe.parallel import DeepSpeedSpec, Fsdp2Spec, TensorSpec
+from luthier.recipe.reference import is_precomputed
+from luthier.recipe.schema import AdamwSpec, LionSpec, LoraSpec, OnlineSpec, Recipe, SftSpec, SgdSpec
 from luthier.types import RecipeError
 
 BY_ENTRY = ("adamw", "sgd", "lion", "schedule_free")
@@ -28,17 +29,18 @@ def _refusals(recipe: Recipe, world_size: int) -> Iterator[str]:
         )
     if isinstance(recipe.parallel, Fsdp2Spec):
         yield from _fsdp2(recipe, recipe.parallel, world_size)
+    if isinstance(recipe.parallel, TensorSpec):
+        yield from _tensor(recipe, recipe.parallel, world_size)
     if not recipe.parallel.shards:
         return
+    why = "answers would gather all weights anew for every token"
+    if isinstance(recipe.parallel, TensorSpec):
+        why = "answers are made by processes that hold the whole model"
     if isinstance(recipe.stage, OnlineSpec):
-        yield (
-            f"{name} does not go with stage: {recipe.stage.type}: answers would gather all weights anew for every "
-            "token; use parallel: {type: ddp}"
-        )
+        yield f"{name} does not go with stage: {recipe.stage.type}: {why}; use parallel: {{type: ddp}}"
     if train.generate_at_eval is not None:
         yield (
-            f"{name} does not go with train.generate_at_eval: answers would gather all weights anew for every token; "
-            "remove it and run `luthier predict` on the result"
+            f"{name} does not go with train.generate_at_eval: {why}; remove it and run `luthier predict` on the result"
         )
     if recipe.model.quantization is not None:
         yield (
@@ -78,8 +80,6 @@ def _fsdp2(recipe: Recipe, spec: Fsdp2Spec, world_size: int) -> Iterator[str]:
         )
     if spec.cpu_offload and recipe.train.precision == "fp16":
         yield f"{name}.cpu_offload does not go with train.precision: fp16, whose loss scale needs the device; give bf16"
-    if spec.tensor > 1:
-        yield f"{name}.tensor: layers are not divided by columns yet; leave it at 1"
 
 
 def _not_with_zero(recipe: Recipe) -> Iterator[str]:
@@ -108,4 +108,44 @@ def _not_with_zero(recipe: Recipe) -> Iterator[str]:
         yield (
             f"{name} does not go with optim.type: {kind}: a process holds pieces of flat rows of numbers, in which "
             "there are no matrices, layers or blocks; give adamw, sgd or lion with 32 bits"
+        )
+
+
+def _tensor(recipe: Recipe, spec: TensorSpec, world_size: int) -> Iterator[str]:
+    optim, train, method, name = recipe.optim, recipe.train, recipe.method, "parallel: tensor"
+    if world_size > 1 and spec.group is not None and world_size % spec.group:
+        yield (
+            f"{name}.group: {world_size} processes are not groups of {spec.group}; give parallel.processes that "
+            f"{spec.group} divides"
+        )
+    if optim.type not in BY_ENTRY or getattr(optim, "bits", 32) == 8 or getattr(optim, "paged", False):
+        yield (
+            f"{name} divides matrices, and optim.type: {optim.type} as it is set here looks at whole ones (or at "
+            f"blocks of 8-bit numbers); choose from {', '.join(BY_ENTRY)} in 32 bits, or parallel: {{type: ddp}}"
+        )
+    if method.type not in ("full", "freeze", "llama_pro", "lora"):
+        yield f"{name} does not go with method.type: {method.type}: of adapters, LoRA's alone are divided; use lora"
+    if isinstance(method, LoraSpec):
+        if method.dropout:
+            yield (
+                f"{name} does not go with method.dropout: each process would draw it for its own part of a layer's "
+                "inputs; write 0"
+            )
+        if method.dora or method.target_parameters:
+            key = "dora" if method.dora else "target_parameters"
+            yield f"{name} does not go with method.{key}, which looks at whole matrices; remove it"
+    if train.precision == "fp16":
+        yield f"{name} does not go with train.precision: fp16: each process would scale the loss by itself; give bf16"
+    if train.compile is not None:
+        yield f"{name} does not go with train.compile: compiled layers that are divided are not proven; remove it"
+    if recipe.model.activation_offload:
+        yield f"{name} does not go with model.activation_offload, which is not proven for divided layers; remove it"
+    if (
+        spec.group is not None
+        and world_size > spec.group
+        and is_precomputed(getattr(recipe.stage, "reference", "start"))
+    ):
+        yield (
+            f"{name}.group: {spec.group} with stage.reference: precompute: a group could find answers that another has "
+            "written while its own processes still look for them; write reference: start"
         )

@@ -66,7 +66,7 @@ from luthier.recipe.optim import (
     ScheduleName,
     SgdSpec,
 )
-from luthier.recipe.parallel import DdpSpec, DeepSpeedSpec, Fsdp2Spec, ParallelSpec
+from luthier.recipe.parallel import DdpSpec, DeepSpeedSpec, Fsdp2Spec, ParallelSpec, TensorSpec
 from luthier.recipe.quantization import BitsAndBytesSpec, HqqSpec, QuantizationSpec, TorchaoSpec
 from luthier.recipe.reference import ReferenceSpec
 from luthier.recipe.stage import (
@@ -164,6 +164,7 @@ __all__ = [
     "TagSpec",
     "TargetedSpec",
     "TemplateSpec",
+    "TensorSpec",
     "TorchaoSpec",
     "TrainSpec",
     "VeraSpec",

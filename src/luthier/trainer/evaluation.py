@@ -17,6 +17,7 @@ from luthier.model.logprobs import ModelPolicy
 from luthier.model.reference import Reference
 from luthier.trainer.ledger import add_terms
 from luthier.trainer.metrics import Metric, RecordingPolicy, joined, measure
+from luthier.trainer.processes import Processes
 from luthier.trainer.steps import Passes, idle
 from luthier.types import Batch, EvalRow, Observed, Policy, RecipeError, Sample, Stage, Term
 
@@ -78,6 +79,8 @@ class Evaluation(Seq2SeqTrainer):
     _eval_arithmetic: torch.dtype | None
     _reference: Reference | None
     _answers: Answers | None
+    _with_rows: Processes
+    """The processes, as they share rows."""
     _evaluated: tuple[int, dict[str, float]] | None = None
     """The last evaluation and the step after which it was."""
 
@@ -148,7 +151,7 @@ class Evaluation(Seq2SeqTrainer):
         plain = ModelPolicy(model, self._eval_arithmetic, reference=self._reference)
         recording = RecordingPolicy(plain) if self._metrics else None
         policy, sums, tokens = recording or plain, dict[str, Term](), 0
-        passes = eval_set.passes[self.args.process_index]
+        passes = eval_set.passes[self._with_rows.rank]
         self.callback_handler.eval_dataloader = passes
         try:
             batches = _Batches(eval_set, passes, self.stage, self.args.device)

@@ -23,10 +23,16 @@ class Processes:
 
     rank: int = 0
     count: int = 1
+    copies: int = 1
+    """How many neighbours do the same, and are one here."""
 
     @classmethod
     def of(cls, args: TrainingArguments) -> Processes:
         return cls(args.process_index, args.world_size)
+
+    def with_rows(self, copies: int) -> Processes:
+        """The same processes, where `copies` neighbours have the same rows, and are one."""
+        return Processes(self.rank // copies, self.count // copies, copies)
 
     @property
     def is_first(self) -> bool:
@@ -41,9 +47,9 @@ class Processes:
         """What each process gave, in their order."""
         if self.count == 1:
             return [own]
-        found: list[Any] = [None] * self.count
+        found: list[Any] = [None] * (self.count * self.copies)
         torch.distributed.all_gather_object(found, own)
-        return found
+        return found[:: self.copies]
 
     def joined(self, own: Sequence[Item]) -> list[Item]:
         """The whole whose `share` is `own` here, on every process."""

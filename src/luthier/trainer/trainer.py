@@ -85,6 +85,7 @@ class PeftTrainer(Keeping):
         self._reference, self._schedule, self._answers = reference, schedule, answers
         self._rollouts, self.stage, self.method, self._optim = rollouts, stage, method, optim
         self.strategy, processes = strategy or Replicated(), Processes.of(args)
+        self._with_rows = processes.with_rows(self.strategy.copies)
         self._steps, self._eval_sets, self._metrics = steps, dict(eval_sets), tuple(metrics)
         self.saver = CheckpointSaver(
             Path(str(args.output_dir)),
@@ -98,7 +99,9 @@ class PeftTrainer(Keeping):
             strategy=self.strategy,
         )
         self._eval_arithmetic, self._fit_memory = eval_arithmetic, fit_memory
-        self.ledger = Ledger(NumberGuard(bad_numbers or BadNumbersSpec(), self.saver.run_dir), processes)
+        self.ledger = Ledger(
+            NumberGuard(bad_numbers or BadNumbersSpec(), self.saver.run_dir), self._with_rows
+        )
         super().__init__(
             model=model,
             args=args,
@@ -221,7 +224,8 @@ class PeftTrainer(Keeping):
             with running_out(batch), self.strategy.synchronizing(self.accelerator, model, last=last):
                 with self.compute_loss_context_manager():
                     loss_sum = self.stage.loss(policy, batch, observed)
-                    # The gradients of all processes are averaged; the loss is a sum over them.
+                    # The gradients of all processes are averaged; the loss is a sum over them. Rows that several have
+                    # are counted as often in the weights.
                     loss = _divided(loss_sum, weights) * self.args.world_size
                 self.strategy.backward(self.accelerator, model, loss, last=last)
             step_loss += loss.detach()
@@ -279,13 +283,16 @@ class PeftTrainer(Keeping):
     def _count_tokens(self, batches: Sequence[Batch]) -> None:
         tokens = sum(batch.num_tokens for batch in batches)
         if self.args.world_size > 1:
-            tokens = int(self.accelerator.reduce(torch.tensor(tokens, device=self.args.device), "sum"))
+            counted = int(self.accelerator.reduce(torch.tensor(tokens, device=self.args.device), "sum"))
+            tokens = counted // self.strategy.copies
         self.state.num_input_tokens_seen += tokens
 
     def floating_point_ops(self, inputs: list[Batch]) -> int:  # type: ignore[override]
         """Six operations per token and parameter, as transformers estimates it for a whole batch."""
         batches = inputs if self._rollouts is None else self._rollouts.current
-        return 6 * sum(batch.num_tokens for batch in batches) * self._num_parameters
+        # Those of all processes are added up.
+        tokens = sum(batch.num_tokens for batch in batches)
+        return 6 * tokens * self._num_parameters // self.strategy.copies
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "train_loss" in logs:  # transformers' own covers the steps since the last resume alone
