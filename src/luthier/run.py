@@ -21,10 +21,9 @@ from luthier import __version__
 from luthier.arrange import Attach, Material, eval_sets, padding_share, training_steps
 from luthier.assemble import attachments, build_model, longest_sample, run_identity
 from luthier.data.prepare import PreparedData
-from luthier.data.report import check_max_lost, format_reports
 from luthier.environment import detect_hardware
 from luthier.eval_answers import answers_at_eval
-from luthier.material import fitted, load_tokens, read_material
+from luthier.material import fitted, load_tokens, read_material, show_material
 from luthier.methods.groups import ParameterCount, count_parameters
 from luthier.model.base_record import BaseRecord, remember_base
 from luthier.model.load import ModelSource, fingerprint, locate
@@ -41,7 +40,8 @@ from luthier.recipe.online import OnlineSpec
 from luthier.recipe.resolve import Hardware, resolve
 from luthier.recipe.schema import AdapterSpec, Recipe
 from luthier.references import live_reference, precomputation
-from luthier.show import Say, example_text, quiet_libraries, speaker
+from luthier.show import Say, quiet_libraries, speaker
+from luthier.trainer.agreement import LIBRARIES, agree_to_start, remember_launch, require_alike
 from luthier.trainer.arguments import training_arguments
 from luthier.trainer.bad_numbers import Rewind
 from luthier.trainer.callbacks import LogCallback, ProgressCallback
@@ -60,8 +60,6 @@ from luthier.trainer.trackers import tracking
 from luthier.trainer.trainer import PeftTrainer
 from luthier.types import CheckpointError, Method, RunInterrupted
 
-LIBRARIES = ("torch", "transformers", "peft", "accelerate", "datasets", "tokenizers", "safetensors")
-
 
 @dataclass(frozen=True, slots=True)
 class TrainResult:
@@ -74,10 +72,14 @@ class TrainResult:
 def train(
     recipe: str | Path | Mapping[str, Any], overrides: Sequence[str] = (), *, quiet: bool = False
 ) -> TrainResult:
-    """Run a recipe; see `luthier.train`."""
+    """Run a recipe in this process, which may be one of several; see `luthier.train`."""
     quiet_libraries()
     hardware = detect_hardware()
-    loaded = resolve(load_recipe(recipe, overrides), hardware)
+    return train_resolved(resolve(load_recipe(recipe, overrides), hardware), hardware, quiet=quiet)
+
+
+def train_resolved(loaded: LoadedRecipe, hardware: Hardware, *, quiet: bool = False) -> TrainResult:
+    """Run a recipe that has nothing left open, as one of `hardware.world_size` processes."""
     train_spec = loaded.recipe.train
     try:
         with kernel_rules(deterministic=train_spec.deterministic, tf32=train_spec.tf32):
@@ -90,9 +92,10 @@ def train(
 
 
 def _train(loaded: LoadedRecipe, hardware: Hardware, quiet: bool) -> TrainResult:
-    settings, output = loaded.recipe, Path(loaded.recipe.train.output)
-    arguments = training_arguments(settings, use_cpu=hardware.device == "cpu")
+    arguments = training_arguments(loaded.recipe, use_cpu=hardware.device == "cpu")
     processes = Processes.of(arguments)
+    loaded = agree_to_start(loaded, processes)
+    settings, output = loaded.recipe, Path(loaded.recipe.train.output)
     main, interruption = processes.is_first, Interruption(processes)
     say = speaker(quiet or not main)
     for note in loaded.notes:
@@ -103,9 +106,10 @@ def _train(loaded: LoadedRecipe, hardware: Hardware, quiet: bool) -> TrainResult
     source = locate(settings.model)
     tokenizer, vocabulary = load_tokens(settings, source, say)
     material = read_material(settings, tokenizer, say)
-    _show(settings, material, say)
+    show_material(settings, material, say)
     model, method = _model(settings, source, hardware, vocabulary, material, say)
     manifest = _manifest(settings, source, material)
+    require_alike(processes, {"the base model": manifest["base"]["fingerprint"], **manifest["data"]})
     remember_base(model, _base_record(settings, manifest["base"]["fingerprint"]))
     material = fitted(settings, material, model)
     supply = _online(loaded, source, model, material, say, processes)
@@ -196,7 +200,7 @@ def prepare(
     settings = loaded.recipe
     tokenizer, _ = load_tokens(settings, locate(settings.model), say)
     material = read_material(settings, tokenizer, say)
-    _show(settings, material, say)
+    show_material(settings, material, say)
     return material.data
 
 
@@ -217,15 +221,6 @@ def _model(
     return build_model(
         settings, source, hardware, vocabulary, longest=longest, material=material, resumed=resumed, say=say
     )
-
-
-def _show(settings: Recipe, material: Material, say: Say) -> None:
-    """The data report and one example. Raises DataError over `max_lost`."""
-    data = material.data
-    say(escape(format_reports(data.reports)))
-    check_max_lost(data.reports, settings.data.max_lost)
-    shown = data.train if len(data.train) else next(iter(data.eval.values()))
-    say(example_text(shown[0], material.template.decode))
 
 
 def _count(model: nn.Module, hardware: Hardware, settings: Recipe, say: Say) -> ParameterCount:
@@ -287,6 +282,7 @@ def _open_run(
             say(f"changed since {resumed.name}: {text}")
         say(f"resuming from {resumed}")
     if processes.is_first:
+        remember_launch(output)
         (output / "recipe.yaml").write_text(dump_recipe(loaded), encoding="utf-8")
     return resumed
 
