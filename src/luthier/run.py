@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from peft import PeftModel
-from rich.markup import escape
 from torch import nn
 from transformers import PreTrainedModel
+from transformers import Seq2SeqTrainingArguments as Args
 
 from luthier import __version__
 from luthier.arrange import Attach, Material, eval_sets, padding_share, training_steps
@@ -92,17 +92,13 @@ def train_resolved(loaded: LoadedRecipe, hardware: Hardware, *, quiet: bool = Fa
 
 
 def _train(loaded: LoadedRecipe, hardware: Hardware, quiet: bool) -> TrainResult:
-    arguments = training_arguments(loaded.recipe, use_cpu=hardware.device == "cpu")
-    processes = Processes.of(arguments)
-    loaded = agree_to_start(loaded, processes)
+    loaded, arguments, processes = _begin(loaded, hardware)
     settings, output = loaded.recipe, Path(loaded.recipe.train.output)
     main, interruption = processes.is_first, Interruption(processes)
     say = speaker(quiet or not main)
     for note in loaded.notes:
         say(f"note: {note}")
     train_spec, attached = settings.train, attachments(loaded)
-    if not train_spec.overwrite:
-        run_guard(output, overwrite=False, resume=train_spec.resume)  # say so before the long work
     source = locate(settings.model)
     tokenizer, vocabulary = load_tokens(settings, source, say)
     material = read_material(settings, tokenizer, say)
@@ -153,6 +149,17 @@ def _train(loaded: LoadedRecipe, hardware: Hardware, quiet: bool) -> TrainResult
     if main and not train_spec.eval_only:
         _show_result(settings, output, manifest, metrics, say)
     return TrainResult(output, metrics)
+
+
+def _begin(loaded: LoadedRecipe, hardware: Hardware) -> tuple[LoadedRecipe, Args, Processes]:
+    """The recipe of this attempt, once all processes have met and agreed on it."""
+    arguments = training_arguments(loaded.recipe, use_cpu=hardware.device == "cpu")
+    processes = Processes.of(arguments)
+    loaded = agree_to_start(loaded, processes)
+    train_spec = loaded.recipe.train
+    if not train_spec.overwrite:  # say so before the long work
+        run_guard(Path(train_spec.output), overwrite=False, resume=train_spec.resume)
+    return loaded, arguments, processes
 
 
 def _online(
@@ -348,9 +355,8 @@ def _save(trainer: PeftTrainer, manifest: dict[str, Any]) -> None:
         return
     with published_files(Path(str(trainer.args.output_dir))) as folder:
         trainer.save_trained(folder, weights)
-        (folder / CARD_NAME).unlink(
-            missing_ok=True
-        )  # PEFT writes a form to fill in; ours follows the evaluation
+        # PEFT writes a form to fill in; ours follows the evaluation.
+        (folder / CARD_NAME).unlink(missing_ok=True)
         files = {path.name: hash_file(path) for path in sorted(folder.iterdir())}
         passes = {"tokens_per_pass": trainer.tokens_per_pass, **end_stream(trainer.train_dataset)}
         text = json.dumps({**manifest, **passes, "files": files}, indent=2)
@@ -372,8 +378,8 @@ def _show_result(
 
 def _base_record(settings: Recipe, base: str) -> BaseRecord:
     """What an adapter of this run says of the model below it."""
-    spec, method = settings.model, settings.method
-    below = method.merged_first if isinstance(method, AdapterSpec) else ()
+    spec = settings.model
+    below = settings.method.merged_first if isinstance(settings.method, AdapterSpec) else ()
     return BaseRecord(base, spec.quantization, spec.dtype, below)
 
 

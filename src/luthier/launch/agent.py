@@ -16,8 +16,11 @@ from typing import Any, Self
 from torch.distributed.elastic.agent.server.api import RunResult, WorkerGroup, WorkerSpec
 from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
 from torch.distributed.elastic.multiprocessing.api import DefaultLogsSpecs, Std
-from torch.distributed.elastic.rendezvous import RendezvousHandler, RendezvousParameters
-from torch.distributed.elastic.rendezvous import registry as rendezvous_registry
+from torch.distributed.elastic.rendezvous import (
+    RendezvousHandler,
+    RendezvousParameters,
+    registry as rendezvous_registry,
+)
 from torch.distributed.elastic.rendezvous.api import (
     RendezvousClosedError,
     RendezvousError,
@@ -46,7 +49,7 @@ class Workers(LocalElasticAgent):  # type: ignore[misc]
     """The workers of this machine, started again after a failure that may pass, as often as the recipe says."""
 
     def __init__(self, spec: WorkerSpec, folder: Path, timeout: int, say: Callable[[str], None]) -> None:
-        others = {rank: Std.ALL for rank in range(1, spec.local_world_size)}
+        others = dict.fromkeys(range(1, spec.local_world_size), Std.ALL)
         logs = DefaultLogsSpecs(log_dir=str(folder / "output"), redirects=others)
         super().__init__(spec, logs, shutdown_timeout=SHUTDOWN)
         self.failure: Failure | None = None

@@ -13,7 +13,8 @@ from luthier.errors import LuthierError, ProcessFailed
 from luthier.launch.handover import Outcome, outcomes, stack_file
 
 _LOST = re.compile(
-    r"gloo|NCCL|[Cc]onnection (closed|reset|refused|was)|Broken pipe|ProcessGroup|TCPStore|recvValue|sendBytes", re.ASCII
+    r"gloo|NCCL|[Cc]onnection (closed|reset|refused|was)|Broken pipe|ProcessGroup|TCPStore|recvValue|sendBytes",
+    re.ASCII,
 )
 """What torch says to a process that waits for one that is gone."""
 
@@ -42,9 +43,13 @@ def find_failure(folder: Path, exits: Mapping[int, int], output: Mapping[int, Pa
     own = [outcome for outcome in failed if not _is_lost(outcome)]
     if own:
         return Failure(_as_error(own[0], failed), not own[0].luthier)
-    silent = {rank: status for rank, status in exits.items() if rank not in {outcome.rank for outcome in told}}
+    silent = {
+        rank: status for rank, status in exits.items() if rank not in {outcome.rank for outcome in told}
+    }
     stacks = {rank: file.read_text() for rank in silent if (file := stack_file(folder, rank)).is_file()}
-    killed = {rank: status for rank, status in silent.items() if rank not in stacks and status != -signal.SIGTERM}
+    killed = {
+        rank: status for rank, status in silent.items() if rank not in stacks and status != -signal.SIGTERM
+    }
     if killed:
         rank, status = min(killed.items())
         return Failure(ProcessFailed(_death(rank, status, output.get(rank))), may_pass=True)
@@ -60,8 +65,13 @@ def find_failure(folder: Path, exits: Mapping[int, int], output: Mapping[int, Pa
 
 
 def _is_lost(outcome: Outcome) -> bool:
-    return not outcome.luthier and _LOST.search(f"{outcome.text}\n{outcome.trace}") is not None and (
-        outcome.kind in ("RuntimeError", "DistBackendError", "DistNetworkError", "DistStoreError", "ConnectionError")
+    return (
+        not outcome.luthier
+        and _LOST.search(f"{outcome.text}\n{outcome.trace}") is not None
+        and (
+            outcome.kind
+            in ("RuntimeError", "DistBackendError", "DistNetworkError", "DistStoreError", "ConnectionError")
+        )
     )
 
 
@@ -70,7 +80,9 @@ def _as_error(outcome: Outcome, failed: Sequence[Outcome]) -> LuthierError:
     if outcome.luthier:
         kind = getattr(errors, outcome.kind or "", LuthierError)
         named = alike or outcome.text.startswith("process ")
-        error: LuthierError = kind.__new__(kind, outcome.text if named else f"process {outcome.rank}: {outcome.text}")
+        error: LuthierError = kind.__new__(
+            kind, outcome.text if named else f"process {outcome.rank}: {outcome.text}"
+        )
         return error
     return ProcessFailed(f"process {outcome.rank} failed.\n{outcome.trace.rstrip()}")
 
@@ -78,7 +90,9 @@ def _as_error(outcome: Outcome, failed: Sequence[Outcome]) -> LuthierError:
 def _death(rank: int, status: int, output: Path | None) -> str:
     if status < 0:
         name = signal.Signals(-status).name
-        why = f"was killed by {name}" + ("; often the system, when memory is full" if name == "SIGKILL" else "")
+        why = f"was killed by {name}" + (
+            "; often the system, when memory is full" if name == "SIGKILL" else ""
+        )
     else:
         why = f"ended with status {status}"
     lines = output.read_text(errors="replace").splitlines()[-_TAIL:] if output and output.is_file() else []

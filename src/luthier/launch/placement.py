@@ -16,8 +16,8 @@ LOOPBACK = ("localhost", "127.0.0.1", "::1")
 class Meeting:
     """Where the machines of a run find each other; nothing is given for a single one.
 
-    rendezvous: HOST:PORT of any of them, with `run_id`, the name of the launch, the same on all. Or master: HOST:PORT of
-    machine 0, with `node_rank`, the number of this one.
+    rendezvous: HOST:PORT of any of them, with `run_id`, the name of the launch, the same on all. Or master: HOST:PORT
+    of machine 0, with `node_rank`, the number of this one.
     """
 
     rendezvous: str | None = None
@@ -85,11 +85,13 @@ def _check_meeting(meeting: Meeting, nodes: int, max_restarts: int) -> None:
         )
     if nodes > 1 and given not in (["rendezvous", "run_id"], ["master", "node_rank"]):
         raise RecipeError(
-            f"{nodes} machines need to know where they meet: give each of them --rendezvous HOST:PORT --run-id NAME, or "
-            "--master HOST:PORT --node-rank NUMBER; `luthier launch` prints the commands"
+            f"{nodes} machines need to know where they meet: give each of them --rendezvous HOST:PORT --run-id NAME, "
+            "or --master HOST:PORT --node-rank NUMBER; `luthier launch` prints the commands"
         )
     if meeting.node_rank is not None and not 0 <= meeting.node_rank < nodes:
-        raise RecipeError(f"--node-rank {meeting.node_rank}: the numbers of {nodes} machines are 0 to {nodes - 1}")
+        raise RecipeError(
+            f"--node-rank {meeting.node_rank}: the numbers of {nodes} machines are 0 to {nodes - 1}"
+        )
     if meeting.master is not None and nodes > 1 and max_restarts > 0:
         raise RecipeError(
             f"parallel.max_restarts={max_restarts}: machines that are started again find each other only with "

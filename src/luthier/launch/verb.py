@@ -1,4 +1,4 @@
-"""The verb `train`, in one process or many: what can fail is found, and data prepared, before any of them is started."""
+"""The verb `train`, in one process or many: data is prepared, and what can fail early found, before they start."""
 
 from __future__ import annotations
 

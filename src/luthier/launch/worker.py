@@ -30,7 +30,9 @@ def main() -> int:
     threading.Thread(target=_watch, args=(os.getppid(), round_folder, rank), daemon=True).start()
     try:
         handover = Handover.read(folder)
-        os.environ.setdefault("OMP_NUM_THREADS", str(handover.threads))  # before torch is imported
+        # Both are read when torch is imported.
+        os.environ.setdefault("OMP_NUM_THREADS", str(handover.threads))
+        os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
         metrics = _train(handover)
     except RunInterrupted as stop:
         Outcome(rank, "RunInterrupted", str(stop), luthier=True).write(round_folder)
@@ -40,7 +42,7 @@ def main() -> int:
             round_folder
         )
         return 1
-    except Exception as error:
+    except Exception as error:  # noqa: BLE001  the launcher shows it
         Outcome(rank, type(error).__name__, str(error), trace=traceback.format_exc()).write(round_folder)
         return 1
     Outcome(rank, metrics=metrics).write(round_folder)
@@ -62,7 +64,9 @@ def _watch(launcher: int, round_folder: Path, rank: int) -> None:
         time.sleep(_POLL)
         if os.getppid() != launcher:
             os._exit(1)
-        failed = [outcome for outcome in outcomes(round_folder) if outcome.kind not in (None, "RunInterrupted")]
+        failed = [
+            outcome for outcome in outcomes(round_folder) if outcome.kind not in (None, "RunInterrupted")
+        ]
         if failed and time.time() - failed[0].at > GRACE:
             with stack_file(round_folder, rank).open("w", encoding="utf-8") as stream:
                 faulthandler.dump_traceback(stream)

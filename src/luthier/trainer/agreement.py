@@ -1,4 +1,4 @@
-"""What all processes of a run have to agree on before it begins: that they are one run, and whether it was begun before."""
+"""What the processes of a run agree on before it begins: that they are one run, and whether it was begun before."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def _short(value: Any, most: int = 80) -> str:
 
 
 def run_values(recipe: Recipe) -> dict[str, Any]:
-    """All settings of a run by their dotted keys, without those that may differ from machine to machine, and versions."""
+    """All settings by their dotted keys, without those that may differ from machine to machine, and versions."""
     values = {
         f"{section}.{name}": value
         for section, part in recipe.model_dump(mode="json").items()

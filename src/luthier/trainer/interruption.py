@@ -18,10 +18,10 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM)
 class Interruption(TrainerCallback):
     """While it is entered, the first signal asks training to stop after the step in progress.
 
-    A second signal does what it did before: the handler that was there is put back with the first one. Under torchrun it
-    changes nothing: there signals come from several sides at once, and whoever does not end is killed.
-    Outside of the main thread signals cannot be handled, and nothing changes. Of several processes all stop after the
-    same step, whichever of them it reached.
+    A second signal does what it did before: the handler that was there is put back with the first one. Under torchrun
+    it changes nothing: there signals come from several sides at once, and whoever does not end is killed. Outside of
+    the main thread signals cannot be handled, and nothing changes. Of several processes all stop after the same step,
+    whichever of them it reached.
     """
 
     def __init__(self, processes: Processes = ALONE) -> None:
