@@ -15,7 +15,6 @@ from typing import Any
 from peft import PeftModel
 from torch import nn
 from transformers import PreTrainedModel
-from transformers import Seq2SeqTrainingArguments as Args
 
 from luthier import __version__
 from luthier.arrange import Attach, Material, eval_sets, padding_share, training_steps
@@ -92,7 +91,9 @@ def train_resolved(loaded: LoadedRecipe, hardware: Hardware, *, quiet: bool = Fa
 
 
 def _train(loaded: LoadedRecipe, hardware: Hardware, quiet: bool) -> TrainResult:
-    loaded, arguments, processes = _begin(loaded, hardware)
+    arguments = training_arguments(loaded.recipe, use_cpu=hardware.device == "cpu")
+    processes = Processes.of(arguments)
+    loaded = _begin(loaded, processes)
     settings, output = loaded.recipe, Path(loaded.recipe.train.output)
     main, interruption = processes.is_first, Interruption(processes)
     say = speaker(quiet or not main)
@@ -151,15 +152,12 @@ def _train(loaded: LoadedRecipe, hardware: Hardware, quiet: bool) -> TrainResult
     return TrainResult(output, metrics)
 
 
-def _begin(loaded: LoadedRecipe, hardware: Hardware) -> tuple[LoadedRecipe, Args, Processes]:
+def _begin(loaded: LoadedRecipe, processes: Processes) -> LoadedRecipe:
     """The recipe of this attempt, once all processes have met and agreed on it."""
-    arguments = training_arguments(loaded.recipe, use_cpu=hardware.device == "cpu")
-    processes = Processes.of(arguments)
-    loaded = agree_to_start(loaded, processes)
-    train_spec = loaded.recipe.train
+    train_spec = (loaded := agree_to_start(loaded, processes)).recipe.train
     if not train_spec.overwrite:  # say so before the long work
         run_guard(Path(train_spec.output), overwrite=False, resume=train_spec.resume)
-    return loaded, arguments, processes
+    return loaded
 
 
 def _online(

@@ -124,7 +124,7 @@ def test_a_signal_to_the_launcher_saves_and_goes_on(
     monkeypatch.setenv("FAULT", "stop:1:2")
     recipe, before = launch_recipe(tmp_path), signal.getsignal(signal.SIGTERM)
     with pytest.raises(
-        RunInterrupted, match="SIGTERM: stopped after step [23] of 5; checkpoint-[23] is whole"
+        RunInterrupted, match=r"SIGTERM: stopped after step [23] of 5; checkpoint-[23] is whole"
     ):
         luthier.train(recipe, [*TWO, "parallel.max_restarts=3"], quiet=True)
     assert signal.getsignal(signal.SIGTERM) == before

@@ -45,7 +45,7 @@ class StoppedNow(BaseException):
     """A signal that leaves nothing to wait for."""
 
 
-class Workers(LocalElasticAgent):  # type: ignore[misc]
+class Workers(LocalElasticAgent):
     """The workers of this machine, started again after a failure that may pass, as often as the recipe says."""
 
     def __init__(self, spec: WorkerSpec, folder: Path, timeout: int, say: Callable[[str], None]) -> None:
@@ -85,7 +85,7 @@ class Workers(LocalElasticAgent):  # type: ignore[misc]
         return started
 
     def _monitor_workers(self, worker_group: WorkerGroup) -> RunResult:
-        result = super()._monitor_workers(worker_group)
+        result: RunResult = super()._monitor_workers(worker_group)
         if result.is_failed():
             exits = {rank: failure.exitcode for rank, failure in result.failures.items()}
             self.failure = find_failure(self.round_folder, exits, self._output(worker_group), self._timeout)
