@@ -45,7 +45,9 @@ class Placement:
 
     @property
     def run_id(self) -> str:
-        """The name of the launch: a new one where nobody gave any."""
+        """The name of the launch: a new one where nobody gave any, torchrun's for none where all need the same."""
+        if self.meeting.master is not None:
+            return "none"
         return self.meeting.run_id or secrets.token_hex(8)
 
     @property

@@ -8,6 +8,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from rich.markup import escape
+
 from luthier.data.report import check_max_lost, format_reports
 from luthier.environment import detect_hardware, visible_gpus
 from luthier.launch.agent import run_workers
@@ -63,7 +65,9 @@ def _launch(loaded: LoadedRecipe, placement: Placement, threads: int, quiet: boo
     folder = Path(tempfile.mkdtemp(prefix="luthier-launch-"))
     try:
         Handover(loaded, quiet, threads).write(folder)
-        told, writes = run_workers(folder, placement, run_id, parallel.max_restarts, parallel.timeout, say)
+        told, writes = run_workers(
+            folder, placement, run_id, parallel.max_restarts, parallel.timeout, lambda text: say(escape(text))
+        )
     except ProcessFailed as failure:
         if output.is_dir():
             sweep_temporary(output)
@@ -94,5 +98,5 @@ def _prepare(settings: Recipe, say: Say) -> None:
     try:
         check_max_lost(reports, settings.data.max_lost)
     except DataError:
-        say(format_reports(reports))
+        say(escape(format_reports(reports)))
         raise

@@ -11,6 +11,7 @@ from transformers import Seq2SeqTrainingArguments
 
 from luthier.recipe.resolve import best_metric, lower_is_better
 from luthier.recipe.schema import Recipe
+from luthier.trainer.processes import meet_on_cpu
 from luthier.types import RecipeError
 
 _ELSEWHERE = {
@@ -86,6 +87,8 @@ def training_arguments(recipe: Recipe, *, use_cpu: bool) -> Seq2SeqTrainingArgum
             near = difflib.get_close_matches(key, sorted(known), n=1)
             hint = f"; did you mean {near[0]}?" if near else ""
             raise RecipeError(f"train.extra.{key}: transformers' TrainingArguments has no such key{hint}")
+    if use_cpu:
+        meet_on_cpu(recipe.parallel.timeout)
     try:
         return Seq2SeqTrainingArguments(**owned, **_many_processes(train.extra, recipe.parallel.timeout))
     except (TypeError, ValueError) as error:
