@@ -220,3 +220,9 @@ def test_outcomes_are_read_as_they_were_written(tmp_path: Path) -> None:
         outcome.write(tmp_path)
     assert outcomes(tmp_path) == told
     assert json.loads((tmp_path / "outcome-1.json").read_text())["metrics"] == {"loss": 1.5}
+
+
+def test_auto_may_be_written_and_nothing_below_one() -> None:
+    assert loaded(parallel={"processes": "auto"}).recipe.parallel.processes == "auto"
+    with pytest.raises(RecipeError, match=r"parallel\.processes"):
+        loaded(parallel={"processes": 0})

@@ -15,7 +15,7 @@ class _Processes(Spec):
     shards: ClassVar[bool] = False
     """Whether each process holds only a part of the weights, gradients or optimizer."""
 
-    processes: int | Literal["auto"] = Field(default="auto", gt=0)
+    processes: Annotated[int, Field(gt=0)] | Literal["auto"] = "auto"
     """Processes on each machine; `auto` is one for each visible GPU, and one without GPUs."""
     nodes: int = Field(default=1, gt=0)
     """Machines."""
