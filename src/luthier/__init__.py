@@ -32,9 +32,12 @@ def train(
 
     recipe: path of a native or LLaMA-Factory YAML/JSON file, or the same as a mapping.
     overrides: `["train.epochs=2"]`, as on the command line.
+    It trains in this process where the recipe takes one, or under torchrun; otherwise (several visible GPUs, or
+    `parallel.processes`) it starts the others, waits for them and returns their numbers. Several machines are for the
+    command line.
     Raises a `luthier.types.LuthierError` whose message says what to mend.
     """
-    from luthier.run import train as run_train
+    from luthier.launch.verb import train as run_train
 
     return run_train(recipe, overrides, quiet=quiet)
 

@@ -112,6 +112,13 @@ def detect_hardware() -> Hardware:
     return Hardware("cpu", _processor(), _memory(), True, cores, world_size)
 
 
+def visible_gpus() -> int:
+    """CUDA GPUs that this process may use, each of which one process can train on. Imports torch."""
+    import torch
+
+    return torch.cuda.device_count() if torch.cuda.is_available() else 0
+
+
 def _memory() -> int:
     """Bytes that this process may use: the machine's, or its container's if that is less."""
     total = int(psutil.virtual_memory().total)
@@ -133,6 +140,7 @@ def _processor() -> str:
 def report() -> str:
     """The text of `luthier env`: versions, hardware, optional libraries with the line that installs them."""
     hardware = detect_hardware()
+    processes = hardware.world_size if "WORLD_SIZE" in os.environ else max(1, visible_gpus())
     lines = [f"luthier       {__version__}", f"python        {platform.python_version()}"]
     lines += [f"{package:<14}{version_of(package) or 'not installed'}" for package in CORE]
     lines += [
@@ -140,7 +148,7 @@ def report() -> str:
         f"{'device':<14}{hardware.device} ({hardware.name}, {hardware.memory / 2**30:.1f} GiB)",
         f"{'bfloat16':<14}{'yes' if hardware.bf16 else 'no'}",
         f"{'cores':<14}{hardware.cores}",
-        f"{'processes':<14}{hardware.world_size}",
+        f"{'processes':<14}{processes} (parallel.processes: auto)",
         "",
         "optional:",
     ]

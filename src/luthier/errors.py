@@ -40,3 +40,7 @@ class ExportError(LuthierError):
 
 class RunInterrupted(LuthierError):
     """A run that a signal stopped after it had saved a checkpoint; the command line has a status for it."""
+
+
+class ProcessFailed(LuthierError):
+    """One of several processes that was killed, hung, or failed by a bug; the command line has a status for it."""

@@ -18,6 +18,7 @@ from luthier.data.media_template import load_media_template
 from luthier.data.own_template import OwnTemplate
 from luthier.data.prepare import Preparation, Progress, prepare
 from luthier.data.processors import load_processor
+from luthier.data.report import check_max_lost, format_reports
 from luthier.data.stream_preview import prepare_stream
 from luthier.data.template import ChatTemplate, load_template
 from luthier.engine.precedence import rollout_settings
@@ -31,7 +32,7 @@ from luthier.model.vocabulary import (
     replay_tokenizer,
 )
 from luthier.recipe.schema import AdapterSpec, Recipe, RmSpec
-from luthier.show import Say
+from luthier.show import Say, example_text
 from luthier.stages import build_stage
 from luthier.types import (
     Conversation,
@@ -63,8 +64,14 @@ def load_tokens(
     return tokenizer, change
 
 
-def read_material(settings: Recipe, tokenizer: PreTrainedTokenizerFast, say: Say) -> Material:
-    """Read, check and tokenize the data, saying how far it is. Raises DataError for data that cannot be used."""
+def read_material(
+    settings: Recipe, tokenizer: PreTrainedTokenizerFast, say: Say, *, progress: Say | None = None
+) -> Material:
+    """Read, check and tokenize the data. Raises DataError for data that cannot be used.
+
+    progress: told how far it is, if not `say`.
+    """
+    rows = _row_progress(progress or say)
     own = OwnTemplate.of(tokenizer) if settings.data.template is not None else None
     template = _template(settings, tokenizer, say)
     if own is not None and (note := own.difference(template)) is not None:
@@ -76,14 +83,23 @@ def read_material(settings: Recipe, tokenizer: PreTrainedTokenizerFast, say: Say
         streamed = prepare_stream(
             settings.data,
             how,
-            _row_progress(say),
+            rows,
             seed=data_seed(settings),
             packed=settings.train.rows_per_device is not None,
             mismatched=stage.needs_mismatched,
         )
         return Material(template, stage, streamed.data, streamed.stream)
-    data = prepare(settings.data, how, _row_progress(say))
+    data = prepare(settings.data, how, rows)
     return Material(template, stage, data)
+
+
+def show_material(settings: Recipe, material: Material, say: Say) -> None:
+    """The data report and one example. Raises DataError over `max_lost`."""
+    data = material.data
+    say(escape(format_reports(data.reports)))
+    check_max_lost(data.reports, settings.data.max_lost)
+    shown = data.train if len(data.train) else next(iter(data.eval.values()))
+    say(example_text(shown[0], material.template.decode))
 
 
 def _template(settings: Recipe, tokenizer: PreTrainedTokenizerFast, say: Say) -> ChatTemplate:

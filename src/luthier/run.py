@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 from peft import PeftModel
-from rich.markup import escape
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -21,10 +20,9 @@ from luthier import __version__
 from luthier.arrange import Attach, Material, eval_sets, padding_share, training_steps
 from luthier.assemble import attachments, build_model, longest_sample, run_identity
 from luthier.data.prepare import PreparedData
-from luthier.data.report import check_max_lost, format_reports
 from luthier.environment import detect_hardware
 from luthier.eval_answers import answers_at_eval
-from luthier.material import fitted, load_tokens, read_material
+from luthier.material import fitted, load_tokens, read_material, show_material
 from luthier.methods.groups import ParameterCount, count_parameters
 from luthier.model.base_record import BaseRecord, remember_base
 from luthier.model.load import ModelSource, fingerprint, load_config, locate
@@ -41,7 +39,8 @@ from luthier.recipe.online import OnlineSpec
 from luthier.recipe.resolve import Hardware, resolve
 from luthier.recipe.schema import AdapterSpec, Recipe
 from luthier.references import live_reference, precomputation
-from luthier.show import Say, example_text, quiet_libraries, speaker
+from luthier.show import Say, quiet_libraries, speaker
+from luthier.trainer.agreement import LIBRARIES, agree_to_start, remember_launch, require_alike
 from luthier.trainer.arguments import find_unused, training_arguments
 from luthier.trainer.bad_numbers import Rewind
 from luthier.trainer.callbacks import LogCallback, ProgressCallback
@@ -60,8 +59,6 @@ from luthier.trainer.trackers import tracking
 from luthier.trainer.trainer import PeftTrainer
 from luthier.types import CheckpointError, Method, RunInterrupted
 
-LIBRARIES = ("torch", "transformers", "peft", "accelerate", "datasets", "tokenizers", "safetensors")
-
 
 @dataclass(frozen=True, slots=True)
 class TrainResult:
@@ -74,10 +71,14 @@ class TrainResult:
 def train(
     recipe: str | Path | Mapping[str, Any], overrides: Sequence[str] = (), *, quiet: bool = False
 ) -> TrainResult:
-    """Run a recipe; see `luthier.train`."""
+    """Run a recipe in this process, which may be one of several; see `luthier.train`."""
     quiet_libraries()
     hardware = detect_hardware()
-    loaded = resolve(load_recipe(recipe, overrides), hardware)
+    return train_resolved(resolve(load_recipe(recipe, overrides), hardware), hardware, quiet=quiet)
+
+
+def train_resolved(loaded: LoadedRecipe, hardware: Hardware, *, quiet: bool = False) -> TrainResult:
+    """Run a recipe that has nothing left open, as one of `hardware.world_size` processes."""
     train_spec = loaded.recipe.train
     try:
         with kernel_rules(deterministic=train_spec.deterministic, tf32=train_spec.tf32):
@@ -90,23 +91,23 @@ def train(
 
 
 def _train(loaded: LoadedRecipe, hardware: Hardware, quiet: bool) -> TrainResult:
-    settings, output = loaded.recipe, Path(loaded.recipe.train.output)
-    arguments = training_arguments(settings, use_cpu=hardware.device == "cpu")
+    arguments = training_arguments(loaded.recipe, use_cpu=hardware.device == "cpu")
     processes = Processes.of(arguments)
+    loaded = _begin(loaded, processes)
+    settings, output = loaded.recipe, Path(loaded.recipe.train.output)
     main, interruption = processes.is_first, Interruption(processes)
     say = speaker(quiet or not main)
     for note in loaded.notes:
         say(f"note: {note}")
     train_spec, attached = settings.train, attachments(loaded)
-    if not train_spec.overwrite:
-        run_guard(output, overwrite=False, resume=train_spec.resume)  # say so before the long work
     source = locate(settings.model)
     tokenizer, vocabulary = load_tokens(settings, source, say)
     material = read_material(settings, tokenizer, say)
-    _show(settings, material, say)
+    show_material(settings, material, say)
     strategy = build_strategy(settings, processes.count, load_config(settings.model, source))
     model, method = _model(settings, source, hardware, vocabulary, material, say, strategy.loads_on_host)
     manifest = _manifest(settings, source, material)
+    require_alike(processes, {"the base model": manifest["base"]["fingerprint"], **manifest["data"]})
     remember_base(model, _base_record(settings, manifest["base"]["fingerprint"]))
     material = fitted(settings, material, model)
     supply = _online(loaded, source, model, material, say, processes)
@@ -155,6 +156,14 @@ def _train(loaded: LoadedRecipe, hardware: Hardware, quiet: bool) -> TrainResult
     return TrainResult(output, metrics)
 
 
+def _begin(loaded: LoadedRecipe, processes: Processes) -> LoadedRecipe:
+    """The recipe of this attempt, once all processes have met and agreed on it."""
+    train_spec = (loaded := agree_to_start(loaded, processes)).recipe.train
+    if not train_spec.overwrite:  # say so before the long work
+        run_guard(Path(train_spec.output), overwrite=False, resume=train_spec.resume)
+    return loaded
+
+
 def _online(
     loaded: LoadedRecipe,
     source: ModelSource,
@@ -200,7 +209,7 @@ def prepare(
     settings = loaded.recipe
     tokenizer, _ = load_tokens(settings, locate(settings.model), say)
     material = read_material(settings, tokenizer, say)
-    _show(settings, material, say)
+    show_material(settings, material, say)
     return material.data
 
 
@@ -221,15 +230,6 @@ def _model(
         resumed, _ = resolve_resume(Path(train_spec.output), train_spec.resume)
     given: dict[str, Any] = {"longest": longest, "material": material, "resumed": resumed, "on_host": on_host}
     return build_model(settings, source, hardware, vocabulary, say=say, **given)
-
-
-def _show(settings: Recipe, material: Material, say: Say) -> None:
-    """The data report and one example. Raises DataError over `max_lost`."""
-    data = material.data
-    say(escape(format_reports(data.reports)))
-    check_max_lost(data.reports, settings.data.max_lost)
-    shown = data.train if len(data.train) else next(iter(data.eval.values()))
-    say(example_text(shown[0], material.template.decode))
 
 
 def _count(model: nn.Module, hardware: Hardware, settings: Recipe, say: Say) -> ParameterCount:
@@ -291,6 +291,7 @@ def _open_run(
             say(f"changed since {resumed.name}: {text}")
         say(f"resuming from {resumed}")
     if processes.is_first:
+        remember_launch(output)
         (output / "recipe.yaml").write_text(dump_recipe(loaded), encoding="utf-8")
     return resumed
 
@@ -356,9 +357,8 @@ def _save(trainer: PeftTrainer, manifest: dict[str, Any]) -> None:
         return
     with published_files(Path(str(trainer.args.output_dir))) as folder:
         trainer.save_trained(folder, weights)
-        (folder / CARD_NAME).unlink(
-            missing_ok=True
-        )  # PEFT writes a form to fill in; ours follows the evaluation
+        # PEFT writes a form to fill in; ours follows the evaluation.
+        (folder / CARD_NAME).unlink(missing_ok=True)
         files = {path.name: hash_file(path) for path in sorted(folder.iterdir())}
         passes = {"tokens_per_pass": trainer.tokens_per_pass, **end_stream(trainer.train_dataset)}
         text = json.dumps({**manifest, **passes, "files": files}, indent=2)
@@ -380,8 +380,8 @@ def _show_result(
 
 def _base_record(settings: Recipe, base: str) -> BaseRecord:
     """What an adapter of this run says of the model below it."""
-    spec, method = settings.model, settings.method
-    below = method.merged_first if isinstance(method, AdapterSpec) else ()
+    spec = settings.model
+    below = settings.method.merged_first if isinstance(settings.method, AdapterSpec) else ()
     return BaseRecord(base, spec.quantization, spec.dtype, below)
 
 

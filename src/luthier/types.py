@@ -27,6 +27,7 @@ from luthier.errors import (
     ExportError as ExportError,
     LuthierError as LuthierError,
     ModelError as ModelError,
+    ProcessFailed as ProcessFailed,
     RecipeError as RecipeError,
     RowError as RowError,
     RunInterrupted as RunInterrupted,

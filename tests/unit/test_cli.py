@@ -16,8 +16,9 @@ from typer.testing import CliRunner
 
 import luthier
 from luthier.cli import app
+from luthier.launch.placement import Meeting
 from luthier.recipe.load import load_recipe
-from luthier.types import DataError
+from luthier.types import DataError, ProcessFailed
 
 SOURCE = Path(luthier.__file__).parents[1]
 NATIVE = "model: {path: embedded}\ndata: {train: [a]}\n"
@@ -30,9 +31,11 @@ class Calls:
 
     seen: list[tuple[Any, ...]] = field(default_factory=list)
     error: BaseException | None = None
+    meeting: Meeting | None = None
 
-    def train(self, recipe: Path, overrides: list[str], *, quiet: bool) -> Any:
+    def train(self, recipe: Path, overrides: list[str], *, quiet: bool, meeting: Meeting) -> Any:
         self.seen.append((recipe, overrides, quiet))
+        self.meeting = meeting
         return self._result(Path("runs/x"))
 
     def quickstart(self, output: Path) -> Any:
@@ -54,9 +57,9 @@ class Calls:
 @pytest.fixture
 def calls(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Calls:
     recorded = Calls()
-    for name, function in (("run", recorded.train), ("quickstart.tour", recorded.quickstart)):
+    for name, function in (("launch.verb", recorded.train), ("quickstart.tour", recorded.quickstart)):
         module = ModuleType(f"luthier.{name}")
-        setattr(module, "train" if name == "run" else "run", function)
+        setattr(module, "train" if name == "launch.verb" else "run", function)
         monkeypatch.setitem(sys.modules, f"luthier.{name}", module)
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("RANK", raising=False)
@@ -95,6 +98,19 @@ def test_quiet_and_other_processes_print_nothing(calls: Calls, monkeypatch: pyte
     assert run("train", "r.yaml").stdout == ""
 
 
+def test_train_says_where_machines_meet(calls: Calls) -> None:
+    places = ("--rendezvous", "a:1", "--run-id", "x", "--master", "b:2", "--node-rank", "0")
+    assert run("train", "r.yaml", "a.b=1", "--processes", "2", "--nodes", "3", *places).exit_code == 0
+    assert calls.seen == [(Path("r.yaml"), ["a.b=1", "parallel.processes=2", "parallel.nodes=3"], False)]
+    assert calls.meeting == Meeting("a:1", "x", "b:2", 0)
+
+
+def test_a_failed_process_exits_1(calls: Calls) -> None:
+    calls.error = ProcessFailed("process 1 was killed by SIGKILL")
+    result = run("train", "r.yaml")
+    assert (result.exit_code, result.stderr) == (1, "error: process 1 was killed by SIGKILL\n")
+
+
 def test_quickstart(calls: Calls) -> None:
     assert run("quickstart").exit_code == 0
     assert run("quickstart", "--output", "there").stdout.startswith("there  ")
@@ -121,6 +137,7 @@ def test_schema_is_the_recipes_json_schema() -> None:
         "stage",
         "method",
         "optim",
+        "parallel",
         "train",
         "generation",
         "export",

@@ -8,6 +8,7 @@ from luthier.cli import (
     chat as chat,
     evaluate as evaluate,
     facts as facts,
+    launch as launch,
     models as models,
     predict as predict,
     serve as serve,

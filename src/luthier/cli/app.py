@@ -9,11 +9,12 @@ import typer
 from typer.core import TyperGroup
 
 from luthier import __version__
-from luthier.types import LuthierError, RunInterrupted
+from luthier.types import LuthierError, ProcessFailed, RunInterrupted
 
 USAGE_ERROR = 2
 INTERRUPTED = 130  # what a shell reports for a process that Ctrl-C ended
 CLAIM_FAILS = 1
+CRASHED = 1  # what Python reports for a process that an exception ended
 SAVED = 75  # sysexits' EX_TEMPFAIL: stopped by a signal with a checkpoint saved; try again and it goes on
 
 
@@ -26,6 +27,9 @@ class _Commands(TyperGroup):
         except RunInterrupted as stop:
             typer.echo(str(stop), err=True)
             raise SystemExit(SAVED) from None
+        except ProcessFailed as failure:
+            typer.echo(f"error: {failure}", err=True)
+            raise SystemExit(CRASHED) from None
         except LuthierError as error:
             if os.environ.get("LUTHIER_TRACEBACK") == "1":
                 raise

@@ -38,6 +38,26 @@ EngineOption = Annotated[
     ),
 ]
 
+ProcessesOption = Annotated[
+    int | None,
+    typer.Option(
+        "--processes",
+        metavar="N",
+        help="Processes on each machine (parallel.processes); default: one for each visible GPU.",
+        show_default=False,
+    ),
+]
+NodesOption = Annotated[
+    int | None,
+    typer.Option("--nodes", metavar="N", help="Machines (parallel.nodes).", show_default=False),
+]
+
+
+def parallel_words(processes: int | None, nodes: int | None) -> list[str]:
+    """The overrides that these options stand for."""
+    given = {"processes": processes, "nodes": nodes}
+    return [f"parallel.{name}={value}" for name, value in given.items() if value is not None]
+
 
 def named_folders(words: list[str]) -> dict[str, str]:
     """NAME=FOLDER, each name once. Raises RecipeError."""

@@ -9,6 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from luthier.cli.app import CLAIM_FAILS, USAGE_ERROR, app
+from luthier.cli.options import NodesOption, ProcessesOption, parallel_words
 
 
 @app.command()
@@ -18,11 +19,44 @@ def train(
         list[str] | None, typer.Argument(help="KEY=VALUE, for example train.epochs=2.", show_default=False)
     ] = None,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print only warnings and errors.")] = False,
+    processes: ProcessesOption = None,
+    nodes: NodesOption = None,
+    rendezvous: Annotated[
+        str | None,
+        typer.Option(
+            "--rendezvous", metavar="HOST:PORT", help="Where the machines meet.", show_default=False
+        ),
+    ] = None,
+    run_id: Annotated[
+        str | None,
+        typer.Option(
+            "--run-id",
+            metavar="NAME",
+            help="Of this launch, the same on all machines; started again under it, the run goes on.",
+            show_default=False,
+        ),
+    ] = None,
+    master: Annotated[
+        str | None,
+        typer.Option(
+            "--master",
+            metavar="HOST:PORT",
+            help="Machine 0, instead of --rendezvous; without restarts.",
+            show_default=False,
+        ),
+    ] = None,
+    node_rank: Annotated[
+        int | None,
+        typer.Option("--node-rank", metavar="N", help="This machine, with --master.", show_default=False),
+    ] = None,
 ) -> None:
-    """Train what RECIPE describes."""
-    from luthier.run import train as run_train
+    """Train what RECIPE describes, on all visible GPUs."""
+    from luthier.launch.placement import Meeting
+    from luthier.launch.verb import train as run_train
 
-    _finish(run_train(recipe, overrides or [], quiet=quiet), quiet)
+    words = [*(overrides or []), *parallel_words(processes, nodes)]
+    meeting = Meeting(rendezvous, run_id, master, node_rank)
+    _finish(run_train(recipe, words, quiet=quiet, meeting=meeting), quiet)
 
 
 @app.command()
@@ -139,7 +173,7 @@ def quickstart(
 
 
 def _finish(result: Any, quiet: bool) -> None:
-    if not quiet and os.environ.get("RANK", "0") == "0":
+    if not quiet and result.metrics and os.environ.get("RANK", "0") == "0":
         numbers = "  ".join(
             f"{name} {value:.4g}" for name, value in result.metrics.items() if isinstance(value, (int, float))
         )

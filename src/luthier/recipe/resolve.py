@@ -53,6 +53,10 @@ class Hardware:
     cores: int
     world_size: int = 1
 
+    def of(self, world_size: int) -> Hardware:
+        """What one of so many processes has."""
+        return replace(self, world_size=world_size)
+
 
 def resolve(loaded: LoadedRecipe, hardware: Hardware) -> LoadedRecipe:
     """The same recipe with nothing left open, and the origins of what was filled in.

@@ -13,6 +13,7 @@ from transformers import Seq2SeqTrainingArguments
 from luthier.model.multimodal import trains_outside_language
 from luthier.recipe.resolve import best_metric, lower_is_better
 from luthier.recipe.schema import Recipe
+from luthier.trainer.processes import meet_on_cpu
 from luthier.types import RecipeError
 
 _ELSEWHERE = {
@@ -88,19 +89,24 @@ def training_arguments(recipe: Recipe, *, use_cpu: bool) -> Seq2SeqTrainingArgum
             near = difflib.get_close_matches(key, sorted(known), n=1)
             hint = f"; did you mean {near[0]}?" if near else ""
             raise RecipeError(f"train.extra.{key}: transformers' TrainingArguments has no such key{hint}")
+    if use_cpu:
+        meet_on_cpu(recipe.parallel.timeout)
     try:
-        return Seq2SeqTrainingArguments(**owned, **_many_processes(train.extra))
+        return Seq2SeqTrainingArguments(**owned, **_many_processes(train.extra, recipe.parallel.timeout))
     except (TypeError, ValueError) as error:
         raise RecipeError(f"train: transformers refuses these settings: {error}") from error
 
 
-def _many_processes(extra: Mapping[str, Any]) -> dict[str, Any]:
-    """No buffer is sent around: they are alike, and a process with fewer passes would be waited for in vain."""
+def _many_processes(extra: Mapping[str, Any], timeout: int) -> dict[str, Any]:
+    """No buffer is sent around: they are alike, and a process with fewer passes would be waited for in vain.
+
+    timeout: seconds that a process waits for the others.
+    """
     if extra.get("ddp_broadcast_buffers"):
         raise RecipeError(
             "train.extra.ddp_broadcast_buffers: processes have passes of unequal number here; remove it"
         )
-    return {**extra, "ddp_broadcast_buffers": False}
+    return {"ddp_timeout": timeout, **extra, "ddp_broadcast_buffers": False}
 
 
 def find_unused(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import threading
 from types import FrameType, TracebackType
@@ -17,15 +18,17 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM)
 class Interruption(TrainerCallback):
     """While it is entered, the first signal asks training to stop after the step in progress.
 
-    A second signal does what it did before: the handler that was there is put back with the first one.
-    Outside of the main thread signals cannot be handled, and nothing changes. Of several processes all stop after the
-    same step, whichever of them it reached.
+    A second signal does what it did before: the handler that was there is put back with the first one. Under torchrun
+    it changes nothing: there signals come from several sides at once, and whoever does not end is killed. Outside of
+    the main thread signals cannot be handled, and nothing changes. Of several processes all stop after the same step,
+    whichever of them it reached.
     """
 
     def __init__(self, processes: Processes = ALONE) -> None:
         self.received: signal.Signals | None = None
         self._processes = processes
         self._before: dict[signal.Signals, Any] = {}
+        self._patient = "TORCHELASTIC_RUN_ID" in os.environ
 
     def __enter__(self) -> Self:
         if threading.current_thread() is threading.main_thread():
@@ -38,8 +41,9 @@ class Interruption(TrainerCallback):
         self._restore()
 
     def _note(self, number: int, frame: FrameType | None) -> None:
-        self.received = signal.Signals(number)
-        self._restore()
+        self.received = self.received or signal.Signals(number)
+        if not self._patient:
+            self._restore()
 
     def _restore(self) -> None:
         for number, handler in self._before.items():

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch.distributed
@@ -82,6 +84,16 @@ class Processes:
                 kind, text = told
                 raise kind.__new__(kind, f"process {rank}: {text}")
         return result  # type: ignore[return-value]
+
+
+def meet_on_cpu(timeout: int) -> None:
+    """Have the processes that torchrun started on CPUs meet, where they have not yet.
+
+    timeout: seconds that each waits for the others, then and later. On GPUs transformers does this with the time that
+    it is told, but on CPUs it forgets it.
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not torch.distributed.is_initialized():
+        torch.distributed.init_process_group("gloo", timeout=timedelta(seconds=timeout))
 
 
 ALONE = Processes()

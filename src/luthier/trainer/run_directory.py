@@ -31,6 +31,7 @@ RUN_FILES = (
         "training_*.png",
     ),
     "quickstart.json",
+    "launch.json",
     *("all_results.json", "train_results.json", "eval_results.json", "predict_results.json"),
     *("generated_predictions.jsonl", "README.md", "config.json", "generation_config.json"),
     *("vocabulary.json", "positions.json", "base.json"),
