@@ -27,7 +27,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
 from itertools import pairwise
 from types import MappingProxyType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerBase
@@ -43,6 +43,9 @@ from luthier.data.word_tokens import WordTokens
 from luthier.recipe.thinking import ThinkingSpec
 from luthier.types import Conversation, DataError, EncodedConversation, Part, RowError, Span
 
+if TYPE_CHECKING:
+    from luthier.data.media_tokens import MediaReader
+
 
 class ChatTemplate:
     """A chat template on a fast tokenizer; implements `luthier.types.Template`.
@@ -50,6 +53,9 @@ class ChatTemplate:
     The template's text is the tokenizer's `chat_template` at the time of construction. `marked`, if given, is
     the same with the marks of `families.CUT`, and switches to LLaMA-Factory's pieces.
     """
+
+    reader: MediaReader | None = None
+    """What opens the media of its samples, where the model takes any: see `media_template`."""
 
     def __init__(
         self,
@@ -84,6 +90,13 @@ class ChatTemplate:
         stops = (tokenizer.eos_token_id, *self.end_token_ids, *self._ids_of(family.stop if family else ()))
         self._stop_ids = tuple(dict.fromkeys(stops))
         self._document_end = family.document_end if family else None
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without `_shapes`, whose watched template cannot be sent to another process; it learns them anew."""
+        return {key: value for key, value in self.__dict__.items() if key != "_shapes"}
+
+    def check_processor(self, conversation: Conversation) -> None:
+        """Raise DataError where the model's processor makes other tokens of it; see `media_template`."""
 
     @property
     def has_reasoning(self) -> bool:

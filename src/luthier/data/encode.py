@@ -186,7 +186,7 @@ def _weights(
     only: int | None,
 ) -> Weights:
     base = 1.0 if options.train_on_prompt else 0.0
-    weights = np.full(len(encoded.input_ids), base, np.float32) if base else np.zeros(len(encoded.input_ids), np.float32)
+    weights = np.full(len(encoded.input_ids), base, np.float32)
     for span in encoded.answers:
         weight = _weight_of(messages[span.message], options) if only in (None, span.message) else 0.0
         weights[span.start : span.stop] = weight
@@ -216,7 +216,7 @@ def _weight_of(message: Message, options: EncodeOptions) -> float:
 
 def _learns(weights: Weights) -> bool:
     """Whether a sample has any target."""
-    return np.count_nonzero(weights[1:]) > 0
+    return bool(np.count_nonzero(weights[1:]))
 
 
 def _is_learnt(message: Message, options: EncodeOptions) -> bool:

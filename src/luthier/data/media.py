@@ -91,7 +91,7 @@ def with_media(conversation: Conversation, raw: RawRow, attr: DatasetAttr) -> Co
     Raises RowError where a kind has tags, and not as many as its column has entries.
     """
     columns = attr.columns
-    inline = any([message.media for message in conversation.messages])
+    inline = any(message.media for message in conversation.messages)
     if not inline and columns.images is None and columns.videos is None and columns.audios is None:
         return conversation
     given = {kind: _given(raw, attr, kind) for kind in TAGS.values()}

@@ -186,7 +186,7 @@ class MediaTemplate(ChatTemplate):
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, reader: MediaReader, **options: Any) -> None:
         super().__init__(tokenizer, **options)
-        self.reader = reader
+        self.reader: MediaReader = reader
         self._ids_of_media = reader.token_ids()
         self._counts: dict[str, int] = {}
 

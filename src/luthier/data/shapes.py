@@ -49,7 +49,7 @@ class _Conditions:
         return (
             (not self.given or content != "")
             and (not self.stripped or content == content.strip())
-            and not any([mark in content for mark in self.without])
+            and not any(map(content.__contains__, self.without))
         )
 
 
@@ -201,7 +201,7 @@ class Shapes:
     def layout(self, messages: Sequence[ChatMessage]) -> Layout | None:
         """The layout of messages of roles and contents; None where it has to be made by rendering them."""
         contents = [message["content"] for message in messages]
-        if any([len(message) != 2 for message in messages]) or not all(map(_is_text, contents)):
+        if set(map(len, messages)) != {2} or not all(map(_is_text, contents)):
             return None
         roles = tuple([message["role"] for message in messages])
         if roles not in self._shapes:
