@@ -3,22 +3,20 @@
 from __future__ import annotations
 
 import json
-import os
 import time
 from pathlib import Path
 
+import cache_apart
 import clock
 import encoded
-
-job = clock.load_job()
-os.environ["HF_DATASETS_CACHE"] = str(Path(job["output"]) / "datasets")  # before `datasets` is imported
-
-from llamafactory.data import get_dataset, get_template_and_fix_tokenizer  # noqa: E402
-from llamafactory.hparams import get_train_args  # noqa: E402
-from llamafactory.model import load_tokenizer  # noqa: E402
+from llamafactory.data import get_dataset, get_template_and_fix_tokenizer
+from llamafactory.hparams import get_train_args
+from llamafactory.model import load_tokenizer
 
 
 def main() -> None:
+    job = clock.load_job()
+    cache_apart.check()
     rows = Path(job["rows"])
     folder = Path(job["output"]) / "data"
     folder.mkdir(parents=True)

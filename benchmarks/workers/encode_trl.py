@@ -2,27 +2,25 @@
 
 from __future__ import annotations
 
-import os
 import time
 from pathlib import Path
 from typing import Any
 
+import cache_apart
 import clock
 import encoded
-
-job = clock.load_job()
-os.environ["HF_DATASETS_CACHE"] = str(Path(job["output"]) / "datasets")  # before `datasets` is imported
-
-import trl  # noqa: E402
-from datasets import load_dataset  # noqa: E402
-from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM  # noqa: E402
-from trl import SFTConfig, SFTTrainer  # noqa: E402
+import trl
+from datasets import load_dataset
+from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+from trl import SFTConfig, SFTTrainer
 
 TEMPLATE = Path(trl.__file__).parent / "chat_templates" / "qwen2_5_training.jinja"
 """ChatML with the marks that `assistant_only_loss` needs."""
 
 
 def main() -> None:
+    job = clock.load_job()
+    cache_apart.check()
     tokenizer = AutoTokenizer.from_pretrained(job["model"])
     tokenizer.chat_template = TEMPLATE.read_text(encoding="utf-8")
     shape = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}
