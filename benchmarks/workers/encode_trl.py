@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from pathlib import Path
 from typing import Any
 
@@ -34,26 +33,24 @@ def main() -> None:
         use_cpu=True,
     )
     prepare = SFTTrainer._prepare_dataset
-    spent: list[float] = []
+    spent = encoded.Spent()
     made: list[Any] = []
 
     def timed(self: Any, *given: Any, **named: Any) -> Any:
-        begun = time.perf_counter()
-        made.append(prepare(self, *given, **named))
-        spent.append(time.perf_counter() - begun)
+        with spent:
+            made.append(prepare(self, *given, **named))
         return made[-1]
 
     SFTTrainer._prepare_dataset = timed
-    start = time.perf_counter()
-    rows = load_dataset("json", data_files=job["rows"], split="train")
-    reading = time.perf_counter() - start
+    with spent:
+        rows = load_dataset("json", data_files=job["rows"], split="train")
     SFTTrainer(model=model, args=config, train_dataset=rows, processing_class=tokenizer)
     table = made[0]
     peak = clock.memory("VmHWM")
     tokens = sum(map(len, table["input_ids"]))
     masks = next((name for name in ("assistant_masks", "labels") if name in table.column_names), None)
     targets = sum(sum(value not in (0, -100) for value in row) for row in table[masks]) if masks else None
-    encoded.report(job, reading + sum(spent), len(table), tokens, targets, None, peak)
+    encoded.report(job, spent, len(table), tokens, targets, None, peak)
 
 
 if __name__ == "__main__":

@@ -42,16 +42,16 @@ app()
 KILLED = """
 import os, signal
 from luthier.cli import app
-from luthier.stages.sft import SupervisedFineTuning
+from luthier.stages import sft
 
-encode = SupervisedFineTuning.encode
+encode = sft.sft_sample
 
-def dies(self, row, template):
+def dies(row, template, options):
     if row.index == 1500:
         os.kill(os.getpid(), signal.SIGKILL)
-    return encode(self, row, template)
+    return encode(row, template, options)
 
-SupervisedFineTuning.encode = dies
+sft.sft_sample = dies
 app()
 """
 

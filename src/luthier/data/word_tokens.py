@@ -189,7 +189,9 @@ def _numbers(found: Iterable[bytes]) -> list[int]:
 
 
 def _ids(backend: Tokenizer, text: str) -> list[int]:
-    return list(backend.encode_batch_fast([text], add_special_tokens=False)[0].ids)  # without places in the text
+    return list(
+        backend.encode_batch_fast([text], add_special_tokens=False)[0].ids
+    )  # without places in the text
 
 
 def _is_plain(model: dict[str, Any]) -> bool:
