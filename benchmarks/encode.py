@@ -3,10 +3,11 @@
     python benchmarks/encode.py --lf-python PEER/bin/python
 
 Every contender reads the same file of conversations (1 to 3 turns, some with a system message; the sentences of real
-rows, put together anew), renders ChatML and tokenizes it with the same tokenizer, learns the answers alone, and leaves
-the result on disk; with 1 process, and with `--processes` of them. What is timed is the preparation alone, imports and
-tokenizer loaded: seconds of the wall, and of all processors, which other work on the machine disturbs less. Luthier checks rows against the saved template on the way (its gate is always on). TRL tokenizes the
-same texts by a template with marks for the answers.
+rows, put together anew), renders ChatML and tokenizes it with the same tokenizer, learns the answers alone, and
+leaves the result on disk; with 1 process, and with `--processes` of them. What is timed is the preparation alone,
+imports and tokenizer loaded: seconds of the wall, and of all processors, which other work on the machine disturbs
+less. Luthier checks rows against the saved template on the way (its gate is always on). TRL tokenizes the same texts
+by a template with marks for the answers.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Imported before all else: gives this process a `datasets` cache of its own, so that no call uses the work of another."""
+"""Imported before all else: gives this process a `datasets` cache of its own, which no other call has filled."""
 
 from __future__ import annotations
 

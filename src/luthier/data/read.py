@@ -76,7 +76,7 @@ def unread_rows(
     cache_dir: str | None = None,
     token: str | None = None,
 ) -> Iterator[RawRow | RawLine]:
-    """The rows that `read_rows` gives, lines of JSON not read yet; what it raises of columns is left to `SeenColumns`."""
+    """The rows of `read_rows`, lines of JSON not read yet; that rows and columns are there is left to `SeenColumns`."""
     attr.check_sha1()
     rows = _hub_rows(attr, cache_dir, token) if attr.load_from == "hub" else _file_rows(attr)
     if attr.num_samples is not None:
