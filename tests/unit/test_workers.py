@@ -144,7 +144,7 @@ def test_the_first_error_is_raised_wherever_it_came_up(file: Path, noted: Noted)
     assert noted.all_ended()
     lines = file.read_text(encoding="utf-8").splitlines()
     file.write_text("\n".join([*lines[:200], "{", *lines[200:]]), encoding="utf-8")
-    with pytest.raises(DataError, match=r"rows.jsonl, line 201, column 2: not JSON"):
+    with pytest.raises(DataError, match=r"rows.jsonl, line 201, column 1: not JSON"):
         prepared(file, 2)
 
 

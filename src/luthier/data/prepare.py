@@ -186,7 +186,9 @@ def _one_dataset(
         encode = EncodeBatch(attr, how)
 
         def parts(folder: Path) -> Iterator[CountedPart]:
-            batches = encode_batches(encode, row_batches(rows), spec.workers, folder)
+            batches = encode_batches(
+                encode, row_batches(rows, slow=how.opener is not None), spec.workers, folder
+            )
             return _told(batches, SeenColumns(attr), attr.name, progress)
 
         found = cache.store(key, attr.name, parts)

@@ -16,7 +16,7 @@ from luthier.data.read import RawLine, RawRow, SeenColumns
 from luthier.data.registry import DatasetAttr
 from luthier.types import Encoded
 
-_ROWS = 1000
+_ROWS, _SLOW_ROWS = 1000, 50
 _CHARACTERS = 1 << 22
 """Characters of a batch's rows, more or less; they and their tokens are in memory at once."""
 
@@ -42,13 +42,14 @@ class EncodedBatch:
     rows: int
 
 
-def row_batches(rows: Iterable[RawRow | RawLine]) -> Iterator[RowBatch]:
-    """The rows in their order."""
+def row_batches(rows: Iterable[RawRow | RawLine], *, slow: bool = False) -> Iterator[RowBatch]:
+    """The rows in their order; fewer at once where each takes long, as those with media do."""
+    most = _SLOW_ROWS if slow else _ROWS
     first, size, held = 0, 0, list[RawRow | RawLine]()
     for row in rows:
         held.append(row)
         size += len(row.line) if isinstance(row, RawLine) else _characters(row)
-        if len(held) == _ROWS or size >= _CHARACTERS:
+        if len(held) == most or size >= _CHARACTERS:
             yield RowBatch(first, held)
             first, size, held = first + len(held), 0, []
     if held:
