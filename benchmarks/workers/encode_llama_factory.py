@@ -3,22 +3,19 @@
 from __future__ import annotations
 
 import json
-import os
-import time
 from pathlib import Path
 
+import cache_apart
 import clock
 import encoded
-
-job = clock.load_job()
-os.environ["HF_DATASETS_CACHE"] = str(Path(job["output"]) / "datasets")  # before `datasets` is imported
-
-from llamafactory.data import get_dataset, get_template_and_fix_tokenizer  # noqa: E402
-from llamafactory.hparams import get_train_args  # noqa: E402
-from llamafactory.model import load_tokenizer  # noqa: E402
+from llamafactory.data import get_dataset, get_template_and_fix_tokenizer
+from llamafactory.hparams import get_train_args
+from llamafactory.model import load_tokenizer
 
 
 def main() -> None:
+    job = clock.load_job()
+    cache_apart.check()
     rows = Path(job["rows"])
     folder = Path(job["output"]) / "data"
     folder.mkdir(parents=True)
@@ -48,15 +45,13 @@ def main() -> None:
     model_args, data_args, training_args, _, _ = get_train_args(settings)
     loaded = load_tokenizer(model_args)
     template = get_template_and_fix_tokenizer(loaded["tokenizer"], data_args)
-    start = time.perf_counter()
-    table = get_dataset(template, model_args, data_args, training_args, stage="sft", **loaded)[
-        "train_dataset"
-    ]
-    seconds = time.perf_counter() - start
+    with encoded.Spent() as spent:
+        sets = get_dataset(template, model_args, data_args, training_args, stage="sft", **loaded)
+    table = sets["train_dataset"]
     peak = clock.memory("VmHWM")
     tokens = sum(map(len, table["input_ids"]))
     targets = sum(sum(label != -100 for label in row) for row in table["labels"])
-    encoded.report(job, seconds, len(table), tokens, targets, None, peak)
+    encoded.report(job, spent, len(table), tokens, targets, None, peak)
 
 
 if __name__ == "__main__":

@@ -29,15 +29,15 @@ def main() -> None:
     template = load_template(AutoTokenizer.from_pretrained(job["model"]), spec)
     stage = build_stage(SftSpec(), EncodeOptions.of(spec, "sft"))
     how = Preparation(stage.encode, template, stage.kind, {"stage": "sft"}, seed=0)
-    start = time.perf_counter()
-    table = prepare(spec, how).train
-    seconds, peak = time.perf_counter() - start, clock.memory("VmHWM")
+    with encoded.Spent() as spent:
+        table = prepare(spec, how).train
+    peak = clock.memory("VmHWM")
     start = time.perf_counter()
     again = prepare(spec, how).train
     second = time.perf_counter() - start
     assert len(again) == len(table)
     targets = sum(int((table[k].weights[1:] > 0).sum()) for k in range(len(table)))
-    encoded.report(job, seconds, len(table), int(table.lengths.sum()), targets, second, peak)
+    encoded.report(job, spent, len(table), int(table.lengths.sum()), targets, second, peak)
 
 
 if __name__ == "__main__":

@@ -2,27 +2,24 @@
 
 from __future__ import annotations
 
-import os
-import time
 from pathlib import Path
 from typing import Any
 
+import cache_apart
 import clock
 import encoded
-
-job = clock.load_job()
-os.environ["HF_DATASETS_CACHE"] = str(Path(job["output"]) / "datasets")  # before `datasets` is imported
-
-import trl  # noqa: E402
-from datasets import load_dataset  # noqa: E402
-from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM  # noqa: E402
-from trl import SFTConfig, SFTTrainer  # noqa: E402
+import trl
+from datasets import load_dataset
+from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+from trl import SFTConfig, SFTTrainer
 
 TEMPLATE = Path(trl.__file__).parent / "chat_templates" / "qwen2_5_training.jinja"
 """ChatML with the marks that `assistant_only_loss` needs."""
 
 
 def main() -> None:
+    job = clock.load_job()
+    cache_apart.check()
     tokenizer = AutoTokenizer.from_pretrained(job["model"])
     tokenizer.chat_template = TEMPLATE.read_text(encoding="utf-8")
     shape = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}
@@ -36,26 +33,24 @@ def main() -> None:
         use_cpu=True,
     )
     prepare = SFTTrainer._prepare_dataset
-    spent: list[float] = []
+    spent = encoded.Spent()
     made: list[Any] = []
 
     def timed(self: Any, *given: Any, **named: Any) -> Any:
-        begun = time.perf_counter()
-        made.append(prepare(self, *given, **named))
-        spent.append(time.perf_counter() - begun)
+        with spent:
+            made.append(prepare(self, *given, **named))
         return made[-1]
 
     SFTTrainer._prepare_dataset = timed
-    start = time.perf_counter()
-    rows = load_dataset("json", data_files=job["rows"], split="train")
-    reading = time.perf_counter() - start
+    with spent:
+        rows = load_dataset("json", data_files=job["rows"], split="train")
     SFTTrainer(model=model, args=config, train_dataset=rows, processing_class=tokenizer)
     table = made[0]
     peak = clock.memory("VmHWM")
     tokens = sum(map(len, table["input_ids"]))
     masks = next((name for name in ("assistant_masks", "labels") if name in table.column_names), None)
     targets = sum(sum(value not in (0, -100) for value in row) for row in table[masks]) if masks else None
-    encoded.report(job, reading + sum(spent), len(table), tokens, targets, None, peak)
+    encoded.report(job, spent, len(table), tokens, targets, None, peak)
 
 
 if __name__ == "__main__":

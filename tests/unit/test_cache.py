@@ -17,7 +17,7 @@ from numpy.testing import assert_array_equal
 
 from luthier.data import cache as cache_module
 from luthier.data.cache import TokenCache, content_key, default_folder
-from luthier.data.encode import EncodeOptions
+from luthier.data.encode import EncodeOptions, sft_sample
 from luthier.data.packing import best_fit
 from luthier.data.prepare import Preparation, PreparedData, prepare, split_rows
 from luthier.data.report import DataReport, ReportBuilder, check_max_lost, format_reports
@@ -263,13 +263,12 @@ def prepared(
 
 def counted_encodes(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     calls: list[int] = []
-    plain = SupervisedFineTuning.encode
 
-    def counting(self: SupervisedFineTuning, row: Any, template: Any) -> Encoded:
+    def counting(row: Any, template: Any, options: EncodeOptions) -> Encoded:
         calls.append(row.index)
-        return plain(self, row, template)
+        return sft_sample(row, template, options)
 
-    monkeypatch.setattr(SupervisedFineTuning, "encode", counting)
+    monkeypatch.setattr("luthier.stages.sft.sft_sample", counting)
     return calls
 
 

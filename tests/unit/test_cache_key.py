@@ -82,13 +82,13 @@ class Bench:
 @pytest.fixture
 def bench(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Bench:
     made = Bench(tmp_path)
-    put = TokenCache.put
+    store = TokenCache.store
 
     def noting(self: TokenCache, key: str, *rest: Any) -> Any:
         made.written.append(key)
-        return put(self, key, *rest)
+        return store(self, key, *rest)
 
-    monkeypatch.setattr(TokenCache, "put", noting)
+    monkeypatch.setattr(TokenCache, "store", noting)
     return made
 
 

@@ -15,20 +15,25 @@ import secrets
 import shutil
 import sys
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 
 from luthier.data.report import DataReport, ReportBuilder
-from luthier.data.table import Placed, SampleTable, write_table
+from luthier.data.table import SampleTable, batches_of, write_batches
 from luthier.types import DataError, Encoded
 
 CODE_VERSION = 4
 """Raise when the code makes other tokens, weights or reports of the same inputs."""
 
-_TOKENS, _REPORT = "tokens.arrow", "report.json"
+_TOKENS, _REPORT, _WORK = "tokens.arrow", "report.json", "work"
+
+_ROWS = 1000
+"""Rows of which the samples are in memory before they are written."""
 
 _ABANDONED = 24 * 3600
 """Seconds after which an unfinished entry that nobody writes to is removed."""
@@ -74,15 +79,28 @@ class TokenCache:
     ) -> tuple[SampleTable, DataReport]:
         """Store encoded rows, given as (row number in the data set, what became of it), and return the entry.
 
-        Rows are consumed one at a time. Raises DataError where the disk is full or the folder cannot be
-        written.
+        Raises DataError where the disk is full or the folder cannot be written.
         """
+        return self.store(key, dataset, lambda _: counted_parts(rows))
+
+    def store(
+        self, key: str, dataset: str, parts: Callable[[Path], Iterable[CountedPart]]
+    ) -> tuple[SampleTable, DataReport]:
+        """The same of parts, one after the other; `parts` is given a folder that it may use until they are stored."""
         self._sweep()
         unfinished = self.folder / f".{key[:16]}-{os.getpid()}-{secrets.token_hex(4)}"
         builder = ReportBuilder(dataset)
+
+        def batches(work: Path) -> Iterator[pa.RecordBatch]:
+            for part in parts(work):
+                builder.merge(part.counted)
+                yield from part.batches
+
         try:
-            unfinished.mkdir(parents=True)
-            write_table(unfinished / _TOKENS, _counted(rows, builder))
+            work = unfinished / _WORK
+            work.mkdir(parents=True)
+            write_batches(unfinished / _TOKENS, batches(work))
+            shutil.rmtree(work, ignore_errors=True)
             size = (unfinished / _TOKENS).stat().st_size
             record = {"bytes": size, "report": builder.report().to_dict()}
             (unfinished / _REPORT).write_text(json.dumps(record, indent=1), encoding="utf-8")
@@ -120,8 +138,20 @@ class TokenCache:
                 raise
 
 
-def _counted(rows: Iterable[tuple[int, Encoded]], builder: ReportBuilder) -> Iterable[Placed]:
-    for position, (index, encoded) in enumerate(rows):
-        builder.add(index, encoded)
-        for sample in encoded.samples:
-            yield position, sample
+@dataclass(frozen=True, slots=True)
+class CountedPart:
+    """Some encoded rows: their samples, and the `state` of a `ReportBuilder` that has counted the rows."""
+
+    batches: Sequence[pa.RecordBatch]
+    counted: Mapping[str, Any]
+
+
+def counted_parts(rows: Iterable[tuple[int, Encoded]], first: int = 0) -> Iterator[CountedPart]:
+    """Encoded rows in parts; `first` is the position of the first one among the rows that were read."""
+    stream = enumerate(rows, start=first)
+    while some := list(islice(stream, _ROWS)):
+        builder = ReportBuilder("")
+        for _, (index, encoded) in some:
+            builder.add(index, encoded)
+        samples = ((position, sample) for position, (_, encoded) in some for sample in encoded.samples)
+        yield CountedPart(list(batches_of(samples)), builder.state())

@@ -90,6 +90,13 @@ class ChatTemplate:
         self._stop_ids = tuple(dict.fromkeys(stops))
         self._document_end = family.document_end if family else None
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Without `_shapes`, whose watched template cannot be sent to another process; it learns them anew."""
+        return {key: value for key, value in self.__dict__.items() if key != "_shapes"}
+
+    def check_processor(self, conversation: Conversation) -> None:
+        """Raise DataError where the model's processor makes other tokens of it; see `media_template`."""
+
     def require(self, kind: MediaKind) -> None:
         """Raise DataError where conversations cannot hold media of this kind."""
         raise DataError(f"this model takes no {kind}s: it has no processor for them")

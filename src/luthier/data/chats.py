@@ -19,6 +19,7 @@ from luthier.data.media import content_parts
 from luthier.data.message_weights import message_weight, weighted_spans
 from luthier.data.read import RawRow
 from luthier.data.registry import DatasetAttr
+from luthier.recipe.schema import TagSpec
 from luthier.types import Conversation, DataError, Message, RowError, ToolCall
 
 _THOUGHT = re.compile(r"\s*<think>(.*?)</think>\s*", re.DOTALL)
@@ -77,7 +78,11 @@ def conversation(turns: Sequence[Any], raw: RawRow, attr: DatasetAttr, place: st
     """A list of messages with the row's system message and tools; `place` names it in errors."""
     if not turns:
         raise RowError("no messages", place)
-    messages = [message(turn, f"{place}, message {i}", attr) for i, turn in enumerate(turns)]
+    roles, tags = _roles(attr.tags), attr.tags
+    messages = [
+        _plain(turn, tags, roles) or message(turn, f"{place}, message {i}", attr)
+        for i, turn in enumerate(turns)
+    ]
     system = cell(raw, attr.columns.system)
     if messages[0].role == "system":
         if not messages[0].content:
@@ -85,6 +90,25 @@ def conversation(turns: Sequence[Any], raw: RawRow, attr: DatasetAttr, place: st
     elif system:
         messages = [Message("system", system), *messages]
     return Conversation(tuple(messages), _tools(raw, attr.columns.tools))
+
+
+def _roles(tags: TagSpec) -> dict[str, str]:
+    return {
+        tags.user_tag: "user",
+        tags.assistant_tag: "assistant",
+        tags.observation_tag: "tool",
+        tags.function_tag: "function",
+        tags.system_tag: "system",
+    }
+
+
+def _plain(turn: Any, tags: TagSpec, roles: Mapping[str, str]) -> Message | None:
+    """A message that is a role and a text and nothing else, as most are; None for others, which `message` reads."""
+    if type(turn) is not dict or len(turn) != 2:
+        return None
+    said, content = turn.get(tags.role_tag), turn.get(tags.content_tag)
+    role = roles.get(said) if type(said) is str else None
+    return Message(role, content) if role and role != "function" and type(content) is str else None
 
 
 def message(turn: Any, place: str, attr: DatasetAttr) -> Message:
@@ -95,13 +119,7 @@ def message(turn: Any, place: str, attr: DatasetAttr) -> Message:
         raise DataError(
             f"{place}: no {tags.role_tag!r} in it (it has {keys}); set tags.role_tag and tags.content_tag"
         )
-    role = {
-        tags.user_tag: "user",
-        tags.assistant_tag: "assistant",
-        tags.observation_tag: "tool",
-        tags.function_tag: "function",
-        tags.system_tag: "system",
-    }.get(str(turn[tags.role_tag]))
+    role = _roles(tags).get(str(turn[tags.role_tag]))
     if role is None:
         named = repr(turn[tags.role_tag])[:40]
         raise RowError(f"unknown role {named}", f"{place}; set tags if it is meant to be one")

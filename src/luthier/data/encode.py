@@ -108,7 +108,7 @@ def sft_sample(row: Row, template: Template, options: EncodeOptions) -> Encoded:
         return Encoded(lost=Lost(dropped=error.reason))
     except DataError as error:
         raise DataError(f"{row.source}, row {row.index}: {error}") from error
-    if not options.llamafactory and not any(weights[1:].any() for _, weights, _ in parts):
+    if not options.llamafactory and not any(_learns(weights) for _, weights, _ in parts):
         return Encoded(lost=Lost(dropped="no answer to learn"))
     try:
         return _fit(row, parts, options)
@@ -214,6 +214,11 @@ def _weight_of(message: Message, options: EncodeOptions) -> float:
     return 1.0 if has_content(message) or options.llamafactory else 0.0
 
 
+def _learns(weights: Weights) -> bool:
+    """Whether a sample has any target."""
+    return bool(np.count_nonzero(weights[1:]))
+
+
 def _is_learnt(message: Message, options: EncodeOptions) -> bool:
     return bool(_weight_of(message, options)) or any(weight for _, _, weight in message.spans)
 
@@ -254,7 +259,7 @@ def _fit(row: Row, parts: Sequence[_Part], options: EncodeOptions) -> Encoded:
             return Encoded(lost=Lost("longer than max_length"))
         if options.overflow == "split":
             pieces = windows(sample, options.max_length, encoded.media)
-            samples += [piece for piece in pieces if piece.weights[1:].any()]
+            samples += [piece for piece in pieces if _learns(piece.weights)]
             continue
         kept, gone = _truncated(spans, len(ids), options)
         tokens += len(ids) - len(kept)
@@ -263,7 +268,7 @@ def _fit(row: Row, parts: Sequence[_Part], options: EncodeOptions) -> Encoded:
             raise RowError(CUT_MEDIA)
         samples.append(Sample(ids[kept], weights[kept], row.source, row.index, media=media))
     if not options.llamafactory:
-        samples = [sample for sample in samples if sample.weights[1:].any()]
+        samples = [sample for sample in samples if _learns(sample.weights)]
     dropped = None if samples else "nothing left to learn in max_length"
     return Encoded(tuple(samples), Lost(dropped, tokens, answers))
 

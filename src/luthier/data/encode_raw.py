@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 from luthier.data.formats import to_row
 from luthier.data.gate import gate
+from luthier.data.preparation import Preparation
 from luthier.data.read import RawRow
 from luthier.data.registry import DatasetAttr
 from luthier.types import Encoded, Lost, RowError
-
-if TYPE_CHECKING:
-    from luthier.data.prepare import Preparation
 
 _GATE_FIRST, _GATE_EVERY = 50, 100
 

@@ -75,7 +75,7 @@ def to_row(raw: RawRow, attr: DatasetAttr, kind: RowKind) -> Row:
     else:
         row = Row(attr.name, raw.index, answered(raw, attr))
     row = _with_media(row, raw, attr)
-    if any(_HALF_PAIR.search(text) for text in _texts(row)):
+    if any(not text.isascii() and _HALF_PAIR.search(text) for text in _texts(row)):
         raise RowError("text holds half of a surrogate pair", raw.place)
     return row
 
@@ -85,6 +85,8 @@ def _with_media(row: Row, raw: RawRow, attr: DatasetAttr) -> Row:
         return row
     both = (c if c is None else with_media(c, raw, attr) for c in (row.conversation, row.rejected))
     conversation, rejected = both
+    if conversation is row.conversation and rejected is row.rejected:
+        return row
     return replace(row, conversation=conversation, rejected=rejected)
 
 

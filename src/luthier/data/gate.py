@@ -6,7 +6,6 @@ from collections.abc import Iterable
 
 import jinja2
 
-from luthier.data.media_template import MediaTemplate
 from luthier.data.template import ChatTemplate
 from luthier.types import Conversation, DataError, Row, RowError
 
@@ -54,8 +53,7 @@ def _check(template: ChatTemplate, conversation: Conversation) -> None:
         and read_back != template.decode(template.whole(conversation))
     ):
         raise DataError(f"the tokens read back as {_difference(read_back, saved)} of the template's text")
-    if isinstance(template, MediaTemplate):
-        template.check_processor(conversation)
+    template.check_processor(conversation)
     for span in encoded.answers:
         before = Conversation(conversation.messages[: span.message], conversation.tools)
         prompt = template.prompt(before, template.reasoning.mode(conversation.messages[span.message]))

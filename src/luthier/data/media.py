@@ -91,8 +91,11 @@ def with_media(conversation: Conversation, raw: RawRow, attr: DatasetAttr) -> Co
     Without a media directory, paths stay as they are named. Raises RowError where a kind has tags, and not as many as
     its column has entries.
     """
-    given = {kind: _given(raw, attr, kind) for kind in TAGS.values()}
+    columns = attr.columns
     inline = any(message.media for message in conversation.messages)
+    if not inline and columns.images is None and columns.videos is None and columns.audios is None:
+        return conversation
+    given = {kind: _given(raw, attr, kind) for kind in TAGS.values()}
     if not inline and all(sources is None for sources in given.values()):
         return conversation
     messages = [

@@ -9,7 +9,7 @@ the other, `dev_split` is taken out, and rows are packed where the recipe says s
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from itertools import pairwise
@@ -19,26 +19,24 @@ from typing import Any
 import numpy as np
 
 from luthier import __version__
-from luthier.data.cache import CODE_VERSION, TokenCache, content_key, default_folder
+from luthier.data.cache import CODE_VERSION, CountedPart, TokenCache, content_key, default_folder
 from luthier.data.encode import blocks, media_of
-from luthier.data.encode_raw import encode_raw
 from luthier.data.formats import require_kind, to_row
 from luthier.data.media import Source
 from luthier.data.media_stamps import media_stamps
 from luthier.data.media_template import MediaTemplate
 from luthier.data.mixing import check_mix, mixed_rows
 from luthier.data.packing import best_fit, greedy_groups, in_order
-from luthier.data.read import RawRow, data_fingerprint, read_rows
+from luthier.data.preparation import Preparation as Preparation
+from luthier.data.read import SeenColumns, data_fingerprint, read_rows, unread_rows
 from luthier.data.registry import DatasetAttr, resolve_datasets
 from luthier.data.report import DataReport
+from luthier.data.row_batches import EncodeBatch, EncodedBatch, row_batches
 from luthier.data.table import SampleTable
-from luthier.data.template import ChatTemplate
-from luthier.data.workers import map_ordered
+from luthier.data.workers import encode_batches
 from luthier.recipe.schema import DataSpec
-from luthier.samples import MediaOpener
-from luthier.types import DataError, Encoded, Row, RowError, RowKind
+from luthier.types import DataError, RowError
 
-EncodeRow = Callable[[Row, ChatTemplate], Encoded]
 Progress = Callable[[str, int], None]
 """Called with the data set's name and the rows done so far."""
 
@@ -69,31 +67,6 @@ class PreparedData:
     eval: dict[str, SampleTable]
     reports: list[DataReport]
     fingerprints: dict[str, str]
-
-
-@dataclass(frozen=True, slots=True)
-class Preparation:
-    """What turns rows into samples.
-
-    encode: a stage's `encode`. kind: what the stage learns from.
-    identity: everything that decides what `encode` does (stage, its options), as JSON-like values: part of
-    the cache's key. seed: of `dev_split` and `num_samples`. llamafactory: rows are grouped, and texts
-    concatenated, as that tool does, for recipes translated from it.
-    """
-
-    encode: EncodeRow
-    template: ChatTemplate
-    kind: RowKind
-    identity: Mapping[str, Any]
-    seed: int
-    llamafactory: bool = False
-    hub_cache: str | None = None
-    hub_token: str | None = None
-
-    @property
-    def opener(self) -> MediaOpener | None:
-        """What opens the media of samples, where the model takes any."""
-        return self.template.reader if isinstance(self.template, MediaTemplate) else None
 
 
 def prepare(spec: DataSpec, how: Preparation, progress: Progress | None = None) -> PreparedData:
@@ -206,34 +179,35 @@ def _one_dataset(
     found = cache.get(key, attr.name)
     if found is None:
         rng = np.random.RandomState(how.seed)
-        raws = read_rows(
+        rows = unread_rows(
             attr, max_samples=spec.max_samples, rng=rng, cache_dir=how.hub_cache, token=how.hub_token
         )
-        rows = map_ordered(_EncodeRaw(attr, how), raws, spec.workers)
-        found = cache.put(key, attr.name, _reported(rows, attr.name, progress))
+        encode = EncodeBatch(attr, how)
+
+        def parts(folder: Path) -> Iterator[CountedPart]:
+            batches = encode_batches(
+                encode, row_batches(rows, slow=how.opener is not None), spec.workers, folder
+            )
+            return _told(batches, SeenColumns(attr), attr.name, progress)
+
+        found = cache.store(key, attr.name, parts)
     else:
         attr.check_sha1()  # which reading the rows does otherwise
     return *found, key
 
 
-@dataclass(frozen=True, slots=True)
-class _EncodeRaw:
-    """One raw row -> (its number, samples and losses); a value that other processes can be sent."""
-
-    attr: DatasetAttr
-    how: Preparation
-
-    def __call__(self, raw: RawRow) -> tuple[int, Encoded]:
-        return raw.index, encode_raw(raw, self.attr, self.how)
-
-
-def _reported(
-    rows: Iterable[tuple[int, Encoded]], name: str, progress: Progress | None
-) -> Iterator[tuple[int, Encoded]]:
-    for done, row in enumerate(rows, start=1):
-        yield row
+def _told(
+    batches: Iterable[EncodedBatch], columns: SeenColumns, name: str, progress: Progress | None
+) -> Iterator[CountedPart]:
+    """The parts of the batches, with the progress; raises DataError at their end as `SeenColumns` does."""
+    done = 0
+    for batch in batches:
+        columns.add(batch.columns)
+        yield from batch.parts
+        done += batch.rows
         if progress is not None:
             progress(name, done)
+    columns.check()
 
 
 def _arranged(table: SampleTable, spec: DataSpec, how: Preparation) -> SampleTable:

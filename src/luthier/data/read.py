@@ -6,11 +6,12 @@ import hashlib
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import islice
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from luthier.data.readers import read_file
+from luthier.data.readers import parse_line, read_file, read_lines
 from luthier.data.registry import DatasetAttr
 from luthier.types import DataError
 
@@ -28,6 +29,25 @@ class RawRow:
     place: str
     columns: Mapping[str, Any]
 
+    def parsed(self) -> RawRow:
+        return self
+
+
+@dataclass(frozen=True, slots=True)
+class RawLine:
+    """A row of a file of JSON lines, its line (counted from 1) not read yet."""
+
+    index: int
+    file: Path
+    number: int
+    line: bytes
+
+    def parsed(self) -> RawRow:
+        """The row. Raises DataError naming file and line."""
+        place = f"{self.file}, line {self.number}"
+        columns = parse_line(self.file, self.number, self.line)
+        return RawRow(self.index, place, _object(columns, place))
+
 
 def read_rows(
     attr: DatasetAttr,
@@ -44,11 +64,24 @@ def read_rows(
     DataError for files that cannot be parsed (naming file and row), for a data set without rows, and for
     columns that were named in the description and are in no row.
     """
+    rows = unread_rows(attr, max_samples=max_samples, rng=rng, cache_dir=cache_dir, token=token)
+    return columns_seen((row.parsed() for row in rows), attr)
+
+
+def unread_rows(
+    attr: DatasetAttr,
+    *,
+    max_samples: int | None = None,
+    rng: np.random.RandomState | None = None,
+    cache_dir: str | None = None,
+    token: str | None = None,
+) -> Iterator[RawRow | RawLine]:
+    """The rows of `read_rows`, lines of JSON not read yet; that rows and columns are there is left to `SeenColumns`."""
     attr.check_sha1()
     rows = _hub_rows(attr, cache_dir, token) if attr.load_from == "hub" else _file_rows(attr)
     if attr.num_samples is not None:
         rows = _draw(list(rows), attr.num_samples, rng or np.random.RandomState(0))
-    return columns_seen(islice(rows, max_samples), attr)
+    return islice(rows, max_samples)
 
 
 def data_fingerprint(attr: DatasetAttr, cache_dir: str | None = None, token: str | None = None) -> str:
@@ -64,44 +97,73 @@ def data_fingerprint(attr: DatasetAttr, cache_dir: str | None = None, token: str
     return digest.hexdigest()
 
 
-def _draw(rows: list[RawRow], wanted: int, rng: np.random.RandomState) -> Iterator[RawRow]:
+def _draw(
+    rows: list[RawRow | RawLine], wanted: int, rng: np.random.RandomState
+) -> Iterator[RawRow | RawLine]:
     order = rng.permutation(len(rows))[:wanted]
     if wanted > len(rows) > 0:
         order = np.concatenate((order, rng.choice(len(rows), wanted - len(rows))))
     return (rows[i] for i in order)
 
 
+class SeenColumns:
+    """Which columns rows have, and whether those that the description names are among them."""
+
+    def __init__(self, attr: DatasetAttr) -> None:
+        self._attr, self._empty = attr, True
+        self.missing = {
+            name: column for name, column in attr.columns if column is not None and name in attr.named
+        }
+        """Columns that were named and in no row so far."""
+        self.seen: dict[str, None] = {}
+        """Columns of the rows as long as one was missing, in the order in which they came."""
+
+    def add(self, columns: Iterable[str]) -> None:
+        """Of a row, or of several."""
+        self._empty = False
+        if self.missing:
+            self.seen |= dict.fromkeys(columns)
+            self.missing = {name: column for name, column in self.missing.items() if column not in self.seen}
+
+    def check(self) -> None:
+        """Raise DataError where there were no rows, or a column that was named was in none."""
+        attr = self._attr
+        if self._empty:
+            raise DataError(f"data set {attr.name!r}: {attr.path} has no rows")
+        if self.missing and self.seen:
+            name, column = next(iter(self.missing.items()))
+            raise DataError(
+                f"data set {attr.name!r}: columns.{name} names {column!r}, which no row of {attr.path} has; "
+                f"its columns are {', '.join(self.seen)}"
+            )
+
+
 def columns_seen(rows: Iterable[RawRow], attr: DatasetAttr) -> Iterator[RawRow]:
     """The rows; raises DataError at their end where there were none, or a column that was named was in none."""
-    missing = {name: column for name, column in attr.columns if column is not None and name in attr.named}
-    seen: dict[str, None] = {}
-    empty = True
+    found = SeenColumns(attr)
     for row in rows:
-        empty = False
-        if missing:
-            seen |= dict.fromkeys(row.columns)
-            missing = {name: column for name, column in missing.items() if column not in row.columns}
+        found.add(row.columns)
         yield row
-    if empty:
-        raise DataError(f"data set {attr.name!r}: {attr.path} has no rows")
-    if missing and seen:
-        name, column = next(iter(missing.items()))
-        raise DataError(
-            f"data set {attr.name!r}: columns.{name} names {column!r}, which no row of {attr.path} has; "
-            f"its columns are {', '.join(seen)}"
-        )
+    found.check()
 
 
-def _file_rows(attr: DatasetAttr) -> Iterator[RawRow]:
+def _file_rows(attr: DatasetAttr) -> Iterator[RawRow | RawLine]:
     index = 0
     for file in attr.files():
+        if file.suffix.lower() == ".jsonl":
+            for number, line in read_lines(file):
+                yield RawLine(index, file, number, line)
+                index += 1
+            continue
         for place, columns in read_file(file):
-            if not isinstance(columns, Mapping):
-                raise DataError(
-                    f"{file}, {place}: expected an object with columns, found {type(columns).__name__}"
-                )
-            yield RawRow(index, f"{file}, {place}", columns)
+            yield RawRow(index, f"{file}, {place}", _object(columns, f"{file}, {place}"))
             index += 1
+
+
+def _object(columns: Any, place: str) -> Mapping[str, Any]:
+    if not isinstance(columns, Mapping):
+        raise DataError(f"{place}: expected an object with columns, found {type(columns).__name__}")
+    return columns
 
 
 def hub_dataset(

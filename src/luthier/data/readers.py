@@ -115,6 +115,21 @@ def _read_jsonl(file: Path) -> Iterator[Placed]:
         yield from _parse_lines(file, stream)
 
 
+def read_lines(file: Path) -> Iterator[tuple[int, bytes]]:
+    """The lines of a file of JSON lines that are not blank, with their numbers from 1, for `parse_line`."""
+    try:
+        with file.open("rb") as stream:
+            for number, line in enumerate(stream, start=1):
+                line = line.removeprefix(codecs.BOM_UTF8) if number == 1 else line
+                # what JSON may begin with is above a space and below 0x80; only other lines need a closer look
+                if (text := line.strip()) and (
+                    b" " < text[:1] < b"\x80" or text.decode("utf-8", "replace").strip()
+                ):
+                    yield number, line
+    except OSError as error:
+        raise DataError(f"{file}: cannot be read: {error.strerror or error}") from error
+
+
 def _parse_lines(file: Path, lines: Iterable[str]) -> Iterator[Placed]:
     for number, line in enumerate(lines, start=1):
         if line.strip():

@@ -106,6 +106,17 @@ class ReportBuilder:
             "lengths": sorted(self._lengths.items()),
         }
 
+    def merge(self, state: Mapping[str, Any]) -> None:
+        """Count the rows whose `state` another builder has, and which come after all that were counted here."""
+        for name, count in state["counts"].items():
+            self._counts[name] += count
+        for reason, count in state["dropped"].items():
+            self._dropped[reason] = self._dropped.get(reason, 0) + count
+            rows = self._examples.setdefault(reason, [])
+            rows += state["examples"].get(reason, ())[: _EXAMPLES - len(rows)]
+        for length, times in state["lengths"]:
+            self._lengths[int(length)] += times
+
     def add(self, index: int, encoded: Encoded) -> None:
         """Count row `index` of the data set."""
         counts, lost = self._counts, encoded.lost

@@ -49,7 +49,7 @@ class _Conditions:
         return (
             (not self.given or content != "")
             and (not self.stripped or content == content.strip())
-            and not any(mark in content for mark in self.without)
+            and not any(map(content.__contains__, self.without))
         )
 
 
@@ -187,6 +187,10 @@ def _holds_content(value: Any) -> bool:
     )
 
 
+def _is_text(content: Any) -> bool:
+    return isinstance(content, str)
+
+
 class Shapes:
     """Layouts by roles. `lay_out` makes the layout of messages by rendering them, and looks for `end_texts` there."""
 
@@ -196,7 +200,8 @@ class Shapes:
 
     def layout(self, messages: Sequence[ChatMessage]) -> Layout | None:
         """The layout of messages of roles and contents; None where it has to be made by rendering them."""
-        if any(len(message) != 2 or not isinstance(message["content"], str) for message in messages):
+        contents = [message["content"] for message in messages]
+        if set(map(len, messages)) != {2} or not all(map(_is_text, contents)):
             return None
         roles = tuple([message["role"] for message in messages])
         if roles not in self._shapes:
@@ -204,7 +209,6 @@ class Shapes:
                 return None
             self._shapes[roles] = self._shape_of(roles)
         shape = self._shapes[roles]
-        contents = [message["content"] for message in messages]
         if shape is None or not all(map(shape.conditions.hold, contents)):
             return None
         return shape.layout(contents)

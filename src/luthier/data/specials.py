@@ -48,12 +48,14 @@ class SpecialText:
         self._pattern = re.compile("|".join(map(re.escape, longest_first)) or r"(?!)")
         back = {mark: text for text, mark in self._marks.items()}
         self._replacement = {**self._twins, **back}
+        shared = set.intersection(*map(set, self._spellings)) if self._spellings else set()
+        self._shared = min(shared, default="")  # most texts lack it, which is found out at once
         self._either = re.compile("|".join(map(re.escape, [*back, *longest_first])) or r"(?!)")
 
     def found_in(self, value: Any) -> bool:
         """Whether any text inside a message or tool list holds a special token."""
         if isinstance(value, str):
-            return self._pattern.search(value) is not None
+            return self._shared in value and self._pattern.search(value) is not None
         if isinstance(value, Mapping):
             return any(self.found_in(v) for v in value.values())
         return isinstance(value, list | tuple) and any(self.found_in(v) for v in value)

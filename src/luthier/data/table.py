@@ -88,7 +88,7 @@ class SampleTable(Sequence[Sample]):
     @classmethod
     def of(cls, samples: Iterable[Placed], source: str = "") -> SampleTable:
         """A table in memory. All samples are of one source."""
-        return cls([_chunk(batch, source) for batch in _batches(samples)])
+        return cls([_chunk(batch, source) for batch in batches_of(samples)])
 
     @classmethod
     def of_mixed(cls, samples: Sequence[Sample]) -> SampleTable:
@@ -98,7 +98,7 @@ class SampleTable(Sequence[Sample]):
             if not runs or runs[-1][0][1].source != sample.source:
                 runs.append([])
             runs[-1].append((row, sample))
-        return cls([_chunk(batch, run[0][1].source) for run in runs for batch in _batches(run)])
+        return cls([_chunk(batch, run[0][1].source) for run in runs for batch in batches_of(run)])
 
     @classmethod
     def open(cls, file: Path, source: str) -> SampleTable:
@@ -210,15 +210,21 @@ class SampleTable(Sequence[Sample]):
 
 def write_table(file: Path, samples: Iterable[Placed]) -> int:
     """Write samples to an Arrow file; returns how many. They are held in memory a thousand at a time."""
+    return write_batches(file, batches_of(samples))
+
+
+def write_batches(file: Path, batches: Iterable[pa.RecordBatch]) -> int:
+    """Write batches of `batches_of` to an Arrow file; returns how many samples they hold."""
     total = 0
     with pa.OSFile(str(file), "wb") as sink, pa.ipc.new_file(sink, SCHEMA) as writer:
-        for batch in _batches(samples):
+        for batch in batches:
             writer.write_batch(batch)
             total += batch.num_rows
     return total
 
 
-def _batches(samples: Iterable[Placed]) -> Iterator[pa.RecordBatch]:
+def batches_of(samples: Iterable[Placed]) -> Iterator[pa.RecordBatch]:
+    """The samples as record batches of up to a thousand."""
     stream = iter(samples)
     while batch := list(islice(stream, _CHUNK)):
         offsets = np.cumsum([0, *(len(sample) for _, sample in batch)], dtype=np.int32)

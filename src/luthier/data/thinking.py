@@ -13,6 +13,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
+from operator import is_
 from typing import Any
 
 from luthier.data.rendering import ChatMessage, Modes, Renderer, Variables, chat_messages
@@ -225,22 +226,27 @@ class Reasoning:
         """What the template writes around reasoning."""
         return self._habits.marks
 
+    @cached_property
+    def _has_modes(self) -> bool:
+        return self.spec.empty == "prompt" or any(self._habits.modes)
+
     def split(self, conversation: Conversation) -> Conversation:
         """The conversation with marked reasoning at the beginning of answers as their reasoning, where the template
         has a place for it."""
         if self.field is None:
             return conversation
-        messages = tuple(split_reasoning(message, self) for message in conversation.messages)
+        messages = tuple([split_reasoning(message, self) for message in conversation.messages])
+        if all(map(is_, messages, conversation.messages)):
+            return conversation
         return replace(conversation, messages=messages)
 
     def split_row(self, row: Row) -> Row:
         """A row with its conversations split. Raises RowError as `split_reasoning` does."""
-        asked, rejected = row.conversation, row.rejected
-        return replace(
-            row,
-            conversation=None if asked is None else self.split(asked),
-            rejected=None if rejected is None else self.split(rejected),
-        )
+        asked = None if row.conversation is None else self.split(row.conversation)
+        rejected = None if row.rejected is None else self.split(row.rejected)
+        if asked is row.conversation and rejected is row.rejected:
+            return row
+        return replace(row, conversation=asked, rejected=rejected)
 
     def chat(self, conversation: Conversation) -> list[ChatMessage]:
         """The messages as the template is given them."""
@@ -257,7 +263,7 @@ class Reasoning:
         With `empty: prompt` those of its thinking mode where the answer has reasoning, else of its non-thinking mode;
         and so where the template shows the answer after no other prompt. Else none.
         """
-        if self.spec.empty != "prompt" and not any(self._habits.modes):
+        if not self._has_modes:
             return {}
         opens = (self.marks.opens.strip(), THINK[0])
         begun = message.content.lstrip().startswith(tuple(mark for mark in opens if mark))
@@ -268,6 +274,8 @@ class Reasoning:
 
     def modes(self, conversation: Conversation) -> Modes:
         """That of every answer that has one, by its message."""
+        if not self._has_modes:
+            return {}
         said = {k: self.mode(m) for k, m in enumerate(conversation.messages) if m.role == "assistant"}
         return {k: mode for k, mode in said.items() if mode}
 

@@ -14,14 +14,15 @@ from __future__ import annotations
 import json
 import re
 import unicodedata
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from functools import lru_cache
-from itertools import chain, product
+from itertools import product
 from typing import Any
 
+import numpy as np
 from tokenizers import Tokenizer
 
-_BESIDE = re.compile(r"(?<=\s) | (?=\s)")
+_BESIDE = re.compile(r" (?:(?<=\s )|(?=\s))")
 """A space beside another kind of white space, or of its own: the pattern decides how they are shared out."""
 _HELD = chr(0xF0006)
 """Stands for such a space, where words are told from each other by spaces."""
@@ -29,6 +30,7 @@ _MOST = 1 << 18
 """Words that are remembered: with their ids about 60 MB."""
 _LONGEST = 64
 """Characters of a word that is remembered."""
+_ID_BYTES = 4
 _TRIED: tuple[str, ...] = (
     *(
         "a",
@@ -78,7 +80,8 @@ class WordTokens:
     """The ids that `backend` gives, without their places."""
 
     def __init__(self, backend: Tokenizer, added: dict[str, int], composes: bool) -> None:
-        self._added, self._spellings, self._composes = added, tuple(added), composes
+        self._added = {text: _bytes([index]) for text, index in added.items()}
+        self._spellings, self._composes = tuple(added), composes
         pattern = "|".join(map(re.escape, sorted(added, key=len, reverse=True)))
         self._split = re.compile(f"({pattern})") if added else None
         self._first, self._after = _Words(backend, ""), _Words(backend, " ")
@@ -112,17 +115,24 @@ class WordTokens:
 
     def ids(self, text: str) -> list[int] | None:
         """Ids of a text, without tokens that a tokenizer adds at its ends; None where its words do not tell."""
-        if _HELD in text or (self._composes and not unicodedata.is_normalized("NFC", text)):
-            return None
+        found: list[bytes] = []
+        return _numbers(found) if self._add(text, found) else None
+
+    def _add(self, text: str, found: list[bytes]) -> bool:
+        """Append the ids of a text, as the bytes of int32; False where its words do not tell."""
+        if not text.isascii() and (
+            _HELD in text or (self._composes and not unicodedata.is_normalized("NFC", text))
+        ):
+            return False
         if self._split is None:
-            return self._of_segment(text)
-        ids: list[int] = []
+            self._add_segment(text, found)
+            return True
         for number, part in enumerate(self._split.split(text)):
             if number % 2:
-                ids.append(self._added[part])
+                found.append(self._added[part])
             elif part:
-                ids += self._of_segment(part)
-        return ids
+                self._add_segment(part, found)
+        return True
 
     def pieces(
         self, text: str, cuts: Collection[int], places: Collection[int]
@@ -134,42 +144,54 @@ class WordTokens:
         for place in places:
             if 0 < place < len(text) and place not in cuts and not self._is_edge(text, place):
                 return None
-        ids: list[int] = []
+        found: list[bytes] = []
         at = {0: 0}
-        left = 0
+        left = counted = length = 0
         for right in sorted({*cuts, *places, len(text)}):
-            found = self.ids(text[left:right])
-            if found is None:
+            if not self._add(text[left:right], found):
                 return None
-            ids += found
-            at[right] = len(ids)
+            length += sum(map(len, found[counted:]))
+            counted = len(found)
+            at[right] = length // _ID_BYTES
             left = right
-        return ids, at
+        return _numbers(found), at
 
     def _is_edge(self, text: str, place: int) -> bool:
         return text.endswith(self._spellings, 0, place) or text.startswith(self._spellings, place)
 
-    def _of_segment(self, text: str) -> list[int]:
+    def _add_segment(self, text: str, found: list[bytes]) -> None:
         first, *others = _BESIDE.sub(_HELD, text).split(" ")
-        return [*self._first[first], *chain.from_iterable(map(self._after.__getitem__, others))]
+        found.append(self._first[first])
+        found += map(self._after.__getitem__, others)
 
 
-class _Words(dict[str, tuple[int, ...]]):
-    """Ids of words that stand behind `before`."""
+class _Words(dict[str, bytes]):
+    """Ids of words that stand behind `before`, as the bytes of int32: one object for a word, however many its ids."""
 
     def __init__(self, backend: Tokenizer, before: str) -> None:
         super().__init__()
         self._backend, self._before = backend, before
 
-    def __missing__(self, word: str) -> tuple[int, ...]:
-        ids = tuple(_ids(self._backend, self._before + word.replace(_HELD, " ")))
+    def __missing__(self, word: str) -> bytes:
+        ids = _bytes(_ids(self._backend, self._before + word.replace(_HELD, " ")))
         if len(self) < _MOST and len(word) <= _LONGEST:
             self[word] = ids
         return ids
 
 
+def _bytes(ids: Sequence[int]) -> bytes:
+    return np.asarray(ids, np.int32).tobytes()
+
+
+def _numbers(found: Iterable[bytes]) -> list[int]:
+    ids: list[int] = np.frombuffer(b"".join(found), np.int32).tolist()
+    return ids
+
+
 def _ids(backend: Tokenizer, text: str) -> list[int]:
-    return list(backend.encode(text, add_special_tokens=False).ids)
+    return list(
+        backend.encode_batch_fast([text], add_special_tokens=False)[0].ids
+    )  # without places in the text
 
 
 def _is_plain(model: dict[str, Any]) -> bool:

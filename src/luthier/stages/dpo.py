@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -22,15 +23,12 @@ from luthier.stages.answers import (
 from luthier.stages.pair_losses import LOSSES, Answers, Pairs, Step, log_odds_ratio, needs_step
 from luthier.types import (
     Batch,
-    Encoded,
     LossSum,
     ModelKind,
     Observed,
     Policy,
-    Row,
     RowKind,
     Sample,
-    Template,
     Term,
 )
 
@@ -50,11 +48,9 @@ class PreferencePairs:
 
     def __init__(self, spec: DpoSpec, options: EncodeOptions, *, share_prompts: bool = False) -> None:
         self.spec, self.options, self.share_prompts = spec, options, share_prompts
+        self.encode = partial(pair_sample, options=self.options)
         self.needs_reference = not set(spec.losses) <= set(REFERENCE_FREE)
         self.terms: tuple[str, ...] = ("preference", "sft") if spec.sft_weight else ("loss",)
-
-    def encode(self, row: Row, template: Template) -> Encoded:
-        return pair_sample(row, template, self.options)
 
     def collate(self, samples: Sequence[Sample]) -> Batch:
         return answers_batch(samples, share_prompts=self.share_prompts)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -13,15 +14,12 @@ from luthier.recipe.stage import KtoSpec
 from luthier.stages.answers import answers_batch, num_rows, row_lengths, row_sums, token_rows
 from luthier.types import (
     Batch,
-    Encoded,
     LossSum,
     ModelKind,
     Observed,
     Policy,
-    Row,
     RowKind,
     Sample,
-    Template,
     Term,
 )
 
@@ -46,11 +44,9 @@ class Feedback:
     def __init__(self, spec: KtoSpec, options: EncodeOptions, *, share_prompts: bool = False) -> None:
         """`share_prompts` has nothing to share: the answers to one prompt are never computed together."""
         self.spec, self.options = spec, options
+        self.encode = partial(feedback_sample, options=self.options)
         self.needs_mismatched = spec.loss == "kto"
         self.terms: tuple[str, ...] = ("preference", "sft") if spec.sft_weight else ("loss",)
-
-    def encode(self, row: Row, template: Template) -> Encoded:
-        return feedback_sample(row, template, self.options)
 
     def collate(self, samples: Sequence[Sample]) -> Batch:
         batch = answers_batch(samples, branches=[0])

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
 import numpy as np
@@ -25,13 +26,10 @@ from luthier.stages.supervised import Separable
 from luthier.types import (
     IGNORE_INDEX,
     Batch,
-    Encoded,
     ModelKind,
     Policy,
-    Row,
     RowKind,
     Sample,
-    Template,
     Term,
 )
 
@@ -78,6 +76,7 @@ class OnlineLearning(Separable):
         max_new_tokens: int | None,
     ) -> None:
         self.options, self.temperature, self.max_new_tokens = options, temperature, max_new_tokens
+        self.encode = partial(prompt_sample, options=self.options)
         self._spec: PpoSpec | GrpoSpec = spec
         self.needs_reference = spec.kl.coefficient > 0
         self.kl_coefficient = spec.kl.coefficient
@@ -85,9 +84,6 @@ class OnlineLearning(Separable):
         self._seen: dict[str, Any] = {}
 
     # ---- rows and batches ------------------------------------------------------------------------------
-
-    def encode(self, row: Row, template: Template) -> Encoded:
-        return prompt_sample(row, template, self.options)
 
     def collate(self, samples: Sequence[Sample]) -> Batch:
         return answers_batch(samples, share_prompts=self.share_prompts)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 
 from torch import Tensor
 
@@ -12,15 +13,12 @@ from luthier.recipe.schema import PtSpec
 from luthier.stages.supervised import Separable, negative_log_likelihood, supervised_weights
 from luthier.types import (
     Batch,
-    Encoded,
     LossSum,
     ModelKind,
     Observed,
     Policy,
-    Row,
     RowKind,
     Sample,
-    Template,
 )
 
 
@@ -36,9 +34,7 @@ class Pretraining(Separable):
 
     def __init__(self, spec: PtSpec, options: EncodeOptions, *, share_prompts: bool = False) -> None:
         self.spec, self.options = spec, options
-
-    def encode(self, row: Row, template: Template) -> Encoded:
-        return pt_samples(row, template, self.options)
+        self.encode = partial(pt_samples, options=self.options)
 
     def collate(self, samples: Sequence[Sample]) -> Batch:
         return flat_batch(samples)

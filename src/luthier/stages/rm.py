@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -16,15 +17,12 @@ from luthier.recipe.schema import RmSpec
 from luthier.stages.supervised import Separable
 from luthier.types import (
     Batch,
-    Encoded,
     LossSum,
     ModelKind,
     Observed,
     Policy,
-    Row,
     RowKind,
     Sample,
-    Template,
     Term,
 )
 
@@ -46,9 +44,7 @@ class RewardModelling(Separable):
     def __init__(self, spec: RmSpec, options: EncodeOptions, *, share_prompts: bool = False) -> None:
         self.spec, self.share_prompts = spec, share_prompts
         self.options = replace(options, train_after_stop=True)
-
-    def encode(self, row: Row, template: Template) -> Encoded:
-        return pair_sample(row, template, self.options)
+        self.encode = partial(pair_sample, options=self.options)
 
     def collate(self, samples: Sequence[Sample]) -> Batch:
         return branch_batch(samples, share_prompts=self.share_prompts)

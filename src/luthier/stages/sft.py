@@ -7,6 +7,7 @@ targets with their loss weights w_t, divided by sum_t w_t; p_t is the probabilit
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 
 from torch import Tensor
 
@@ -21,15 +22,12 @@ from luthier.stages.supervised import (
 )
 from luthier.types import (
     Batch,
-    Encoded,
     LossSum,
     ModelKind,
     Observed,
     Policy,
-    Row,
     RowKind,
     Sample,
-    Template,
     Term,
 )
 
@@ -45,10 +43,8 @@ class SupervisedFineTuning(Separable):
 
     def __init__(self, spec: SftSpec, options: EncodeOptions, *, share_prompts: bool = False) -> None:
         self.spec, self.options = spec, options
+        self.encode = partial(sft_sample, options=self.options)
         self.needs_reference = spec.loss == "asft"
-
-    def encode(self, row: Row, template: Template) -> Encoded:
-        return sft_sample(row, template, self.options)
 
     def collate(self, samples: Sequence[Sample]) -> Batch:
         return flat_batch(samples)
