@@ -14,7 +14,7 @@ from typing import Any
 
 from peft import PeftModel
 from rich.markup import escape
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from luthier import __version__
@@ -100,12 +100,13 @@ def _train(loaded: LoadedRecipe, hardware: Hardware, quiet: bool) -> TrainResult
     train_spec, attached = settings.train, attachments(loaded)
     if not train_spec.overwrite:
         run_guard(output, overwrite=False, resume=train_spec.resume)  # say so before the long work
-    source = locate(settings.model)
-    tokenizer, vocabulary = load_tokens(settings, source, say)
-    material = read_material(settings, tokenizer, say)
-    _show(settings, material, say)
-    model, method = _model(settings, source, hardware, vocabulary, material, say)
-    manifest = _manifest(settings, source, material)
+    together, in_turn = processes.together, processes.in_turn  # what fails on one process ends all of them
+    source = in_turn(partial(locate, settings.model))
+    tokenizer, vocabulary = together(partial(load_tokens, settings, source, say))
+    material = in_turn(partial(read_material, settings, tokenizer, say))
+    together(partial(_show, settings, material, say))
+    model, method = together(partial(_model, settings, source, hardware, vocabulary, material, say))
+    manifest = together(partial(_manifest, settings, source, material, processes))
     remember_base(model, _base_record(settings, manifest["base"]["fingerprint"]))
     material = fitted(settings, material, model)
     supply = _online(loaded, source, model, material, say, processes)
@@ -117,7 +118,7 @@ def _train(loaded: LoadedRecipe, hardware: Hardware, quiet: bool) -> TrainResult
     trackers = tracking(
         train_spec.report_to if main else (), output, run_name=arguments.run_name, resumed=resumed
     )
-    attach = precomputation(settings, source, hardware, model, material, say)
+    attach = precomputation(settings, source, hardware, model, material, say, processes)
     # A signal ends what is computed here at once: there is no step yet to wait for, nor anything to save.
     supply = supply or _offline(settings, source, model, material, attach, processes, say)
     with trackers as tracked, ProgressCallback(quiet=quiet) as progress, interruption:
@@ -130,7 +131,7 @@ def _train(loaded: LoadedRecipe, hardware: Hardware, quiet: bool) -> TrainResult
             steps=supply.steps,
             eval_sets=supply.eval_sets,
             tokenizer=tokenizer,
-            callbacks=[*tracked, LogCallback(output), progress, interruption, *attached.callbacks],
+            callbacks=[*tracked, LogCallback(output), progress, *attached.callbacks, interruption],
             save_total_limit=train_spec.save_total_limit,
             checkpoint_metadata={key: manifest[key] for key in ("luthier", "identity")},
             async_save=train_spec.async_save,
@@ -180,7 +181,7 @@ def _offline(
     return Supply(
         training_steps(settings, material, count, processes.rank, padded, attach, processes.exchange),
         eval_sets(settings, material, count, padded=padded, attach=attach),
-        answers_at_eval(settings, source, model, material, say),
+        answers_at_eval(settings, source, model, material, say, processes),
     )
 
 
@@ -279,15 +280,17 @@ def _open_run(
     train_spec = loaded.recipe.train
     # Nobody looks for a checkpoint before the first process has swept.
     processes.together(partial(begin_run, output, train_spec) if processes.is_first else bool)
-    resumed, skipped = resolve_resume(output, train_spec.resume)
+    resumed, skipped = processes.first(partial(resolve_resume, output, train_spec.resume))
     for folder, reason in skipped:
         say(f"checkpoint {folder.name} is not used: {reason}")
     if resumed is not None:
-        for text in differences(resumed, now, allowed=train_spec.allow_changes):
+        # Where it is not seen by every machine, all of them say so.
+        different = partial(differences, resumed, now, allowed=train_spec.allow_changes)
+        for text in processes.together(different):
             say(f"changed since {resumed.name}: {text}")
         say(f"resuming from {resumed}")
-    if processes.is_first:
-        (output / "recipe.yaml").write_text(dump_recipe(loaded), encoding="utf-8")
+    text = dump_recipe(loaded)
+    processes.first(partial((output / "recipe.yaml").write_text, text, encoding="utf-8"))
     return resumed
 
 
@@ -309,9 +312,10 @@ def _learn(
                 f"{received.name}: stopped after step {trainer.state.global_step} of "
                 f"{trainer.state.max_steps}; {what_is_left(trainer.saver.run_dir, then='')}"
             )
-        trainer.save_metrics("train", trained)
-        trainer.save_state()
-        _save(trainer, manifest)
+        processes = Processes.of(trainer.args)
+        processes.together(partial(trainer.save_metrics, "train", trained))
+        processes.together(trainer.save_state)
+        _save(trainer, manifest, processes)
         metrics |= trained
     if settings.train.eval_at_end and (settings.data.eval or settings.data.dev_split):
         evaluated = trainer.evaluate_at_end()
@@ -340,7 +344,7 @@ def _train_through(trainer: PeftTrainer, resumed: Path | None, say: Say) -> dict
         end_stream(trainer.train_dataset)
 
 
-def _save(trainer: PeftTrainer, manifest: dict[str, Any]) -> None:
+def _save(trainer: PeftTrainer, manifest: dict[str, Any], processes: Processes) -> None:
     """The trained weights, tokenizer and template, and the manifest that names their hashes."""
     weights = trainer.whole_weights()
     manifest["parallel"] = {
@@ -348,8 +352,10 @@ def _save(trainer: PeftTrainer, manifest: dict[str, Any]) -> None:
         "processes": trainer.args.world_size,
         "wrapped": trainer.strategy.wrapped(trainer.model_wrapped),
     }
-    if not trainer.args.should_save:
-        return
+    processes.first(partial(_publish, trainer, manifest, weights))
+
+
+def _publish(trainer: PeftTrainer, manifest: dict[str, Any], weights: Mapping[str, Tensor] | None) -> None:
     with published_files(Path(str(trainer.args.output_dir))) as folder:
         trainer.save_trained(folder, weights)
         (folder / CARD_NAME).unlink(
@@ -381,7 +387,9 @@ def _base_record(settings: Recipe, base: str) -> BaseRecord:
     return BaseRecord(base, spec.quantization, spec.dtype, below)
 
 
-def _manifest(settings: Recipe, source: ModelSource, material: Material) -> dict[str, Any]:
+def _manifest(
+    settings: Recipe, source: ModelSource, material: Material, processes: Processes
+) -> dict[str, Any]:
     """What the run was made from: versions, and fingerprints of base, template and data."""
     base = fingerprint(source)
     return {
@@ -389,7 +397,7 @@ def _manifest(settings: Recipe, source: ModelSource, material: Material) -> dict
         "python": platform.python_version(),
         "libraries": {name: metadata.version(name) for name in LIBRARIES},
         "base": {"path": settings.model.path, "fingerprint": base},
-        "identity": run_identity(settings, base, material),
+        "identity": run_identity(settings, base, material, processes.count),
         "template": {"name": material.template.name, "sha256": material.template.fingerprint},
         "data": material.data.fingerprints,
         "reports": [report.to_dict() for report in material.data.reports],

@@ -28,7 +28,7 @@ from luthier.model.logprobs import ModelPolicy
 from luthier.model.reference import Reference
 from luthier.optim.build import build_optimizer, release
 from luthier.optim.schedule import Factor, build_schedule
-from luthier.parallel.strategy import Replicated, Strategy
+from luthier.parallel.strategy import Replicated, Strategy, may_idle
 from luthier.recipe.schema import AnyOptimSpec, BadNumbersSpec
 from luthier.trainer.bad_numbers import BadNumbersError, NumberGuard, Rewind
 from luthier.trainer.checkpoint import newest_valid, read_manifest
@@ -43,7 +43,7 @@ from luthier.trainer.rollout_steps import RolloutSteps
 from luthier.trainer.rollouts import Asking, Rollouts
 from luthier.trainer.saving import CheckpointSaver, saves_asynchronously
 from luthier.trainer.sources import source_terms
-from luthier.trainer.steps import EpochCallback, StepDataset
+from luthier.trainer.steps import EpochCallback, StepDataset, learnt_tokens
 from luthier.trainer.stream_steps import num_workers, stream_numbers
 from luthier.types import Batch, LossSum, Method, RecipeError, Stage, Term
 
@@ -97,7 +97,10 @@ class PeftTrainer(Keeping):
             strategy=self.strategy,
         )
         self._eval_arithmetic, self._fit_memory = eval_arithmetic, fit_memory
-        self.ledger = Ledger(NumberGuard(bad_numbers or BadNumbersSpec(), self.saver.run_dir), processes)
+        guard = NumberGuard(bad_numbers or BadNumbersSpec(), self.saver.run_dir, writes=processes.is_first)
+        self.ledger = Ledger(guard, processes)
+        if args.ddp_find_unused_parameters is None:
+            args.ddp_find_unused_parameters = may_idle(model)
         super().__init__(
             model=model,
             args=args,
@@ -213,7 +216,7 @@ class PeftTrainer(Keeping):
             running_out(max(batches, key=lambda batch: batch.num_tokens)),
             self.compute_loss_context_manager(),
         ):
-            observed = observe(self.stage, policy, batches, model)
+            observed = observe(self.stage, policy, batches, model, Processes.of(self.args))
         step_loss = torch.zeros((), device=self.args.device)
         for index, batch in enumerate(batches):
             last = index == len(batches) - 1
@@ -249,7 +252,8 @@ class PeftTrainer(Keeping):
     def rewind(self, request: Rewind) -> Path:
         """Prepare to train on from the last checkpoint, without what led to `request`; returns the checkpoint."""
         self.saver.wait()
-        checkpoint, _ = newest_valid(self.saver.run_dir, resumable=True)
+        processes = Processes.of(self.args)
+        checkpoint, _ = processes.first(partial(newest_valid, self.saver.run_dir, resumable=True))
         if checkpoint is None:
             raise BadNumbersError(f"{request.reason}. There is no checkpoint to go back to")
         self.ledger.guard.rewound(read_manifest(checkpoint)["metadata"]["step"], request.step)
@@ -276,7 +280,7 @@ class PeftTrainer(Keeping):
         return weights
 
     def _count_tokens(self, batches: Sequence[Batch]) -> None:
-        tokens = sum(batch.num_tokens for batch in batches)
+        tokens = sum(map(learnt_tokens, batches))
         if self.args.world_size > 1:
             tokens = int(self.accelerator.reduce(torch.tensor(tokens, device=self.args.device), "sum"))
         self.state.num_input_tokens_seen += tokens
@@ -285,7 +289,7 @@ class PeftTrainer(Keeping):
         """Six operations per token and parameter, as transformers estimates it for a whole batch."""
         batches = inputs if self._rollouts is None else self._rollouts.current
         num_parameters = sum(parameter.numel() for parameter in self._trained.parameters())
-        return 6 * sum(batch.num_tokens for batch in batches) * num_parameters
+        return 6 * sum(map(learnt_tokens, batches)) * num_parameters
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "train_loss" in logs:  # transformers' own covers the steps since the last resume alone
