@@ -45,7 +45,7 @@ def _work(
             with nullcontext() if change is None else change(rank):
                 run.train(recipe, quiet=True)
             said.append("")
-        except LuthierError as error:
+        except (LuthierError, OSError) as error:
             said.append(f"{type(error).__name__}: {error}")
     Path(out, f"said-{rank}.json").write_text(json.dumps(said), encoding="utf-8")
     torch.distributed.destroy_process_group()

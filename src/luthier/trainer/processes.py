@@ -83,7 +83,7 @@ class Processes:
         result: Item | None = None
         try:
             result = work()
-        except Exception as error:
+        except Exception as error:  # noqa: BLE001 - whatever it is, the others wait
             failure = error
         failures = self.exchange(None if failure is None else _told(failure))
         if failure is not None:
