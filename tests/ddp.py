@@ -32,7 +32,9 @@ ROWS = 21
 """Steps of four rows leave a last one of one row, in which a process has nothing to do."""
 
 
-def recipe(folder: Path, base: Path, stage: str, method: dict[str, Any], **sections: Any) -> dict[str, Any]:
+def recipe(
+    folder: Path, base: Path, stage: str, method: dict[str, Any], /, **sections: Any
+) -> dict[str, Any]:
     """Two epochs of ROWS rows, four in a step, evaluated on two sets; without Adam, which makes whole steps of what is
     rounding alone."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -67,7 +69,7 @@ def _supervised(folder: Path, base: Path, stage: str) -> dict[str, Any]:
     }
 
 
-def shared_out(one: dict[str, Any], output: Path, count: int, **train: Any) -> dict[str, Any]:
+def shared_out(one: dict[str, Any], output: Path, count: int, /, **train: Any) -> dict[str, Any]:
     """The recipe for so many processes: the same rows in a step."""
     found = copy.deepcopy(one)
     if "accumulation" in found["train"]:

@@ -49,7 +49,7 @@ def recipes(folder: Path) -> dict[str, dict[str, Any]]:
     base, padding = sharp_model(folder / "model"), padding_model(folder / "padding")
     methods = {"full": ddp.FULL, "lora": ddp.LORA}
 
-    def made(name: str, stage: str, method: dict[str, Any] = ddp.FULL, **sections: Any) -> dict[str, Any]:
+    def made(name: str, stage: str, method: dict[str, Any] = ddp.FULL, /, **sections: Any) -> dict[str, Any]:
         return ddp.recipe(folder / name, base, stage, method, **sections)
 
     found = {f"{stage}-{name}": made(f"{stage}-{name}", stage, methods[name]) for stage, name in MATRIX}

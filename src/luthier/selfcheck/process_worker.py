@@ -39,7 +39,7 @@ def measure(folder: Path, rank: int, count: int) -> float:
     """Train one step of the rows of the check, of which every `count`-th is this process's, each as a pass of its own;
     write the gradients, and return the loss of the whole step."""
     with (folder / RECIPE_NAME).open("rb") as stream:
-        loaded = pickle.load(stream)  # noqa: S301 - written by the process that started this one
+        loaded = pickle.load(stream)
     own = folder / f"own-{rank}"
     own.mkdir()
     bench = Bench(loaded, detect_hardware(), own, lambda text: None)
@@ -63,7 +63,7 @@ def main(folder: Path) -> int:
         said = {"loss": measure(folder, rank, count)}
     except LuthierError as error:
         said = {"error": str(error)}
-    except Exception as error:
+    except Exception as error:  # noqa: BLE001 - whatever it is, the one that waits is told
         traceback.print_exc()
         said = {"error": f"{type(error).__name__}: {error}"}
     (folder / said_name(rank)).write_text(json.dumps(said), encoding="utf-8")

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from luthier.stages.answers import answers_batch
 from luthier.data.encode import EncodeOptions
 from luthier.data.pairs import pair_sample
 from luthier.recipe.schema import RmSpec
+from luthier.stages.answers import answers_batch
 from luthier.stages.supervised import Separable
 from luthier.types import (
     Batch,

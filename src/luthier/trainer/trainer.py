@@ -45,7 +45,7 @@ from luthier.trainer.saving import CheckpointSaver, saves_asynchronously
 from luthier.trainer.sources import source_terms
 from luthier.trainer.steps import EpochCallback, StepDataset, learnt_tokens
 from luthier.trainer.stream_steps import num_workers, stream_numbers
-from luthier.types import Batch, LossSum, Method, RecipeError, Stage, Term
+from luthier.types import Batch, LossSum, Method, ModelError, RecipeError, Stage, Term
 
 
 class PeftTrainer(Keeping):
@@ -101,6 +101,8 @@ class PeftTrainer(Keeping):
         self.ledger = Ledger(guard, processes)
         if args.ddp_find_unused_parameters is None:
             args.ddp_find_unused_parameters = may_idle(model)
+        looks = bool(args.ddp_find_unused_parameters)
+        self._passes_are_whole = looks or self.strategy.shards or processes.count == 1
         super().__init__(
             model=model,
             args=args,
@@ -231,7 +233,20 @@ class PeftTrainer(Keeping):
             add_terms(metrics, source_terms(batch, loss_sum, getattr(self._steps, "sources", ())))
             if len(loss_sum.terms) > 1:
                 add_terms(metrics, {f"{name}_loss": term for name, term in loss_sum.terms.items()})
+        if not self._passes_are_whole:
+            Processes.of(self.args).together(self._require_gradients)
+            self._passes_are_whole = True
         return step_loss, metrics
+
+    def _require_gradients(self) -> None:
+        """Raise ModelError for a parameter that trains without a gradient, where nobody looks for such: those that are
+        sent together with it would stay this process's own."""
+        for name, parameter in self._trained.named_parameters():
+            if parameter.requires_grad and parameter.grad is None:
+                raise ModelError(
+                    f"{name} trains and had no part in the first step; with several processes give "
+                    "train.extra.ddp_find_unused_parameters=true, or freeze it"
+                )
 
     def _clip_grad_norm(self, model: nn.Module) -> Tensor:
         if self.ledger.left_out:
