@@ -312,10 +312,7 @@ def _learn(
                 f"{received.name}: stopped after step {trainer.state.global_step} of "
                 f"{trainer.state.max_steps}; {what_is_left(trainer.saver.run_dir, then='')}"
             )
-        processes = Processes.of(trainer.args)
-        processes.together(partial(trainer.save_metrics, "train", trained))
-        processes.together(trainer.save_state)
-        _save(trainer, manifest, processes)
+        _save(trainer, manifest, trained)
         metrics |= trained
     if settings.train.eval_at_end and (settings.data.eval or settings.data.dev_split):
         evaluated = trainer.evaluate_at_end()
@@ -344,8 +341,11 @@ def _train_through(trainer: PeftTrainer, resumed: Path | None, say: Say) -> dict
         end_stream(trainer.train_dataset)
 
 
-def _save(trainer: PeftTrainer, manifest: dict[str, Any], processes: Processes) -> None:
-    """The trained weights, tokenizer and template, and the manifest that names their hashes."""
+def _save(trainer: PeftTrainer, manifest: dict[str, Any], trained: dict[str, float]) -> None:
+    """The numbers, the trained weights, tokenizer and template, and the manifest that names their hashes."""
+    processes = Processes.of(trainer.args)
+    processes.together(partial(trainer.save_metrics, "train", trained))
+    processes.together(trainer.save_state)
     weights = trainer.whole_weights()
     manifest["parallel"] = {
         "type": trainer.strategy.name,
@@ -358,9 +358,8 @@ def _save(trainer: PeftTrainer, manifest: dict[str, Any], processes: Processes) 
 def _publish(trainer: PeftTrainer, manifest: dict[str, Any], weights: Mapping[str, Tensor] | None) -> None:
     with published_files(Path(str(trainer.args.output_dir))) as folder:
         trainer.save_trained(folder, weights)
-        (folder / CARD_NAME).unlink(
-            missing_ok=True
-        )  # PEFT writes a form to fill in; ours follows the evaluation
+        # PEFT writes a form to fill in; ours follows the evaluation.
+        (folder / CARD_NAME).unlink(missing_ok=True)
         files = {path.name: hash_file(path) for path in sorted(folder.iterdir())}
         passes = {"tokens_per_pass": trainer.tokens_per_pass, **end_stream(trainer.train_dataset)}
         text = json.dumps({**manifest, **passes, "files": files}, indent=2)

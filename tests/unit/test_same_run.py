@@ -19,7 +19,8 @@ GRPO = ("stage.type=grpo", "stage.rewards=[{type: length, most: 5}]")
 
 
 def test_every_free_key_exists() -> None:
-    forms = [of(), of("stage.type=dpo"), of(*GRPO)]
+    strategies = [of(f"parallel.type={name}") for name in ("fsdp2", "deepspeed")]
+    forms = [of(), of("stage.type=dpo"), of(*GRPO), *strategies]
     for section, names in FREE.items():
         assert names <= {name for form in forms for name in type(getattr(form, section)).model_fields}, (
             section
