@@ -90,7 +90,8 @@ class StepDataset(Dataset[list[Batch]]):
 def idle(samples: Sequence[Sample]) -> Sample:
     """One token that teaches nothing, for a process that has nothing to do while others work."""
     first = samples[0]
-    return Sample(first.input_ids[:1], first.weights[:1] * 0, NOBODY, opener=first.opener)
+    known = None if first.reference is None else first.reference[:0]
+    return Sample(first.input_ids[:1], first.weights[:1] * 0, NOBODY, reference=known, opener=first.opener)
 
 
 def learnt_tokens(batch: Batch) -> int:
