@@ -93,17 +93,20 @@ def _train(loaded: LoadedRecipe, hardware: Hardware, quiet: bool) -> TrainResult
     settings, output = loaded.recipe, Path(loaded.recipe.train.output)
     arguments = training_arguments(settings, use_cpu=hardware.device == "cpu")
     processes = Processes.of(arguments)
-    main, interruption = processes.is_first, Interruption(processes)
-    say = speaker(quiet or not main)
+    main, interruption, say = (
+        processes.is_first,
+        Interruption(processes),
+        speaker(quiet or processes.rank > 0),
+    )
     for note in loaded.notes:
         say(f"note: {note}")
     train_spec, attached = settings.train, attachments(loaded)
     if not train_spec.overwrite:
         run_guard(output, overwrite=False, resume=train_spec.resume)  # say so before the long work
-    together, in_turn = processes.together, processes.in_turn  # what fails on one process ends all of them
-    source = in_turn(partial(locate, settings.model))
+    together = processes.together  # what fails on one process ends all of them
+    source = processes.in_turn(partial(locate, settings.model))
     tokenizer, vocabulary = together(partial(load_tokens, settings, source, say))
-    material = in_turn(partial(read_material, settings, tokenizer, say))
+    material = processes.in_turn(partial(read_material, settings, tokenizer, say))
     together(partial(_show, settings, material, say))
     model, method = together(partial(_model, settings, source, hardware, vocabulary, material, say))
     manifest = together(partial(_manifest, settings, source, material, processes))
@@ -284,13 +287,10 @@ def _open_run(
     for folder, reason in skipped:
         say(f"checkpoint {folder.name} is not used: {reason}")
     if resumed is not None:
-        # Where it is not seen by every machine, all of them say so.
-        different = partial(differences, resumed, now, allowed=train_spec.allow_changes)
-        for text in processes.together(different):
+        for text in processes.together(partial(differences, resumed, now, allowed=train_spec.allow_changes)):
             say(f"changed since {resumed.name}: {text}")
         say(f"resuming from {resumed}")
-    text = dump_recipe(loaded)
-    processes.first(partial((output / "recipe.yaml").write_text, text, encoding="utf-8"))
+    processes.first(partial((output / "recipe.yaml").write_text, dump_recipe(loaded), encoding="utf-8"))
     return resumed
 
 
@@ -305,15 +305,14 @@ def _learn(
     """Train, save what was trained, evaluate; writes the results files and returns all numbers."""
     metrics: dict[str, float] = {}
     if not settings.train.eval_only:
-        trained = _train_through(trainer, resumed, say)
-        trained["train_tokens"] = trainer.state.num_input_tokens_seen
+        metrics = _train_through(trainer, resumed, say)
+        metrics["train_tokens"] = trainer.state.num_input_tokens_seen
         if (received := interruption.agree()) is not None:
             raise RunInterrupted(
                 f"{received.name}: stopped after step {trainer.state.global_step} of "
                 f"{trainer.state.max_steps}; {what_is_left(trainer.saver.run_dir, then='')}"
             )
-        _save(trainer, manifest, trained)
-        metrics |= trained
+        _save(trainer, manifest, metrics)
     if settings.train.eval_at_end and (settings.data.eval or settings.data.dev_split):
         evaluated = trainer.evaluate_at_end()
         trainer.save_metrics("eval", evaluated)

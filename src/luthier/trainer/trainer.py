@@ -97,12 +97,8 @@ class PeftTrainer(Keeping):
             strategy=self.strategy,
         )
         self._eval_arithmetic, self._fit_memory = eval_arithmetic, fit_memory
-        guard = NumberGuard(bad_numbers or BadNumbersSpec(), self.saver.run_dir, writes=processes.is_first)
-        self.ledger = Ledger(guard, processes)
-        if args.ddp_find_unused_parameters is None:
-            args.ddp_find_unused_parameters = may_idle(model)
-        looks = bool(args.ddp_find_unused_parameters)
-        self._passes_are_whole = looks or self.strategy.shards or processes.count == 1
+        self.ledger = self._new_ledger(bad_numbers or BadNumbersSpec(), processes)
+        self._look_for_unused(args, model)
         super().__init__(
             model=model,
             args=args,
@@ -121,6 +117,17 @@ class PeftTrainer(Keeping):
             self.add_callback(scaling)
         self._scaling = scaling
         self.loss_is_scaled_for_ga = True  # by the weight of the whole step; nothing may divide them again
+
+    def _new_ledger(self, bad_numbers: BadNumbersSpec, processes: Processes) -> Ledger:
+        guard = NumberGuard(bad_numbers, self.saver.run_dir, writes=processes.is_first)
+        return Ledger(guard, processes)
+
+    def _look_for_unused(self, args: Seq2SeqTrainingArguments, model: nn.Module) -> None:
+        """Where nobody decided it: whether DistributedDataParallel looks for parameters without a gradient."""
+        if args.ddp_find_unused_parameters is None:
+            args.ddp_find_unused_parameters = may_idle(model)
+        looks = bool(args.ddp_find_unused_parameters)
+        self._passes_are_whole = looks or self.strategy.shards or args.world_size == 1
 
     # ---- data --------------------------------------------------------------------------------------
 
