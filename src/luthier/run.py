@@ -93,11 +93,8 @@ def _train(loaded: LoadedRecipe, hardware: Hardware, quiet: bool) -> TrainResult
     settings, output = loaded.recipe, Path(loaded.recipe.train.output)
     arguments = training_arguments(settings, use_cpu=hardware.device == "cpu")
     processes = Processes.of(arguments)
-    main, interruption, say = (
-        processes.is_first,
-        Interruption(processes),
-        speaker(quiet or processes.rank > 0),
-    )
+    main, say = processes.is_first, speaker(quiet or processes.rank > 0)
+    interruption = Interruption(processes)
     for note in loaded.notes:
         say(f"note: {note}")
     train_spec, attached = settings.train, attachments(loaded)
@@ -118,9 +115,8 @@ def _train(loaded: LoadedRecipe, hardware: Hardware, quiet: bool) -> TrainResult
     manifest["parameters"] = asdict(_count(model, hardware, settings, say))
     manifest["vocabulary"] = vocabulary.to_dict() if vocabulary.is_needed else None
     manifest |= _model_record(settings, material, model, say)
-    trackers = tracking(
-        train_spec.report_to if main else (), output, run_name=arguments.run_name, resumed=resumed
-    )
+    reported = train_spec.report_to if main else ()
+    trackers = tracking(reported, output, run_name=arguments.run_name, resumed=resumed)
     attach = precomputation(settings, source, hardware, model, material, say, processes)
     # A signal ends what is computed here at once: there is no step yet to wait for, nor anything to save.
     supply = supply or _offline(settings, source, model, material, attach, processes, say)

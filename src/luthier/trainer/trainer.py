@@ -98,10 +98,9 @@ class PeftTrainer(Keeping):
         )
         self._eval_arithmetic, self._fit_memory = eval_arithmetic, fit_memory
         self.ledger = self._new_ledger(bad_numbers or BadNumbersSpec(), processes)
-        self._look_for_unused(args, model)
         super().__init__(
             model=model,
-            args=args,
+            args=self._looking_for_unused(args, model),
             train_dataset=steps,
             eval_dataset=self._eval_sets or (None if answers is None else {}),  # type: ignore[arg-type]
             processing_class=tokenizer,
@@ -122,12 +121,15 @@ class PeftTrainer(Keeping):
         guard = NumberGuard(bad_numbers, self.saver.run_dir, writes=processes.is_first)
         return Ledger(guard, processes)
 
-    def _look_for_unused(self, args: Seq2SeqTrainingArguments, model: nn.Module) -> None:
+    def _looking_for_unused(
+        self, args: Seq2SeqTrainingArguments, model: nn.Module
+    ) -> Seq2SeqTrainingArguments:
         """Where nobody decided it: whether DistributedDataParallel looks for parameters without a gradient."""
         if args.ddp_find_unused_parameters is None:
             args.ddp_find_unused_parameters = may_idle(model)
         looks = bool(args.ddp_find_unused_parameters)
         self._passes_are_whole = looks or self.strategy.shards or args.world_size == 1
+        return args
 
     # ---- data --------------------------------------------------------------------------------------
 
