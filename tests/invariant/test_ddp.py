@@ -103,12 +103,12 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
     for name in every:
         add(name, name)
     add("local statistics", "kto-full", ddp.local_statistics)
-    add("local sums", "sft-full", ddp.local_metrics)
+    add("local sums", "tokens", ddp.local_metrics)
     for action in ("stop", "skip", "rewind"):
         add(f"nan-{action}", "loop", ddp.nan_on_second, bad_numbers={"action": action}, save_every=1)
     add("signalled", "loop", ddp.signal_after_second)
     add("goes on", "loop", output=str(runs.two("signalled")), resume="auto")
-    add("checkpoint", "loop", max_steps=2, save_every=1)
+    add("checkpoint", "loop", ddp.signal_after_second)
     again = {"output": str(runs.two("checkpoint")), "resume": "auto"}
     add("unreadable", "loop", ddp.unreadable_on_second, **again)
     add("crash", "loop", ddp.crash_on_second)
@@ -178,10 +178,17 @@ def test_what_was_compared_is_what_was_meant(runs: Runs) -> None:
     assert steps == list(range(1, 13))  # 21 rows by four, twice; each line written once
 
 
-@pytest.mark.parametrize(("fault", "of"), [("local statistics", "kto-full"), ("local sums", "sft-full")])
-def test_a_planted_fault_is_seen(fault: str, of: str, runs: Runs) -> None:
+@pytest.mark.parametrize(
+    ("fault", "of", "number"),
+    [("local statistics", "kto-full", "loss"), ("local sums", "tokens", "eval_loss")],
+)
+def test_a_planted_fault_is_seen(fault: str, of: str, number: str, runs: Runs) -> None:
     assert runs.said[fault] == ("", "")
-    assert apart(runs.two(fault), runs.one[of]) > 20 * TOLERANCE
+    found, expected = (
+        [line[number] for line in logged(run) if number in line] for run in (runs.two(fault), runs.one[of])
+    )
+    assert len(found) == len(expected)
+    assert max(abs(one - two) for one, two in zip(found, expected, strict=True)) > 20 * TOLERANCE
 
 
 # ---- decisions ---------------------------------------------------------------------------------------------

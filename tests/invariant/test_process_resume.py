@@ -37,7 +37,7 @@ def recipes(folder: Path) -> dict[str, dict[str, Any]]:
         one["train"] |= {"accumulation": 6, "epochs": 1, "save_every": AT, "eval_every": None}
         if rule == "tokens":
             del one["train"]["rows_per_device"], one["train"]["accumulation"]
-            one["train"]["tokens_per_batch"] = 380 if stage == "sft" else 900
+            one["train"]["tokens_per_batch"] = 220 if stage == "sft" else 300
         found[name] = one
     found["dropout"] = ddp.recipe(folder / "dropout", base, "sft", {**ddp.LORA, "dropout": 0.3})
     found["dropout"]["train"] |= {"accumulation": 6, "epochs": 1, "save_every": AT, "eval_every": None}
