@@ -206,14 +206,9 @@ def load_model(
     auto = AutoModelForSequenceClassification if kind == "reward" else language_class(config)
     if positions is not None:
         stretch(config, positions)
-    quantized = loading_arguments(
-        spec.quantization,
-        config,
-        device,
-        DTYPES.get(spec.dtype, torch.float32),
-        label,
-        partial(_bare, spec, config),
-    )
+    dtype = DTYPES.get(spec.dtype, torch.float32)
+    bare = partial(_bare, spec, config)
+    quantized = loading_arguments(spec.quantization, config, device, dtype, label, bare)
     try:
         loaded: Any = auto.from_pretrained(
             source.path,

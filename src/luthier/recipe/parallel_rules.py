@@ -31,6 +31,16 @@ def _refusals(recipe: Recipe, world_size: int) -> Iterator[str]:
         yield from _fsdp2(recipe, recipe.parallel, world_size)
     if isinstance(recipe.parallel, TensorSpec):
         yield from _tensor(recipe, recipe.parallel, world_size)
+    if recipe.optim.in_backward and world_size > 1:
+        yield (
+            f"optim.type: {recipe.optim.type} updates parameters in the backward pass, before the gradients of "
+            f"{world_size} processes are added up; remove layerwise, or give another optimizer"
+        )
+    if recipe.optim.type == "badam" and world_size > 1:
+        yield (
+            f"optim.type: badam changes which parameters train, and {world_size} processes agree on that when they "
+            "begin; use badam_ratio"
+        )
     if not recipe.parallel.shards:
         return
     why = "answers would gather all weights anew for every token"
