@@ -105,7 +105,7 @@ class TensorParallel(FullyShard):
                 _own(gradient).div_(self._groups)
 
     def clip(self, accelerator: Accelerator, model: nn.Module, max_norm: float) -> Tensor:
-        accelerator.unscale_gradients()  # type: ignore[no-untyped-call]
+        accelerator.unscale_gradients()
         assert self._mesh is not None
         gradients = list(_gradients(model))
         squares = torch.zeros((), dtype=torch.float64, device=accelerator.device)
@@ -202,7 +202,7 @@ def _divide(module: nn.Module, style: str, mesh: DeviceMesh) -> None:
         # Its gradient is a sum over heads, and each process has that of its own.
         for parameter in module.parameters():
             if parameter.requires_grad:
-                parameter.register_hook(partial(_added_up, group=mesh.get_group()))
+                parameter.register_hook(partial(_added_up, group=mesh.get_group()))  # type: ignore[no-untyped-call]
         return
     way: ParallelStyle
     if style in _BY_OUTPUTS:
@@ -233,9 +233,10 @@ def _outside(model: PreTrainedModel, styles: Mapping[nn.Module, str]) -> list[nn
     parts = {
         one for module, style in styles.items() if style != _EACH_OWN_HEADS for one in module.parameters()
     }
+    inner: Any = model
     ends = {
         one
-        for module in (model.get_input_embeddings(), model.get_output_embeddings())
+        for module in (inner.get_input_embeddings(), inner.get_output_embeddings())
         if isinstance(module, nn.Module)
         for one in module.parameters()
     }
