@@ -101,10 +101,11 @@ def attachments(loaded: LoadedRecipe) -> Attachments:
     return Attachments(callbacks, metrics, load_schedule(loaded.recipe.optim.schedule_function, beside))
 
 
-def run_identity(settings: Recipe, base: str, material: Material) -> dict[str, Any]:
-    """What a checkpoint remembers of its run, to tell whether it is still that one; `base` as `fingerprint` says."""
+def run_identity(settings: Recipe, base: str, material: Material, processes: int = 1) -> dict[str, Any]:
+    """What a checkpoint remembers of its run, to tell whether it is still that one; `base` as `fingerprint` says,
+    `processes` how many train it."""
     trained = [report.dataset for report in material.data.reports[: len(settings.data.train)]]
-    return identity(settings, base, [material.data.fingerprints[name] for name in trained])
+    return identity(settings, base, [material.data.fingerprints[name] for name in trained], processes)
 
 
 def build_model(

@@ -23,6 +23,7 @@ from luthier.show import Say
 from luthier.trainer.checkpoint import hash_file
 from luthier.trainer.precision import AUTOCAST, autocast_type
 from luthier.trainer.precompute import Precomputation
+from luthier.trainer.processes import ALONE, Processes
 from luthier.types import ModelError
 
 
@@ -120,6 +121,7 @@ def precomputation(
     model: PreTrainedModel | PeftModel,
     material: Material,
     say: Say,
+    processes: Processes = ALONE,
 ) -> Precomputation | None:
     """How the reference's log-probabilities get to the samples before training; None where they are not asked for."""
     spec = reference_spec(settings)
@@ -150,6 +152,7 @@ def precomputation(
         share_prompts=material.stage.share_prompts,
         padded=rows.padded,
         say=say,
+        processes=processes,
     )
 
 

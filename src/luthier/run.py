@@ -14,7 +14,7 @@ from typing import Any
 
 from peft import PeftModel
 from rich.markup import escape
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from luthier import __version__
@@ -93,19 +93,20 @@ def _train(loaded: LoadedRecipe, hardware: Hardware, quiet: bool) -> TrainResult
     settings, output = loaded.recipe, Path(loaded.recipe.train.output)
     arguments = training_arguments(settings, use_cpu=hardware.device == "cpu")
     processes = Processes.of(arguments)
-    main, interruption = processes.is_first, Interruption(processes)
-    say = speaker(quiet or not main)
+    main, say = processes.is_first, speaker(quiet or processes.rank > 0)
+    interruption = Interruption(processes)
     for note in loaded.notes:
         say(f"note: {note}")
     train_spec, attached = settings.train, attachments(loaded)
     if not train_spec.overwrite:
         run_guard(output, overwrite=False, resume=train_spec.resume)  # say so before the long work
-    source = locate(settings.model)
-    tokenizer, vocabulary = load_tokens(settings, source, say)
-    material = read_material(settings, tokenizer, say)
-    _show(settings, material, say)
-    model, method = _model(settings, source, hardware, vocabulary, material, say)
-    manifest = _manifest(settings, source, material)
+    together = processes.together  # what fails on one process ends all of them
+    source = processes.in_turn(partial(locate, settings.model))
+    tokenizer, vocabulary = together(partial(load_tokens, settings, source, say))
+    material = processes.in_turn(partial(read_material, settings, tokenizer, say))
+    together(partial(_show, settings, material, say))
+    model, method = together(partial(_model, settings, source, hardware, vocabulary, material, say))
+    manifest = together(partial(_manifest, settings, source, material, processes))
     remember_base(model, _base_record(settings, manifest["base"]["fingerprint"]))
     material = fitted(settings, material, model)
     supply = _online(loaded, source, model, material, say, processes)
@@ -114,10 +115,9 @@ def _train(loaded: LoadedRecipe, hardware: Hardware, quiet: bool) -> TrainResult
     manifest["parameters"] = asdict(_count(model, hardware, settings, say))
     manifest["vocabulary"] = vocabulary.to_dict() if vocabulary.is_needed else None
     manifest |= _model_record(settings, material, model, say)
-    trackers = tracking(
-        train_spec.report_to if main else (), output, run_name=arguments.run_name, resumed=resumed
-    )
-    attach = precomputation(settings, source, hardware, model, material, say)
+    reported = train_spec.report_to if main else ()
+    trackers = tracking(reported, output, run_name=arguments.run_name, resumed=resumed)
+    attach = precomputation(settings, source, hardware, model, material, say, processes)
     # A signal ends what is computed here at once: there is no step yet to wait for, nor anything to save.
     supply = supply or _offline(settings, source, model, material, attach, processes, say)
     with trackers as tracked, ProgressCallback(quiet=quiet) as progress, interruption:
@@ -130,7 +130,7 @@ def _train(loaded: LoadedRecipe, hardware: Hardware, quiet: bool) -> TrainResult
             steps=supply.steps,
             eval_sets=supply.eval_sets,
             tokenizer=tokenizer,
-            callbacks=[*tracked, LogCallback(output), progress, interruption, *attached.callbacks],
+            callbacks=[*tracked, LogCallback(output), progress, *attached.callbacks, interruption],
             save_total_limit=train_spec.save_total_limit,
             checkpoint_metadata={key: manifest[key] for key in ("luthier", "identity")},
             async_save=train_spec.async_save,
@@ -180,7 +180,7 @@ def _offline(
     return Supply(
         training_steps(settings, material, count, processes.rank, padded, attach, processes.exchange),
         eval_sets(settings, material, count, padded=padded, attach=attach),
-        answers_at_eval(settings, source, model, material, say),
+        answers_at_eval(settings, source, model, material, say, processes),
     )
 
 
@@ -279,15 +279,14 @@ def _open_run(
     train_spec = loaded.recipe.train
     # Nobody looks for a checkpoint before the first process has swept.
     processes.together(partial(begin_run, output, train_spec) if processes.is_first else bool)
-    resumed, skipped = resolve_resume(output, train_spec.resume)
+    resumed, skipped = processes.first(partial(resolve_resume, output, train_spec.resume))
     for folder, reason in skipped:
         say(f"checkpoint {folder.name} is not used: {reason}")
     if resumed is not None:
-        for text in differences(resumed, now, allowed=train_spec.allow_changes):
+        for text in processes.together(partial(differences, resumed, now, allowed=train_spec.allow_changes)):
             say(f"changed since {resumed.name}: {text}")
         say(f"resuming from {resumed}")
-    if processes.is_first:
-        (output / "recipe.yaml").write_text(dump_recipe(loaded), encoding="utf-8")
+    processes.first(partial((output / "recipe.yaml").write_text, dump_recipe(loaded), encoding="utf-8"))
     return resumed
 
 
@@ -302,17 +301,14 @@ def _learn(
     """Train, save what was trained, evaluate; writes the results files and returns all numbers."""
     metrics: dict[str, float] = {}
     if not settings.train.eval_only:
-        trained = _train_through(trainer, resumed, say)
-        trained["train_tokens"] = trainer.state.num_input_tokens_seen
+        metrics = _train_through(trainer, resumed, say)
+        metrics["train_tokens"] = trainer.state.num_input_tokens_seen
         if (received := interruption.agree()) is not None:
             raise RunInterrupted(
                 f"{received.name}: stopped after step {trainer.state.global_step} of "
                 f"{trainer.state.max_steps}; {what_is_left(trainer.saver.run_dir, then='')}"
             )
-        trainer.save_metrics("train", trained)
-        trainer.save_state()
-        _save(trainer, manifest)
-        metrics |= trained
+        _save(trainer, manifest, metrics)
     if settings.train.eval_at_end and (settings.data.eval or settings.data.dev_split):
         evaluated = trainer.evaluate_at_end()
         trainer.save_metrics("eval", evaluated)
@@ -340,21 +336,25 @@ def _train_through(trainer: PeftTrainer, resumed: Path | None, say: Say) -> dict
         end_stream(trainer.train_dataset)
 
 
-def _save(trainer: PeftTrainer, manifest: dict[str, Any]) -> None:
-    """The trained weights, tokenizer and template, and the manifest that names their hashes."""
+def _save(trainer: PeftTrainer, manifest: dict[str, Any], trained: dict[str, float]) -> None:
+    """The numbers, the trained weights, tokenizer and template, and the manifest that names their hashes."""
+    processes = Processes.of(trainer.args)
+    processes.together(partial(trainer.save_metrics, "train", trained))
+    processes.together(trainer.save_state)
     weights = trainer.whole_weights()
     manifest["parallel"] = {
         "type": trainer.strategy.name,
         "processes": trainer.args.world_size,
         "wrapped": trainer.strategy.wrapped(trainer.model_wrapped),
     }
-    if not trainer.args.should_save:
-        return
+    processes.first(partial(_publish, trainer, manifest, weights))
+
+
+def _publish(trainer: PeftTrainer, manifest: dict[str, Any], weights: Mapping[str, Tensor] | None) -> None:
     with published_files(Path(str(trainer.args.output_dir))) as folder:
         trainer.save_trained(folder, weights)
-        (folder / CARD_NAME).unlink(
-            missing_ok=True
-        )  # PEFT writes a form to fill in; ours follows the evaluation
+        # PEFT writes a form to fill in; ours follows the evaluation.
+        (folder / CARD_NAME).unlink(missing_ok=True)
         files = {path.name: hash_file(path) for path in sorted(folder.iterdir())}
         passes = {"tokens_per_pass": trainer.tokens_per_pass, **end_stream(trainer.train_dataset)}
         text = json.dumps({**manifest, **passes, "files": files}, indent=2)
@@ -381,7 +381,9 @@ def _base_record(settings: Recipe, base: str) -> BaseRecord:
     return BaseRecord(base, spec.quantization, spec.dtype, below)
 
 
-def _manifest(settings: Recipe, source: ModelSource, material: Material) -> dict[str, Any]:
+def _manifest(
+    settings: Recipe, source: ModelSource, material: Material, processes: Processes
+) -> dict[str, Any]:
     """What the run was made from: versions, and fingerprints of base, template and data."""
     base = fingerprint(source)
     return {
@@ -389,7 +391,7 @@ def _manifest(settings: Recipe, source: ModelSource, material: Material) -> dict
         "python": platform.python_version(),
         "libraries": {name: metadata.version(name) for name in LIBRARIES},
         "base": {"path": settings.model.path, "fingerprint": base},
-        "identity": run_identity(settings, base, material),
+        "identity": run_identity(settings, base, material, processes.count),
         "template": {"name": material.template.name, "sha256": material.template.fingerprint},
         "data": material.data.fingerprints,
         "reports": [report.to_dict() for report in material.data.reports],

@@ -21,6 +21,16 @@ def _refusals(recipe: Recipe, world_size: int) -> Iterator[str]:
             f"train.fit_memory works in one process, and these are {world_size}; remove it and give "
             "train.tokens_per_pass"
         )
+    if recipe.optim.in_backward and world_size > 1:
+        yield (
+            f"optim.type: {recipe.optim.type} updates parameters in the backward pass, before the gradients of "
+            f"{world_size} processes are added up; remove layerwise, or give another optimizer"
+        )
+    if recipe.optim.type == "badam" and world_size > 1:
+        yield (
+            f"optim.type: badam changes which parameters train, and {world_size} processes agree on that when they "
+            "begin; use badam_ratio"
+        )
     if not recipe.parallel.shards:
         return
     if isinstance(recipe.stage, OnlineSpec):

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from luthier.data.collate import branch_batch
 from luthier.data.encode import EncodeOptions
 from luthier.data.pairs import pair_sample
 from luthier.recipe.schema import RmSpec
+from luthier.stages.answers import answers_batch
 from luthier.stages.supervised import Separable
 from luthier.types import (
     Batch,
@@ -51,7 +51,7 @@ class RewardModelling(Separable):
         return pair_sample(row, template, self.options)
 
     def collate(self, samples: Sequence[Sample]) -> Batch:
-        return branch_batch(samples, share_prompts=self.share_prompts)
+        return answers_batch(samples, share_prompts=self.share_prompts)
 
     def weight(self, batch: Batch) -> dict[str, Tensor]:
         assert batch.labels is not None

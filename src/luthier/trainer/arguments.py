@@ -87,18 +87,18 @@ def training_arguments(recipe: Recipe, *, use_cpu: bool) -> Seq2SeqTrainingArgum
             hint = f"; did you mean {near[0]}?" if near else ""
             raise RecipeError(f"train.extra.{key}: transformers' TrainingArguments has no such key{hint}")
     try:
-        return Seq2SeqTrainingArguments(**owned, **_many_processes(train.extra))
+        return Seq2SeqTrainingArguments(**owned, **_many_processes(train.extra, recipe.parallel.timeout))
     except (TypeError, ValueError) as error:
         raise RecipeError(f"train: transformers refuses these settings: {error}") from error
 
 
-def _many_processes(extra: Mapping[str, Any]) -> dict[str, Any]:
+def _many_processes(extra: Mapping[str, Any], timeout: int) -> dict[str, Any]:
     """No buffer is sent around: they are alike, and a process with fewer passes would be waited for in vain."""
     if extra.get("ddp_broadcast_buffers"):
         raise RecipeError(
             "train.extra.ddp_broadcast_buffers: processes have passes of unequal number here; remove it"
         )
-    return {**extra, "ddp_broadcast_buffers": False}
+    return {"ddp_timeout": timeout, **extra, "ddp_broadcast_buffers": False}
 
 
 def _strategy(every: int | str | None) -> str:

@@ -28,7 +28,7 @@ from luthier.model.logprobs import ModelPolicy
 from luthier.model.reference import Reference
 from luthier.optim.build import build_optimizer, release
 from luthier.optim.schedule import Factor, build_schedule
-from luthier.parallel.strategy import Replicated, Strategy
+from luthier.parallel.strategy import Replicated, Strategy, may_idle
 from luthier.recipe.schema import AnyOptimSpec, BadNumbersSpec
 from luthier.trainer.bad_numbers import BadNumbersError, NumberGuard, Rewind
 from luthier.trainer.checkpoint import newest_valid, read_manifest
@@ -43,9 +43,9 @@ from luthier.trainer.rollout_steps import RolloutSteps
 from luthier.trainer.rollouts import Asking, Rollouts
 from luthier.trainer.saving import CheckpointSaver, saves_asynchronously
 from luthier.trainer.sources import source_terms
-from luthier.trainer.steps import EpochCallback, StepDataset
+from luthier.trainer.steps import EpochCallback, StepDataset, learnt_tokens
 from luthier.trainer.stream_steps import num_workers, stream_numbers
-from luthier.types import Batch, LossSum, Method, RecipeError, Stage, Term
+from luthier.types import Batch, LossSum, Method, ModelError, RecipeError, Stage, Term
 
 
 class PeftTrainer(Keeping):
@@ -97,10 +97,10 @@ class PeftTrainer(Keeping):
             strategy=self.strategy,
         )
         self._eval_arithmetic, self._fit_memory = eval_arithmetic, fit_memory
-        self.ledger = Ledger(NumberGuard(bad_numbers or BadNumbersSpec(), self.saver.run_dir), processes)
+        self.ledger = self._new_ledger(bad_numbers or BadNumbersSpec(), processes)
         super().__init__(
             model=model,
-            args=args,
+            args=self._looking_for_unused(args, model),
             train_dataset=steps,
             eval_dataset=self._eval_sets or (None if answers is None else {}),  # type: ignore[arg-type]
             processing_class=tokenizer,
@@ -116,6 +116,20 @@ class PeftTrainer(Keeping):
             self.add_callback(scaling)
         self._scaling = scaling
         self.loss_is_scaled_for_ga = True  # by the weight of the whole step; nothing may divide them again
+
+    def _new_ledger(self, bad_numbers: BadNumbersSpec, processes: Processes) -> Ledger:
+        guard = NumberGuard(bad_numbers, self.saver.run_dir, writes=processes.is_first)
+        return Ledger(guard, processes)
+
+    def _looking_for_unused(
+        self, args: Seq2SeqTrainingArguments, model: nn.Module
+    ) -> Seq2SeqTrainingArguments:
+        """Where nobody decided it: whether DistributedDataParallel looks for parameters without a gradient."""
+        if args.ddp_find_unused_parameters is None:
+            args.ddp_find_unused_parameters = may_idle(model)
+        looks = bool(args.ddp_find_unused_parameters)
+        self._passes_are_whole = looks or self.strategy.shards or args.world_size == 1
+        return args
 
     # ---- data --------------------------------------------------------------------------------------
 
@@ -213,7 +227,7 @@ class PeftTrainer(Keeping):
             running_out(max(batches, key=lambda batch: batch.num_tokens)),
             self.compute_loss_context_manager(),
         ):
-            observed = observe(self.stage, policy, batches, model)
+            observed = observe(self.stage, policy, batches, model, Processes.of(self.args))
         step_loss = torch.zeros((), device=self.args.device)
         for index, batch in enumerate(batches):
             last = index == len(batches) - 1
@@ -228,7 +242,20 @@ class PeftTrainer(Keeping):
             add_terms(metrics, source_terms(batch, loss_sum, getattr(self._steps, "sources", ())))
             if len(loss_sum.terms) > 1:
                 add_terms(metrics, {f"{name}_loss": term for name, term in loss_sum.terms.items()})
+        if not self._passes_are_whole:
+            Processes.of(self.args).together(self._require_gradients)
+            self._passes_are_whole = True
         return step_loss, metrics
+
+    def _require_gradients(self) -> None:
+        """Raise ModelError for a parameter that trains without a gradient, where nobody looks for such: those that are
+        sent together with it would stay this process's own."""
+        for name, parameter in self._trained.named_parameters():
+            if parameter.requires_grad and parameter.grad is None:
+                raise ModelError(
+                    f"{name} trains and had no part in the first step; with several processes give "
+                    "train.extra.ddp_find_unused_parameters=true, or freeze it"
+                )
 
     def _clip_grad_norm(self, model: nn.Module) -> Tensor:
         if self.ledger.left_out:
@@ -249,7 +276,8 @@ class PeftTrainer(Keeping):
     def rewind(self, request: Rewind) -> Path:
         """Prepare to train on from the last checkpoint, without what led to `request`; returns the checkpoint."""
         self.saver.wait()
-        checkpoint, _ = newest_valid(self.saver.run_dir, resumable=True)
+        processes = Processes.of(self.args)
+        checkpoint, _ = processes.first(partial(newest_valid, self.saver.run_dir, resumable=True))
         if checkpoint is None:
             raise BadNumbersError(f"{request.reason}. There is no checkpoint to go back to")
         self.ledger.guard.rewound(read_manifest(checkpoint)["metadata"]["step"], request.step)
@@ -276,7 +304,7 @@ class PeftTrainer(Keeping):
         return weights
 
     def _count_tokens(self, batches: Sequence[Batch]) -> None:
-        tokens = sum(batch.num_tokens for batch in batches)
+        tokens = sum(map(learnt_tokens, batches))
         if self.args.world_size > 1:
             tokens = int(self.accelerator.reduce(torch.tensor(tokens, device=self.args.device), "sum"))
         self.state.num_input_tokens_seen += tokens
@@ -285,7 +313,7 @@ class PeftTrainer(Keeping):
         """Six operations per token and parameter, as transformers estimates it for a whole batch."""
         batches = inputs if self._rollouts is None else self._rollouts.current
         num_parameters = sum(parameter.numel() for parameter in self._trained.parameters())
-        return 6 * sum(batch.num_tokens for batch in batches) * num_parameters
+        return 6 * sum(map(learnt_tokens, batches)) * num_parameters
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "train_loss" in logs:  # transformers' own covers the steps since the last resume alone
