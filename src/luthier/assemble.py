@@ -132,22 +132,14 @@ def build_model(
     if getattr(settings.optim, "bits", 32) == 8 or getattr(settings.optim, "paged", False):
         require("bitsandbytes", "optim.bits=8 or optim.paged=true")
     device = torch.device(hardware.device)
-    positions = _positions(settings, source)
     kind: ModelKind = "reward" if isinstance(settings.stage, RmSpec) else "language"
+    how: dict[str, Any] = {"positions": _positions(settings, source), "kind": kind, "on_host": on_host}
     methods: list[Method] = []
 
     def build(own_attention: bool) -> PreTrainedModel | PeftModel:
         # What an adapter draws depends on the seed alone, not on the data before it.
         set_seed(settings.train.seed)
-        base = load_model(
-            settings.model,
-            source,
-            device,
-            own_attention=own_attention,
-            positions=positions,
-            kind=kind,
-            on_host=on_host,
-        )
+        base = load_model(settings.model, source, device, own_attention=own_attention, **how)
         require_adapter_method(base, settings.method, f"model.path={settings.model.path}")
         require_positions(base.config, longest, alone=settings.train.tokens_per_pass == 1)
         resized = resize_embeddings(base, vocabulary)
@@ -158,16 +150,12 @@ def build_model(
             upcast_trained(model)
         return model
 
-    arithmetic, probe = (
-        autocast_type(settings.train.precision),
-        ScoreProbe() if kind == "reward" else LANGUAGE,
-    )
     model = build_with_rows(
         build,
         settings.model.rows,
         settings.model.padding_side,
-        arithmetic,
-        probe,
+        autocast_type(settings.train.precision),
+        ScoreProbe() if kind == "reward" else LANGUAGE,
         share_prompts=getattr(settings.stage, "share_prompts", False),
         media=is_multimodal(load_config(settings.model, source)) and _has_media(material),
     )

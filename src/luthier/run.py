@@ -93,8 +93,8 @@ def _train(loaded: LoadedRecipe, hardware: Hardware, quiet: bool) -> TrainResult
     settings, output = loaded.recipe, Path(loaded.recipe.train.output)
     arguments = training_arguments(settings, use_cpu=hardware.device == "cpu")
     processes = Processes.of(arguments)
-    main, interruption = processes.is_first, Interruption(processes)
-    say = speaker(quiet or not main)
+    interruption, strategy = Interruption(processes), build_strategy(settings, processes.count)
+    main, say = processes.is_first, speaker(quiet or not processes.is_first)
     for note in loaded.notes:
         say(f"note: {note}")
     train_spec, attached = settings.train, attachments(loaded)
@@ -104,7 +104,6 @@ def _train(loaded: LoadedRecipe, hardware: Hardware, quiet: bool) -> TrainResult
     tokenizer, vocabulary = load_tokens(settings, source, say)
     material = read_material(settings, tokenizer, say)
     _show(settings, material, say)
-    strategy = build_strategy(settings, processes.count)
     model, method = _model(settings, source, hardware, vocabulary, material, say, strategy.loads_on_host)
     manifest = _manifest(settings, source, material)
     remember_base(model, _base_record(settings, manifest["base"]["fingerprint"]))
@@ -115,9 +114,8 @@ def _train(loaded: LoadedRecipe, hardware: Hardware, quiet: bool) -> TrainResult
     manifest["parameters"] = asdict(_count(model, hardware, settings, say))
     manifest["vocabulary"] = vocabulary.to_dict() if vocabulary.is_needed else None
     manifest |= _model_record(settings, material, model, say)
-    trackers = tracking(
-        train_spec.report_to if main else (), output, run_name=arguments.run_name, resumed=resumed
-    )
+    told = train_spec.report_to if main else ()
+    trackers = tracking(told, output, run_name=arguments.run_name, resumed=resumed)
     strategy.divide(model)
     attach = precomputation(settings, source, hardware, model, material, say, strategy)
     # A signal ends what is computed here at once: there is no step yet to wait for, nor anything to save.
