@@ -89,7 +89,6 @@ LONG: dict[str, Case] = {
     "vera": Case(method={"type": "vera"}, optim=ADAM),
     "ia3": Case(method={"type": "ia3"}, optim=ADAM),
     "miss": Case(method={"type": "miss", "rank": 8}, optim=ADAM),
-    "compiled": Case(train={"compile": {"backend": "aot_eager"}}),
     **{
         f"lora-{name}": Case(method={**LORA, **more}, optim=ADAM)
         for name, more in {
