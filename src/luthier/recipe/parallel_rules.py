@@ -74,7 +74,7 @@ def _fsdp2(recipe: Recipe, spec: Fsdp2Spec, world_size: int) -> Iterator[str]:
             "tokens after the other; use parallel: {type: ddp}"
         )
     if recipe.train.compile is not None:
-        yield f"{name} does not go with train.compile: compiled layers failed in the backward pass; remove train.compile"
+        yield f"{name} does not go with train.compile: its backward pass fails; remove it"
     if spec.cpu_offload and recipe.train.precision == "fp16":
         yield f"{name}.cpu_offload does not go with train.precision: fp16, whose loss scale needs the device; give bf16"
     if spec.tensor > 1:
