@@ -152,16 +152,12 @@ def build_model(
             upcast_trained(model)
         return model
 
-    arithmetic, probe = (
-        autocast_type(settings.train.precision),
-        ScoreProbe() if kind == "reward" else LANGUAGE,
-    )
     model = build_with_rows(
         build,
         settings.model.rows,
         settings.model.padding_side,
-        arithmetic,
-        probe,
+        autocast_type(settings.train.precision),
+        ScoreProbe() if kind == "reward" else LANGUAGE,
         share_prompts=getattr(settings.stage, "share_prompts", False),
         media=is_multimodal(load_config(settings.model, source)) and _has_media(material),
     )

@@ -199,8 +199,7 @@ def load_model(
     does not let its attention be chosen.
     """
     attention = None if own_attention else attention_name(spec.attention, device)
-    label = f"model.path={spec.path}"
-    config = load_config(spec, source)
+    label, config = f"model.path={spec.path}", load_config(spec, source)
     require_causal(config, label)
     drawn = frozenset({HEAD_WEIGHT}) if kind == "reward" and not reward_config(config, label) else frozenset()
     auto = AutoModelForSequenceClassification if kind == "reward" else language_class(config)

@@ -88,6 +88,8 @@ def _fsdp2(recipe: Recipe, spec: Fsdp2Spec, world_size: int) -> Iterator[str]:
             f"{name} does not go with stage.loss: asft, which asks the reference's output head for one piece of the "
             "tokens after the other; use parallel: {type: ddp}"
         )
+    if recipe.train.compile is not None:
+        yield f"{name} does not go with train.compile: its backward pass fails; remove it"
     if spec.cpu_offload and recipe.train.precision == "fp16":
         yield f"{name}.cpu_offload does not go with train.precision: fp16, whose loss scale needs the device; give bf16"
 
