@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import nn
 
+from luthier.check.estimate import divided
 from luthier.check.memory import (
     HEAP_LIMIT,
     Activations,
@@ -38,7 +39,8 @@ from luthier.model.logprobs import ModelPolicy, install_target_forward
 from luthier.model.reference import AdaptersOff, AsItIs, OtherModel, StartingPoint
 from luthier.model.rows import Rows
 from luthier.optim.build import build_optimizer
-from luthier.recipe.schema import AdamwSpec, DataSpec, FreezeSpec, FullSpec, LoraSpec, SftSpec
+from luthier.parallel.cost import BUCKET
+from luthier.recipe.schema import AdamwSpec, DataSpec, FreezeSpec, FullSpec, LoraSpec, Recipe, SftSpec
 from luthier.stages import build_stage
 from luthier.types import IGNORE_INDEX, Sample
 from tests.optimizers import CASES, WITHOUT_FORMULA
@@ -350,3 +352,27 @@ def test_an_estimate_that_is_largely_a_guess_says_so() -> None:
     guessed = at_its_fullest(sizes(allocator=2**30), 10**10, several_passes=False, copies_remain=False)
     assert guessed.rough is not None
     assert "rough: 1.0 GiB of it is a guess" in guessed.rough
+
+
+# --------------------------------------------------------------------------------------------------
+# Of several processes
+
+
+def test_what_one_of_four_processes_holds() -> None:
+    """By hand, for a tiny model: every part against the formulae of docs/scaling.md."""
+    model = tiny_model("llama").requires_grad_(True)
+    count = sum(parameter.numel() for parameter in model.parameters())
+    sizes = Sizes(0, 4 * count, 4 * count, 8 * count, 0, 0, 0, 0)
+    layer = 4 * sum(parameter.numel() for parameter in model.model.layers[0].parameters())
+    ends = {id(end.weight): end.weight.numel() for end in (model.get_input_embeddings(), model.lm_head)}
+    group = max(layer, 4 * sum(ends.values()))
+    plain = {"model": {"path": "m"}, "data": {"train": ["a"]}, "method": {"type": "full"}}
+    expected = {
+        "ddp": (4 * count, 8 * count, 8 * count),
+        "fsdp2": (count + 2 * group, count + group, 2 * count),
+        "deepspeed": (4 * count, count + min(BUCKET, 4 * count), 2 * count),
+    }
+    for kind, (weights, gradients, optimizer) in expected.items():
+        recipe = Recipe.model_validate(plain | {"parallel": {"type": kind, "processes": 4}})
+        found = divided(sizes, recipe, model, 4)
+        assert (found.weights, found.gradients, found.optimizer) == (weights, gradients, optimizer), kind

@@ -8,7 +8,9 @@ from typing import Any
 
 import pytest
 import yaml
+from typer.testing import CliRunner
 
+from luthier.cli import app
 from luthier.recipe.load import load_recipe
 from luthier.recipe.schema import DdpSpec, DeepSpeedSpec, Fsdp2Spec, ParallelSpec
 from luthier.recipe.sharding_keys import accelerate_overrides
@@ -184,3 +186,26 @@ def test_a_file_that_is_none(tmp_path: Path) -> None:
         accelerate_overrides(written({"model": {}}, tmp_path))
     with pytest.raises(RecipeError, match="cannot be read as an accelerate config file"):
         accelerate_overrides(tmp_path / "missing.yaml")
+
+
+def test_the_command_line_reads_an_accelerate_file(tmp_path: Path) -> None:
+    """`luthier launch` prints the command that holds what the file says; the recipe's own words come after it."""
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(yaml.safe_dump(NATIVE))
+    file = written(
+        {"distributed_type": "FSDP", "num_processes": 4, "fsdp_config": {"fsdp_offload_params": True}},
+        tmp_path,
+    )
+    words = ["launch", str(recipe), "parallel.cpu_offload=false", "--accelerate", str(file)]
+    result = CliRunner().invoke(app, words)
+    assert result.exit_code == 0, result.output
+    command = result.stdout.splitlines()[-1]
+    assert "--nproc-per-node=4" in command
+    told = command.split(" train ")[1].split()
+    assert told[1:] == [
+        "parallel.type=fsdp2",
+        "parallel.cpu_offload=true",
+        "parallel.nodes=1",
+        "parallel.processes=4",
+        "parallel.cpu_offload=false",
+    ]

@@ -45,7 +45,7 @@ from luthier.online import online_supply
 from luthier.parallel import require_divisible
 from luthier.recipe.load import LoadedRecipe, load_recipe
 from luthier.recipe.resolve import Hardware, resolve
-from luthier.recipe.schema import ModelRewardSpec, OnlineSpec, Recipe
+from luthier.recipe.schema import ModelRewardSpec, OnlineSpec, Recipe, TensorSpec
 from luthier.references import build_reference, reference_spec
 from luthier.show import Say, quiet_libraries
 from luthier.trainer.arguments import training_arguments
@@ -244,7 +244,7 @@ class _Check:
         if isinstance(settings.stage, OnlineSpec):
             self._rollouts(settings, settings.stage, source, model, material, estimate)
             return
-        steps = training_steps(settings, material, 1, 0, padded=chosen_rows(model).padded)
+        steps = training_steps(settings, material, _sharing(settings), 0, padded=chosen_rows(model).padded)
         if steps is None or not len(steps):
             return
         found.schedule = schedule = schedule_of(steps, settings.train)
@@ -283,9 +283,24 @@ class _Check:
         found.memory = found.ask(
             "model",
             lambda: estimate_memory(
-                settings, source, hardware, model, stage, schedule, shape, before, reference, sampling
+                settings,
+                source,
+                hardware,
+                model,
+                stage,
+                schedule,
+                shape,
+                before,
+                reference,
+                sampling,
+                _processes(settings),
             ),
         )
+        if (count := _processes(settings)) > 1:
+            self._note(
+                f"memory is that of each of {count} processes, by the formulae of docs/scaling.md; this is one process, "
+                "so time is that of its own part, without what it waits for the others"
+            )
         if found.memory is not None and found.memory.rough is not None:
             self._note(found.memory.rough)
 
@@ -367,3 +382,9 @@ def _processes(settings: Recipe) -> int:
     """How many will train, on all machines."""
     given = settings.parallel.processes
     return settings.parallel.nodes * (max(1, torch.cuda.device_count()) if given == "auto" else given)
+
+
+def _sharing(settings: Recipe) -> int:
+    """How many of them have rows of their own."""
+    count, spec = _processes(settings), settings.parallel
+    return count // (spec.group or count) if isinstance(spec, TensorSpec) else count

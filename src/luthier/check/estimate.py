@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import platform
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import psutil
 import torch
+from peft import PeftModel
 from torch import nn
 
 from luthier.check.memory import (
@@ -29,13 +32,16 @@ from luthier.check.memory import (
     without_checkpointing,
 )
 from luthier.check.schedule import Schedule
+from luthier.methods.full import decoder_layers
 from luthier.methods.groups import checkpoints_activations
 from luthier.model.load import ModelSource
 from luthier.model.offload import without_offload
 from luthier.model.reference import Reference
 from luthier.optim.state_size import gradients_at_once, state_bytes
+from luthier.parallel.cost import Whole, held
+from luthier.recipe.deepspeed_json import zero_stage
 from luthier.recipe.resolve import Hardware
-from luthier.recipe.schema import OptimSpec, PtSpec, Recipe, SftSpec, TrainSpec
+from luthier.recipe.schema import DeepSpeedSpec, OptimSpec, PtSpec, Recipe, SftSpec, TrainSpec
 from luthier.references import reference_spec
 from luthier.trainer.precision import autocast_type
 from luthier.types import Stage
@@ -61,8 +67,10 @@ def estimate_memory(
     process: int,
     reference: Reference | None = None,
     sampling: int = 0,
+    processes: int = 1,
 ) -> Memory:
-    """The memory of a run at its fullest. It runs three short forward passes (six with gradient checkpointing).
+    """The memory of a run at its fullest, of one of its `processes`. It runs three short forward passes (six with
+    gradient checkpointing).
 
     process: what `memory_before` said before the model was loaded. reference: what the stage compares with; where the
     recipe asks it in advance, it counts before training only. sampling: keys and values while answers are drawn.
@@ -104,11 +112,43 @@ def estimate_memory(
         asked=compared if in_advance else 0,
         sampling=sampling,
     )
+    # Processes that train on CPUs share the machine's memory.
+    neighbours = 1 if hardware.device == "cuda" else -(-processes // settings.parallel.nodes)
     return at_its_fullest(
-        sizes,
-        hardware.memory,
+        divided(sizes, settings, model, processes) if processes > 1 else sizes,
+        hardware.memory // neighbours,
         several_passes=schedule.several_passes,
         copies_remain=_saves_before_the_end(settings.train, schedule),
+    )
+
+
+def divided(sizes: Sizes, settings: Recipe, model: nn.Module, processes: int) -> Sizes:
+    """What one of several processes holds of weights, gradients and optimizer, by the formulae of `parallel.cost`."""
+    spec = settings.parallel
+    if isinstance(spec, DeepSpeedSpec):
+        spec = spec.model_copy(update={"zero": zero_stage(settings, processes) or None})
+    inner: Any = model.get_base_model() if isinstance(model, PeftModel) else model
+    layers = [weight_bytes(layer) for layer in decoder_layers(inner)[1]]
+    ends = {
+        id(one): one
+        for one in (inner.get_input_embeddings(), inner.get_output_embeddings())
+        if one is not None
+    }
+    outside = tensor_bytes({id(p): p for end in ends.values() for p in end.parameters()}.values())
+    whole = Whole(
+        weights=sizes.weights,
+        gradients=sizes.gradients,
+        optimizer=sizes.optimizer,
+        group=max([*layers, outside]),
+        trained=tensor_bytes(trained(model)),
+        outside=outside,
+    )
+    part = held(spec, processes, whole)
+    return replace(
+        sizes,
+        weights=part.weights + part.gathered,
+        gradients=part.gradients + part.exchanged,
+        optimizer=part.optimizer,
     )
 
 

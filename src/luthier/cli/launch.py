@@ -8,7 +8,13 @@ from typing import Annotated, Literal
 import typer
 
 from luthier.cli.app import app
-from luthier.cli.options import NodesOption, ProcessesOption, parallel_words
+from luthier.cli.options import (
+    AccelerateOption,
+    NodesOption,
+    ProcessesOption,
+    accelerate_words,
+    parallel_words,
+)
 
 
 @app.command()
@@ -23,6 +29,7 @@ def launch(
     ] = "torchrun",
     processes: ProcessesOption = None,
     nodes: NodesOption = None,
+    accelerate: AccelerateOption = None,
     port: Annotated[int, typer.Option("--port", help="Where the machines meet.")] = 29500,
     gpu: Annotated[str, typer.Option("--gpu", metavar="NAME", help="SkyPilot's name of the GPUs.")] = "H100",
     cpu: Annotated[bool, typer.Option("--cpu", help="Ask for no GPUs.")] = False,
@@ -37,7 +44,7 @@ def launch(
     from luthier.launch.commands import PRINTERS, Start
     from luthier.recipe.load import load_recipe
 
-    words = overrides or []
+    words = [*accelerate_words(accelerate), *(overrides or [])]
     loaded = load_recipe(recipe, [*words, *parallel_words(processes, nodes)])
     start = Start(loaded.recipe, str(recipe), words, port, None if cpu else gpu, image, claim)
     typer.echo(PRINTERS[kind](start), nl=False)

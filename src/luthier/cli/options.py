@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
 
+from luthier.recipe.sharding_keys import accelerate_overrides
 from luthier.types import RecipeError
 
 AnsweringArgument = Annotated[
@@ -51,6 +53,26 @@ NodesOption = Annotated[
     int | None,
     typer.Option("--nodes", metavar="N", help="Machines (parallel.nodes).", show_default=False),
 ]
+
+AccelerateOption = Annotated[
+    Path | None,
+    typer.Option(
+        "--accelerate",
+        metavar="FILE",
+        help="An accelerate config file, as `parallel:` of the recipe.",
+        show_default=False,
+    ),
+]
+
+
+def accelerate_words(file: Path | None) -> list[str]:
+    """The overrides that an accelerate config file stands for; its notes are told on stderr."""
+    if file is None:
+        return []
+    words, notes = accelerate_overrides(file)
+    for note in notes:
+        typer.echo(f"note: {note}", err=True)
+    return words
 
 
 def parallel_words(processes: int | None, nodes: int | None) -> list[str]:

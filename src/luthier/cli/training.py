@@ -9,7 +9,13 @@ from typing import Annotated, Any
 import typer
 
 from luthier.cli.app import CLAIM_FAILS, USAGE_ERROR, app
-from luthier.cli.options import NodesOption, ProcessesOption, parallel_words
+from luthier.cli.options import (
+    AccelerateOption,
+    NodesOption,
+    ProcessesOption,
+    accelerate_words,
+    parallel_words,
+)
 
 
 @app.command()
@@ -21,6 +27,7 @@ def train(
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print only warnings and errors.")] = False,
     processes: ProcessesOption = None,
     nodes: NodesOption = None,
+    accelerate: AccelerateOption = None,
     rendezvous: Annotated[
         str | None,
         typer.Option(
@@ -54,7 +61,7 @@ def train(
     from luthier.launch.placement import Meeting
     from luthier.launch.verb import train as run_train
 
-    words = [*(overrides or []), *parallel_words(processes, nodes)]
+    words = [*accelerate_words(accelerate), *(overrides or []), *parallel_words(processes, nodes)]
     meeting = Meeting(rendezvous, run_id, master, node_rank)
     _finish(run_train(recipe, words, quiet=quiet, meeting=meeting), quiet)
 
@@ -95,6 +102,7 @@ def check(
     overrides: Annotated[
         list[str] | None, typer.Argument(help="KEY=VALUE, for example train.epochs=2.", show_default=False)
     ] = None,
+    accelerate: AccelerateOption = None,
     samples: Annotated[int, typer.Option("--samples", min=0, help="Samples to show token by token.")] = 3,
     everything: Annotated[
         bool, typer.Option("--all", help="Show the recipe's defaults too, not only what was given.")
@@ -116,7 +124,7 @@ def check(
 
     if not run_check(
         recipe,
-        overrides or [],
+        [*accelerate_words(accelerate), *(overrides or [])],
         samples=samples,
         everything=everything,
         probe=probe,

@@ -166,7 +166,11 @@ def accelerate_overrides(path: Path) -> tuple[list[str], list[str]]:
     if int(tree.get("num_machines", 1)) > 1:
         master = f"{tree.get('main_process_ip', 'HOST')}:{tree.get('main_process_port', 29500)}"
         notes.append(f"{path}: on each machine add --node-rank NUMBER --master {master}")
-    return [f"{key}={json.dumps(value)}" for key, value in values.items()], notes
+    return [f"{key}={_word(value)}" for key, value in values.items()], notes
+
+
+def _word(value: Any) -> str:
+    return value if isinstance(value, str) else json.dumps(value)
 
 
 def _read(path: Path) -> dict[str, Any]:
