@@ -298,7 +298,7 @@ class _Check:
         )
         if (count := _processes(settings)) > 1:
             self._note(
-                f"memory is that of each of {count} processes, by the formulae of docs/scaling.md; this is one process, "
+                f"memory is that of each of {count} processes, by the formulae of docs/scaling.md; this is one, "
                 "so time is that of its own part, without what it waits for the others"
             )
         if found.memory is not None and found.memory.rough is not None:

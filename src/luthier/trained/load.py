@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import warnings
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -51,7 +52,8 @@ class Loader:
         )
         if (dequantized or len(trained.adapters) > 1) and is_quantized(base):
             base = dequantize(base)
-        if trained.adapters and (files := processor_files(trained.adapters[-1], {})):
+        last = trained.adapters[-1] if trained.adapters else None
+        if last is not None and Path(last).is_dir() and (files := processor_files(last, {})):
             remember_processor(base, files)  # its training may have set other limits than the base's
         record = recorded_change(trained.adapters)
         if record is not None:
