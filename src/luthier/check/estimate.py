@@ -112,11 +112,9 @@ def estimate_memory(
         asked=compared if in_advance else 0,
         sampling=sampling,
     )
-    # Processes that train on CPUs share the machine's memory.
-    neighbours = 1 if hardware.device == "cuda" else -(-processes // settings.parallel.nodes)
     return at_its_fullest(
-        divided(sizes, settings, model, processes) if processes > 1 else sizes,
-        hardware.memory // neighbours,
+        divided(sizes, settings, model, processes),
+        _limit(settings, hardware, processes),
         several_passes=schedule.several_passes,
         copies_remain=_saves_before_the_end(settings.train, schedule),
     )
@@ -125,6 +123,8 @@ def estimate_memory(
 def divided(sizes: Sizes, settings: Recipe, model: nn.Module, processes: int) -> Sizes:
     """What one of several processes holds of weights, gradients and optimizer, by the formulae of `parallel.cost`."""
     spec = settings.parallel
+    if processes == 1:
+        return sizes
     if isinstance(spec, DeepSpeedSpec):
         spec = spec.model_copy(update={"zero": zero_stage(settings, processes) or None})
     inner: Any = model.get_base_model() if isinstance(model, PeftModel) else model
@@ -150,6 +150,11 @@ def divided(sizes: Sizes, settings: Recipe, model: nn.Module, processes: int) ->
         gradients=part.gradients + part.exchanged,
         optimizer=part.optimizer,
     )
+
+
+def _limit(settings: Recipe, hardware: Hardware, processes: int) -> int:
+    """The memory of one process: of its GPU, or its part of the machine's, which those on CPUs share."""
+    return hardware.memory // (1 if hardware.device == "cuda" else -(-processes // settings.parallel.nodes))
 
 
 def _held(plain: Activations, shape: PassShape, schedule: Schedule, checkpointed: bool) -> int:
