@@ -69,8 +69,7 @@ def estimate_memory(
     sampling: int = 0,
     processes: int = 1,
 ) -> Memory:
-    """The memory of a run at its fullest, of one of its `processes`. It runs three short forward passes (six with
-    gradient checkpointing).
+    """The memory of one of a run's `processes` at its fullest. Three short forward passes are run, or six.
 
     process: what `memory_before` said before the model was loaded. reference: what the stage compares with; where the
     recipe asks it in advance, it counts before training only. sampling: keys and values while answers are drawn.
@@ -88,9 +87,8 @@ def estimate_memory(
     num_layers = model.config.get_text_config().num_hidden_layers  # type: ignore[union-attr, operator]
     layer = layer_bytes(plain.growth, shape, num_layers, checkpointed=checkpointed)
     smoothed = isinstance(settings.stage, PtSpec | SftSpec) and settings.stage.label_smoothing > 0
-    head, transient = 0, 0
-    if stage.model == "language":
-        head, transient = head_bytes(model, shape, arithmetic=arithmetic, smoothed=smoothed)
+    scored = stage.model == "reward"
+    head, transient = (0, 0) if scored else head_bytes(model, shape, arithmetic=arithmetic, smoothed=smoothed)
     compared, in_advance = reference_bytes(reference, model), reference_spec(settings).precompute
     optimizer, on_cpu = state_bytes(settings.optim, model), hardware.device != "cuda"
     moved = settings.model.activation_offload and not on_cpu
