@@ -36,7 +36,7 @@ export TOKENIZERS_PARALLELISM ?= false
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help quickstart test check style format types layers contracts schema docs bench env clean
+.PHONY: help quickstart test long check style format types layers contracts schema docs bench env clean
 
 help:  ## Show this list
 	@grep -E '^[a-z]+:.*## ' $(firstword $(MAKEFILE_LIST)) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -70,6 +70,9 @@ quickstart: $(VENV)/core.stamp  ## Train the embedded model here, and see its an
 
 test: $(VENV)/dev.stamp  ## Run the whole test suite, slow tests included
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+long: $(VENV)/dev.stamp  ## Run the long matrices of several processes, which CI leaves out
+	$(BIN)/python -m pytest -n 0 --long -m long
 
 check: style types layers contracts  ## Style, types, import layers and contract tests
 

@@ -33,6 +33,7 @@ pytest.importorskip(
     "deepspeed", reason="deepspeed is not installed: pip install --no-build-isolation deepspeed"
 )
 pytestmark = pytest.mark.slow
+long = pytest.mark.long
 
 HEAD = {"type": "lora", "rank": 4, "targets": ["q_proj", "v_proj", "lm_head"]}
 """An adapter on the output head, which is called once for each chunk of targets."""
@@ -144,6 +145,7 @@ def options(tmp_path_factory: pytest.TempPathFactory) -> Runs:
     return found
 
 
+@long
 @pytest.mark.parametrize(
     "label", ["offload 2", "offload 3", "offload both", "json", "offload again", "zero 0"]
 )
@@ -154,6 +156,7 @@ def test_options_change_nothing(label: str, options: Runs) -> None:
     assert parallel_of(options.two(label))["wrapped"].startswith(expected)
 
 
+@long
 @pytest.mark.parametrize("zero", [2, 3])
 def test_one_process_keeps_its_optimizer_in_the_hosts_memory(zero: int, options: Runs) -> None:
     """A process that nobody launched."""
@@ -172,12 +175,14 @@ def test_one_process_keeps_its_optimizer_in_the_hosts_memory(zero: int, options:
     assert_same_run(run, options.one["sft"])
 
 
+@long
 @pytest.mark.parametrize("zero", [2, 3])
 def test_tied_embeddings_and_checkpointed_activations(zero: int, options: Runs) -> None:
     assert options.said[f"tied {zero}"] == ["", ""]
     assert_same_run(options.two(f"tied {zero}"), options.one["tied"])
 
 
+@long
 @pytest.mark.parametrize("zero", [2, 3])
 def test_bfloat16(zero: int, options: Runs) -> None:
     """Autocast over float32 weights, as in one process: sums of 16-bit products differ by rounding."""
@@ -188,6 +193,7 @@ def test_bfloat16(zero: int, options: Runs) -> None:
     assert furthest(two, one) < 0.5 * furthest(options.folder / "bf16" / "model", one)
 
 
+@long
 @pytest.mark.parametrize("zero", [2, 3])
 def test_the_best_checkpoint_is_loaded(zero: int, options: Runs) -> None:
     """The largest loss is the best here: that of the first evaluation."""
@@ -197,6 +203,7 @@ def test_the_best_checkpoint_is_loaded(zero: int, options: Runs) -> None:
     assert furthest(options.one["best"], options.one["best"] / "checkpoint-4") > 1e-3
 
 
+@long
 def test_a_planted_fault_is_seen(options: Runs) -> None:
     assert options.said["fault"] == ["", ""]
     assert furthest(options.two("fault"), options.one["sft"]) > 1e-3

@@ -240,7 +240,7 @@ def test_two_processes_that_divide_the_model_are_one(name: str, short: Runs) -> 
     assert_same(short.two(name), short, name)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("name", LONG)
 def test_so_they_are_with(name: str, long: Runs) -> None:
     assert_same(long.two(name), long, name)
