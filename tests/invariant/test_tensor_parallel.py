@@ -179,7 +179,7 @@ def test_two_processes_that_share_layers_are_one(name: str, short: tuple[Runs, A
     assert_same(short[0].two(name), short[0], name)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("name", LONG)
 def test_so_they_are_with(name: str, long: Runs) -> None:
     assert_same(long.two(name), long, name)
