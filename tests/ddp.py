@@ -155,13 +155,13 @@ def crash_on_second(rank: int) -> AbstractContextManager[Any]:
 
 def full_disk_on_first(rank: int) -> AbstractContextManager[Any]:
     """There is no room for the finished model, which the first process alone writes."""
-    from luthier import run
+    from luthier import learning
     from luthier.types import CheckpointError
 
     def broken(*given: Any) -> None:
         raise CheckpointError("no room")
 
-    return patch.object(run, "published_files", broken) if rank == 0 else nullcontext()
+    return patch.object(learning, "published_files", broken) if rank == 0 else nullcontext()
 
 
 class StopAfterTwo(TrainerCallback):
