@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from luthier.data.collate import branch_batch
 from luthier.data.encode import EncodeOptions
 from luthier.data.pairs import pair_sample
 from luthier.recipe.schema import RmSpec
+from luthier.stages.answers import answers_batch
 from luthier.stages.supervised import Separable
 from luthier.types import (
     Batch,
@@ -47,7 +47,7 @@ class RewardModelling(Separable):
         self.encode = partial(pair_sample, options=self.options)
 
     def collate(self, samples: Sequence[Sample]) -> Batch:
-        return branch_batch(samples, share_prompts=self.share_prompts)
+        return answers_batch(samples, share_prompts=self.share_prompts)
 
     def weight(self, batch: Batch) -> dict[str, Tensor]:
         assert batch.labels is not None
