@@ -172,7 +172,7 @@ def test_one_process_keeps_its_optimizer_in_the_hosts_memory(zero: int, options:
     made["parallel"] = {"type": "deepspeed", "zero": zero, "offload_optimizer": True}
     recipe, run = options.folder / f"host{zero}.json", options.folder / f"host {zero}"
     recipe.write_text(json.dumps(made), encoding="utf-8")
-    words = [sys.executable, "-m", "luthier", "train", str(recipe)]
+    words = [sys.executable, "-c", "from luthier.cli import main; main()", "train", str(recipe)]
     done = subprocess.run(words, capture_output=True, text=True, check=False, timeout=200)
     assert done.returncode == 0, done.stderr[-2000:]
     assert parallel_of(run) == {

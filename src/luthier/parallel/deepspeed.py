@@ -63,6 +63,7 @@ class DeepSpeed:
             if not torch.distributed.is_initialized():  # one process that nobody launched
                 backend = "gloo" if accelerator.device.type == "cpu" else None
                 store = torch.distributed.HashStore()  # type: ignore[attr-defined]
+                os.environ.setdefault("LOCAL_RANK", "0")
                 torch.distributed.init_process_group(backend, store=store, rank=0, world_size=1)
             if self.stage == 3:
                 _require_plain_head(model)
@@ -283,7 +284,7 @@ def _require_plain_head(model: nn.Module) -> None:
     if isinstance(head, nn.Module) and next(head.children(), None) is not None:
         raise ModelError(
             "parallel: deepspeed with zero: 3 does not go with an adapter on the output head, or a copy of it that "
-            "trains; give zero: 2, or leave the head out of method.targets and method.extra_modules"
+            "trains; give zero: 2, or leave the head out of method.targets and method.modules_to_save"
         )
 
 
