@@ -5,6 +5,7 @@ The processes speak over gloo on the CPU, and know of each other what torchrun w
 
 from __future__ import annotations
 
+import faulthandler
 import json
 import os
 import signal
@@ -20,6 +21,8 @@ from torch.multiprocessing import start_processes  # type: ignore[attr-defined]
 
 Change = Callable[[int], AbstractContextManager[Any]]
 """What holds inside of each process, which is told its number, while it trains."""
+HANGS = 120
+"""Seconds that one run may take before a process shows where it waits, and ends."""
 
 
 def _free_port() -> int:
@@ -41,12 +44,14 @@ def _work(
 
     said = []
     for recipe, change in runs:
+        faulthandler.dump_traceback_later(HANGS, exit=True)
         try:
             with nullcontext() if change is None else change(rank):
                 run.train(recipe, quiet=True)
             said.append("")
-        except LuthierError as error:
+        except (LuthierError, OSError) as error:
             said.append(f"{type(error).__name__}: {error}")
+    faulthandler.cancel_dump_traceback_later()
     Path(out, f"said-{rank}.json").write_text(json.dumps(said), encoding="utf-8")
     torch.distributed.destroy_process_group()
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -104,10 +105,11 @@ def attachments(loaded: LoadedRecipe) -> Attachments:
     return Attachments(callbacks, metrics, load_schedule(loaded.recipe.optim.schedule_function, beside))
 
 
-def run_identity(settings: Recipe, base: str, material: Material) -> dict[str, Any]:
-    """What a checkpoint remembers of its run, to tell whether it is still that one; `base` as `fingerprint` says."""
+def run_identity(settings: Recipe, base: str, material: Material, processes: int = 1) -> dict[str, Any]:
+    """What a checkpoint remembers of its run, to tell whether it is still that one; `base` as `fingerprint` says,
+    `processes` how many train it."""
     trained = [report.dataset for report in material.data.reports[: len(settings.data.train)]]
-    return identity(settings, base, [material.data.fingerprints[name] for name in trained])
+    return identity(settings, base, [material.data.fingerprints[name] for name in trained], processes)
 
 
 def build_model(
@@ -130,27 +132,16 @@ def build_model(
     which holds what the rows led to. Raises ModelError for what cannot be loaded, does not fit together, or would not
     be trained exactly.
     """
-    if getattr(settings.optim, "bits", 32) == 8 or getattr(settings.optim, "paged", False):
-        require("bitsandbytes", "optim.bits=8 or optim.paged=true")
-    if isinstance(settings.parallel, DeepSpeedSpec):
-        require("deepspeed", "parallel: {type: deepspeed}")
+    _require_libraries(settings)
     device = torch.device(hardware.device)
-    positions = _positions(settings, source)
+    load = partial(load_model, positions=_positions(settings, source), on_host=on_host)
     kind: ModelKind = "reward" if isinstance(settings.stage, RmSpec) else "language"
     methods: list[Method] = []
 
     def build(own_attention: bool) -> PreTrainedModel | PeftModel:
         # What an adapter draws depends on the seed alone, not on the data before it.
         set_seed(settings.train.seed)
-        base = load_model(
-            settings.model,
-            source,
-            device,
-            own_attention=own_attention,
-            positions=positions,
-            kind=kind,
-            on_host=on_host,
-        )
+        base = load(settings.model, source, device, own_attention=own_attention, kind=kind)
         require_adapter_method(base, settings.method, f"model.path={settings.model.path}")
         require_positions(base.config, longest, alone=settings.train.tokens_per_pass == 1)
         resized = resize_embeddings(base, vocabulary)
@@ -161,16 +152,12 @@ def build_model(
             upcast_trained(model)
         return model
 
-    arithmetic, probe = (
-        autocast_type(settings.train.precision),
-        ScoreProbe() if kind == "reward" else LANGUAGE,
-    )
     model = build_with_rows(
         build,
         settings.model.rows,
         settings.model.padding_side,
-        arithmetic,
-        probe,
+        autocast_type(settings.train.precision),
+        ScoreProbe() if kind == "reward" else LANGUAGE,
         share_prompts=getattr(settings.stage, "share_prompts", False),
         media=is_multimodal(load_config(settings.model, source)) and _has_media(material),
     )
@@ -181,6 +168,13 @@ def build_model(
         held = torch.device("cpu") if on_host else device
         begin_adapter(settings, source, held, model, methods[-1], material, resumed, say)
     return model, _finish(settings, model, methods[-1], say)
+
+
+def _require_libraries(settings: Recipe) -> None:
+    if getattr(settings.optim, "bits", 32) == 8 or getattr(settings.optim, "paged", False):
+        require("bitsandbytes", "optim.bits=8 or optim.paged=true")
+    if isinstance(settings.parallel, DeepSpeedSpec):
+        require("deepspeed", "parallel: {type: deepspeed}")
 
 
 def _has_media(material: Material | None) -> bool:

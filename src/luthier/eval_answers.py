@@ -27,6 +27,7 @@ from luthier.measures.text import ComputeMetrics
 from luthier.model.load import ModelSource
 from luthier.predicting.questions import label_of
 from luthier.recipe.schema import Recipe
+from luthier.trainer.processes import ALONE, Processes
 from luthier.types import Generation, GenerationSettings, RecipeError, Sample
 
 
@@ -47,17 +48,30 @@ class EvalAnswers:
         engine: HfEngine,
         questions: Sequence[EvalQuestion],
         text: Callable[[Generation], str],
+        processes: Processes = ALONE,
     ) -> None:
         self._engine, self._questions, self._text = engine, list(questions), text
+        self._processes = processes
         self._metrics = ComputeMetrics()
         self.predictions: list[str] = []
         """Of the last evaluation, in the order of the questions."""
 
     def __call__(self, prefix: str) -> dict[str, float]:
-        """Every number as `<prefix>_<name>`; of several sets also as `<prefix>_<set>_<name>`."""
+        """Every number as `<prefix>_<name>`; of several sets also as `<prefix>_<set>_<name>`.
+
+        Of several processes each answers its share, and the first one measures all answers.
+        """
+        self.predictions = self._processes.joined(self._processes.together(self._answered))
+        return self._processes.first(partial(self._measured, prefix))
+
+    def _answered(self) -> list[str]:
+        """This process's share of the predictions."""
+        questions = self._processes.share(self._questions)
         with torch.random.fork_rng():
-            answers = dict(self._engine.answers([question.request for question in self._questions]))
-        self.predictions = [self._text(answers[number]) for number in range(len(self._questions))]
+            answers = dict(self._engine.answers([question.request for question in questions]))
+        return [self._text(answers[number]) for number in range(len(questions))]
+
+    def _measured(self, prefix: str) -> dict[str, float]:
         scores = self._metrics.scores(self.predictions, [question.label for question in self._questions])
         places: dict[str, list[int]] = {}
         for place, question in enumerate(self._questions):
@@ -71,7 +85,12 @@ class EvalAnswers:
 
 
 def answers_at_eval(
-    recipe: Recipe, source: ModelSource, model: nn.Module, material: Material, say: Callable[[str], object]
+    recipe: Recipe,
+    source: ModelSource,
+    model: nn.Module,
+    material: Material,
+    say: Callable[[str], object],
+    processes: Processes = ALONE,
 ) -> EvalAnswers | None:
     """What answers at evaluations, where the recipe asks for it (`train.generate_at_eval`).
 
@@ -118,7 +137,7 @@ def answers_at_eval(
         say(f"note: {crowded} evaluation rows leave no room for an answer, and get none")
 
     decode = partial(template.decode, skip_special_tokens=spec.skip_special_tokens)
-    return EvalAnswers(engine, questions, partial(answer_text, decode=decode))
+    return EvalAnswers(engine, questions, partial(answer_text, decode=decode), processes)
 
 
 def last_of_rows(samples: Sequence[Sample]) -> list[Sample]:

@@ -26,6 +26,7 @@ from luthier.show import Say
 from luthier.trainer.checkpoint import hash_file
 from luthier.trainer.precision import AUTOCAST, autocast_type
 from luthier.trainer.precompute import Precomputation
+from luthier.trainer.processes import ALONE, Processes
 from luthier.types import ModelError
 
 
@@ -151,6 +152,7 @@ def precomputation(
     material: Material,
     say: Say,
     strategy: Strategy | None = None,
+    processes: Processes = ALONE,
 ) -> Precomputation | None:
     """How the reference's log-probabilities get to the samples before training; None where they are not asked for."""
     spec = reference_spec(settings)
@@ -181,6 +183,8 @@ def precomputation(
         share_prompts=material.stage.share_prompts,
         padded=rows.padded,
         say=say,
+        # Divided weights are gathered by all processes for each pass: there everyone asks about every sample.
+        processes=ALONE if strategy is not None and strategy.shards else processes,
     )
 
 

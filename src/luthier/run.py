@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import json
 import platform
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -14,7 +13,7 @@ from typing import Any
 
 from peft import PeftModel
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from luthier import __version__
 from luthier.arrange import Attach, Material, eval_sets, padding_share, training_steps
@@ -22,6 +21,7 @@ from luthier.assemble import attachments, build_model, longest_sample, run_ident
 from luthier.data.prepare import PreparedData
 from luthier.environment import detect_hardware
 from luthier.eval_answers import answers_at_eval
+from luthier.learning import learn, show_result
 from luthier.material import fitted, load_tokens, read_material, show_material
 from luthier.methods.groups import ParameterCount, count_parameters
 from luthier.model.base_record import BaseRecord, remember_base
@@ -33,7 +33,7 @@ from luthier.model.quantized_layers import measured
 from luthier.model.vocabulary import VocabularyChange
 from luthier.online import Supply, online_supply
 from luthier.parallel import build_strategy
-from luthier.publish import CARD_NAME, model_card, upload
+from luthier.parallel.strategy import Strategy
 from luthier.recipe.load import LoadedRecipe, dump_recipe, load_recipe
 from luthier.recipe.online import OnlineSpec
 from luthier.recipe.resolve import Hardware, resolve
@@ -42,22 +42,18 @@ from luthier.references import live_reference, precomputation
 from luthier.show import Say, quiet_libraries, speaker
 from luthier.trainer.agreement import LIBRARIES, agree_to_start, remember_launch, require_alike
 from luthier.trainer.arguments import find_unused, training_arguments
-from luthier.trainer.bad_numbers import Rewind
 from luthier.trainer.callbacks import LogCallback, ProgressCallback
-from luthier.trainer.checkpoint import hash_file, resolve_resume
+from luthier.trainer.checkpoint import resolve_resume
 from luthier.trainer.interruption import Interruption
 from luthier.trainer.kernels import kernel_rules
-from luthier.trainer.plots import plot_run
 from luthier.trainer.precision import AUTOCAST
 from luthier.trainer.processes import Processes
 from luthier.trainer.retention import what_is_left
-from luthier.trainer.rollouts import SamplingInterrupted
-from luthier.trainer.run_directory import begin_run, published_files, run_guard
+from luthier.trainer.run_directory import begin_run, run_guard
 from luthier.trainer.same_run import differences
-from luthier.trainer.stream_steps import end_stream
 from luthier.trainer.trackers import tracking
 from luthier.trainer.trainer import PeftTrainer
-from luthier.types import CheckpointError, Method, RunInterrupted
+from luthier.types import CheckpointError, Method
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,13 +96,12 @@ def _train(loaded: LoadedRecipe, hardware: Hardware, quiet: bool) -> TrainResult
     for note in loaded.notes:
         say(f"note: {note}")
     train_spec, attached = settings.train, attachments(loaded)
-    source = locate(settings.model)
-    tokenizer, vocabulary = load_tokens(settings, source, say)
-    material = read_material(settings, tokenizer, say)
-    show_material(settings, material, say)
-    strategy = build_strategy(settings, processes.count, load_config(settings.model, source))
-    model, method = _model(settings, source, hardware, vocabulary, material, say, strategy.loads_on_host)
-    manifest = _manifest(settings, source, material)
+    together = processes.together  # what fails on one process ends all of them
+    source, tokenizer, vocabulary, material = _read(settings, processes, say)
+    strategy = together(partial(_strategy, settings, source, processes))
+    load = partial(_model, settings, source, hardware, vocabulary, material, say, strategy.loads_on_host)
+    (model, method), sharing = together(load), processes.with_rows(strategy.copies)
+    manifest = together(partial(_manifest, settings, source, material, sharing))
     require_alike(processes, {"the base model": manifest["base"]["fingerprint"], **manifest["data"]})
     remember_base(model, _base_record(settings, manifest["base"]["fingerprint"]))
     material = fitted(settings, material, model)
@@ -116,15 +111,12 @@ def _train(loaded: LoadedRecipe, hardware: Hardware, quiet: bool) -> TrainResult
     manifest["parameters"] = asdict(_count(model, hardware, settings, say))
     manifest["vocabulary"] = vocabulary.to_dict() if vocabulary.is_needed else None
     manifest |= _model_record(settings, material, model, say)
-    trackers = tracking(
-        train_spec.report_to if main else (), output, run_name=arguments.run_name, resumed=resumed
-    )
+    reported = train_spec.report_to if main else ()
+    trackers = tracking(reported, output, run_name=arguments.run_name, resumed=resumed)
     strategy.divide(model)
-    attach = precomputation(settings, source, hardware, model, material, say, strategy)
+    attach = precomputation(settings, source, hardware, model, material, say, strategy, processes)
     # A signal ends what is computed here at once: there is no step yet to wait for, nor anything to save.
-    supply = supply or _offline(
-        settings, source, model, material, attach, processes.with_rows(strategy.copies), say
-    )
+    supply = supply or _offline(settings, source, model, material, attach, sharing, say)
     with trackers as tracked, ProgressCallback(quiet=quiet) as progress, interruption:
         trainer = PeftTrainer(
             model=model,
@@ -135,7 +127,7 @@ def _train(loaded: LoadedRecipe, hardware: Hardware, quiet: bool) -> TrainResult
             steps=supply.steps,
             eval_sets=supply.eval_sets,
             tokenizer=tokenizer,
-            callbacks=[*tracked, LogCallback(output), progress, interruption, *attached.callbacks],
+            callbacks=[*tracked, LogCallback(output), progress, *attached.callbacks, interruption],
             save_total_limit=train_spec.save_total_limit,
             checkpoint_metadata={key: manifest[key] for key in ("luthier", "identity")},
             async_save=train_spec.async_save,
@@ -150,10 +142,22 @@ def _train(loaded: LoadedRecipe, hardware: Hardware, quiet: bool) -> TrainResult
             fit_memory=supply.fit_memory(say) if train_spec.fit_memory else None,
         )
         supply.watch(progress.answered, lambda: interruption.received is not None, trainer.saver.writer.wait)
-        metrics = _learn(trainer, settings, manifest, resumed, interruption, say)
+        metrics = learn(trainer, settings, manifest, resumed, interruption, say)
     if main and not train_spec.eval_only:
-        _show_result(settings, output, manifest, metrics, say)
+        show_result(settings, output, manifest, metrics, say)
     return TrainResult(output, metrics)
+
+
+def _read(
+    settings: Recipe, processes: Processes, say: Say
+) -> tuple[ModelSource, PreTrainedTokenizerBase, VocabularyChange, Material]:
+    """What is read before any model is loaded, with the data report."""
+    together = processes.together
+    source = processes.in_turn(partial(locate, settings.model))
+    tokenizer, vocabulary = together(partial(load_tokens, settings, source, say))
+    material = processes.in_turn(partial(read_material, settings, tokenizer, say))
+    together(partial(show_material, settings, material, say))
+    return source, tokenizer, vocabulary, material
 
 
 def _begin(loaded: LoadedRecipe, processes: Processes) -> LoadedRecipe:
@@ -193,7 +197,7 @@ def _offline(
     return Supply(
         training_steps(settings, material, count, processes.rank, padded, attach, processes.exchange),
         eval_sets(settings, material, count, padded=padded, attach=attach),
-        answers_at_eval(settings, source, model, material, say),
+        answers_at_eval(settings, source, model, material, say, processes),
     )
 
 
@@ -211,6 +215,15 @@ def prepare(
     material = read_material(settings, tokenizer, say)
     show_material(settings, material, say)
     return material.data
+
+
+def _strategy(settings: Recipe, source: ModelSource, processes: Processes) -> Strategy:
+    return build_strategy(settings, processes.count, load_config(settings.model, source))
+
+
+def _write_recipe(output: Path, loaded: LoadedRecipe) -> None:
+    remember_launch(output)
+    (output / "recipe.yaml").write_text(dump_recipe(loaded), encoding="utf-8")
 
 
 def _model(
@@ -283,99 +296,15 @@ def _open_run(
     train_spec = loaded.recipe.train
     # Nobody looks for a checkpoint before the first process has swept.
     processes.together(partial(begin_run, output, train_spec) if processes.is_first else bool)
-    resumed, skipped = resolve_resume(output, train_spec.resume)
+    resumed, skipped = processes.first(partial(resolve_resume, output, train_spec.resume))
     for folder, reason in skipped:
         say(f"checkpoint {folder.name} is not used: {reason}")
     if resumed is not None:
-        for text in differences(resumed, now, allowed=train_spec.allow_changes):
+        for text in processes.together(partial(differences, resumed, now, allowed=train_spec.allow_changes)):
             say(f"changed since {resumed.name}: {text}")
         say(f"resuming from {resumed}")
-    if processes.is_first:
-        remember_launch(output)
-        (output / "recipe.yaml").write_text(dump_recipe(loaded), encoding="utf-8")
+    processes.first(partial(_write_recipe, output, loaded))
     return resumed
-
-
-def _learn(
-    trainer: PeftTrainer,
-    settings: Recipe,
-    manifest: dict[str, Any],
-    resumed: Path | None,
-    interruption: Interruption,
-    say: Say,
-) -> dict[str, float]:
-    """Train, save what was trained, evaluate; writes the results files and returns all numbers."""
-    metrics: dict[str, float] = {}
-    if not settings.train.eval_only:
-        trained = _train_through(trainer, resumed, say)
-        trained["train_tokens"] = trainer.state.num_input_tokens_seen
-        if (received := interruption.agree()) is not None:
-            raise RunInterrupted(
-                f"{received.name}: stopped after step {trainer.state.global_step} of "
-                f"{trainer.state.max_steps}; {what_is_left(trainer.saver.run_dir, then='')}"
-            )
-        trainer.save_metrics("train", trained)
-        trainer.save_state()
-        _save(trainer, manifest)
-        metrics |= trained
-    if settings.train.eval_at_end and (settings.data.eval or settings.data.dev_split):
-        evaluated = trainer.evaluate_at_end()
-        trainer.save_metrics("eval", evaluated)
-        metrics |= evaluated
-    return metrics
-
-
-def _train_through(trainer: PeftTrainer, resumed: Path | None, say: Say) -> dict[str, float]:
-    """Train to the end, going back to a checkpoint as often as the recipe's `bad_numbers` asks for it."""
-    try:
-        while True:
-            try:
-                output = trainer.train(resume_from_checkpoint=str(resumed) if resumed else None)
-            except SamplingInterrupted:
-                trainer.save_before_step()
-                return {}
-            except Rewind as request:
-                resumed = trainer.rewind(request)
-                say(f"{request.reason}. Going on from {resumed.name}, without the rows since then")
-            else:
-                trainer.saver.wait()
-                return dict(output.metrics)
-    finally:
-        trainer.saver.writer.finish()
-        end_stream(trainer.train_dataset)
-
-
-def _save(trainer: PeftTrainer, manifest: dict[str, Any]) -> None:
-    """The trained weights, tokenizer and template, and the manifest that names their hashes."""
-    weights = trainer.whole_weights()
-    manifest["parallel"] = {
-        "type": trainer.strategy.name,
-        "processes": trainer.args.world_size,
-        "wrapped": trainer.strategy.wrapped(trainer.model_wrapped),
-    }
-    if not trainer.args.should_save:
-        return
-    with published_files(Path(str(trainer.args.output_dir))) as folder:
-        trainer.save_trained(folder, weights)
-        # PEFT writes a form to fill in; ours follows the evaluation.
-        (folder / CARD_NAME).unlink(missing_ok=True)
-        files = {path.name: hash_file(path) for path in sorted(folder.iterdir())}
-        passes = {"tokens_per_pass": trainer.tokens_per_pass, **end_stream(trainer.train_dataset)}
-        text = json.dumps({**manifest, **passes, "files": files}, indent=2)
-        (folder / "run.json").write_text(text + "\n", encoding="utf-8")
-
-
-def _show_result(
-    settings: Recipe, output: Path, manifest: Mapping[str, Any], metrics: Mapping[str, float], say: Say
-) -> None:
-    """Curves and model card, then the upload, if the recipe asks for one. Raises PublishError where that fails."""
-    if settings.train.plots:
-        plot_run(output)
-    (output / CARD_NAME).write_text(model_card(settings, manifest, metrics), encoding="utf-8")
-    if (hub := settings.train.push_to_hub) is not None:
-        files = json.loads((output / "run.json").read_text(encoding="utf-8"))["files"]
-        whole = f"the run in {output} is finished and whole"
-        say(f"uploaded: {upload(hub, settings.model.token, output, [*files, CARD_NAME], whole)}")
 
 
 def _base_record(settings: Recipe, base: str) -> BaseRecord:
@@ -385,7 +314,9 @@ def _base_record(settings: Recipe, base: str) -> BaseRecord:
     return BaseRecord(base, spec.quantization, spec.dtype, below)
 
 
-def _manifest(settings: Recipe, source: ModelSource, material: Material) -> dict[str, Any]:
+def _manifest(
+    settings: Recipe, source: ModelSource, material: Material, processes: Processes
+) -> dict[str, Any]:
     """What the run was made from: versions, and fingerprints of base, template and data."""
     base = fingerprint(source)
     return {
@@ -393,7 +324,7 @@ def _manifest(settings: Recipe, source: ModelSource, material: Material) -> dict
         "python": platform.python_version(),
         "libraries": {name: metadata.version(name) for name in LIBRARIES},
         "base": {"path": settings.model.path, "fingerprint": base},
-        "identity": run_identity(settings, base, material),
+        "identity": run_identity(settings, base, material, processes.count),
         "template": {"name": material.template.name, "sha256": material.template.fingerprint},
         "data": material.data.fingerprints,
         "reports": [report.to_dict() for report in material.data.reports],

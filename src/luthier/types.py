@@ -260,8 +260,9 @@ class Stage(Protocol):
         """The weight of each loss term in this batch, known before the forward pass."""
         ...
 
-    def observe(self, policy: Policy, passes: Sequence[Batch]) -> Observed:
-        """Numbers of the rows of a whole step that the loss of each of its passes depends on.
+    def observe(self, policy: Policy, passes: Sequence[Batch], *, alone: bool = True) -> Observed:
+        """Numbers of the rows of a whole step that the loss of each of its passes depends on: tensors whose first
+        dimension are rows, since those of other processes are put behind them where these passes are not `alone`.
 
         Called without gradients, before the passes. Empty where the loss is a sum over rows.
         """

@@ -35,6 +35,7 @@ REFUSED: dict[str, tuple[int, dict[str, dict[str, Any]], str]] = {
         {"parallel": {"cpu_offload": True}, "train": {"precision": "fp16"}},
         "train.precision: fp16",
     ),
+    "compiled": (2, {"train": {"compile": {}}}, "train.compile"),
     "offload alone": (1, {"parallel": {"cpu_offload": True}}, "cpu_offload needs several processes"),
     "types alone": (1, {"parallel": {"param_dtype": "bfloat16"}}, "param_dtype needs several processes"),
     "columns": (2, {"parallel": {"tensor": 2}}, "parallel: fsdp2.tensor"),

@@ -6,7 +6,7 @@ import pytest
 
 from luthier.recipe.load import load_recipe
 from luthier.recipe.schema import Recipe
-from luthier.trainer.same_run import FREE, changes, identity
+from luthier.trainer.same_run import FREE, ROWS, changes, identity
 
 BASE = {"model": {"path": "m"}, "data": {"train": ["a"]}}
 
@@ -19,7 +19,8 @@ GRPO = ("stage.type=grpo", "stage.rewards=[{type: length, most: 5}]")
 
 
 def test_every_free_key_exists() -> None:
-    forms = [of(), of("stage.type=dpo"), of(*GRPO)]
+    strategies = [of(f"parallel.type={name}") for name in ("fsdp2", "deepspeed")]
+    forms = [of(), of("stage.type=dpo"), of(*GRPO), *strategies]
     for section, names in FREE.items():
         assert names <= {name for form in forms for name in type(getattr(form, section)).model_fields}, (
             section
@@ -52,6 +53,25 @@ def test_what_changes_no_step_may_change(override: str) -> None:
 )
 def test_what_changes_a_step_is_named(override: str, text: str) -> None:
     assert changes(identity(of(), "b", ["d"]), identity(of(override), "b", ["d"])) == [text]
+
+
+@pytest.mark.parametrize(
+    ("rows", "accumulation", "processes", "same"),
+    [(4, 2, 1, True), (2, 4, 1, True), (2, 2, 2, True), (1, 8, 1, True), (2, 4, 2, False), (2, 3, 1, False)],
+)
+def test_rows_of_a_step_count_and_not_who_takes_them(
+    rows: int, accumulation: int, processes: int, same: bool
+) -> None:
+    before = identity(of("train.rows_per_device=4", "train.accumulation=2"), "b", ["d"])
+    recipe = of(f"train.rows_per_device={rows}", f"train.accumulation={accumulation}")
+    found = changes(before, identity(recipe, "b", ["d"], processes))
+    step = rows * accumulation * processes
+    assert found == ([] if same else [f"{ROWS} was 8 and is {step}"])
+
+
+def test_tokens_of_a_step_are_those_of_all_processes() -> None:
+    recipe = of("train.tokens_per_batch=500")
+    assert changes(identity(recipe, "b", ["d"]), identity(recipe, "b", ["d"], 4)) == []
 
 
 def test_base_and_data_are_compared_by_content() -> None:

@@ -172,7 +172,7 @@ class _Check:
             self._note(f"checkpoint {folder.name} is not used: {reason}")
         if checkpoint is None or material is None:
             return
-        now = run_identity(settings, fingerprint(source), material)
+        now = run_identity(settings, fingerprint(source), material, _processes(settings))
         changed = differences(checkpoint, now, allowed=train.allow_changes)
         for text in changed:
             self._note(f"changed since {checkpoint.name}: {text}")
@@ -361,3 +361,9 @@ def _least_bytes(settings: Recipe, source: ModelSource) -> int:
     except LOAD_ERRORS:
         return 0  # loading it will say better what is wrong
     return weight_bytes(model)
+
+
+def _processes(settings: Recipe) -> int:
+    """How many will train, on all machines."""
+    given = settings.parallel.processes
+    return settings.parallel.nodes * (max(1, torch.cuda.device_count()) if given == "auto" else given)

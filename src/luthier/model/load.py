@@ -199,21 +199,15 @@ def load_model(
     does not let its attention be chosen.
     """
     attention = None if own_attention else attention_name(spec.attention, device)
-    label = f"model.path={spec.path}"
-    config = load_config(spec, source)
+    label, config = f"model.path={spec.path}", load_config(spec, source)
     require_causal(config, label)
     drawn = frozenset({HEAD_WEIGHT}) if kind == "reward" and not reward_config(config, label) else frozenset()
     auto = AutoModelForSequenceClassification if kind == "reward" else language_class(config)
     if positions is not None:
         stretch(config, positions)
-    quantized = loading_arguments(
-        spec.quantization,
-        config,
-        device,
-        DTYPES.get(spec.dtype, torch.float32),
-        label,
-        partial(_bare, spec, config),
-    )
+    dtype = DTYPES.get(spec.dtype, torch.float32)
+    bare = partial(_bare, spec, config)
+    quantized = loading_arguments(spec.quantization, config, device, dtype, label, bare)
     try:
         loaded: Any = auto.from_pretrained(
             source.path,

@@ -78,6 +78,20 @@ class Strategy(Protocol):
         ...
 
 
+def may_idle(model: nn.Module) -> bool:
+    """Whether a pass may leave out some of what trains: experts that no token is sent to, towers without media, a
+    critic beside the policy. DistributedDataParallel then has to look for it in each pass."""
+    config: Any = getattr(model, "config", None)
+    if config is not None and config.get_text_config() is not config:
+        return True
+    names = {name.rpartition(".")[2] for name, _ in model.named_modules()}
+    return not names.isdisjoint(_PARTS) or any(getattr(config, key, None) for key in _COUNTS)
+
+
+_PARTS = {"experts", "router", "critic"}
+_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
+
+
 class Replicated:
     """Every process holds all of the model: one process alone, or DistributedDataParallel, which accelerate wraps."""
 

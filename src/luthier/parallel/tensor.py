@@ -236,9 +236,10 @@ def _outside(model: PreTrainedModel, styles: Mapping[nn.Module, str]) -> list[nn
     parts = {
         one for module, style in styles.items() if style != _EACH_OWN_HEADS for one in module.parameters()
     }
+    inner: Any = model
     ends = {
         one
-        for module in (model.get_input_embeddings(), model.get_output_embeddings())  # type: ignore[no-untyped-call]
+        for module in (inner.get_input_embeddings(), inner.get_output_embeddings())
         if isinstance(module, nn.Module)
         for one in module.parameters()
     }

@@ -31,6 +31,16 @@ def _refusals(recipe: Recipe, world_size: int) -> Iterator[str]:
         yield from _fsdp2(recipe, recipe.parallel, world_size)
     if isinstance(recipe.parallel, TensorSpec):
         yield from _tensor(recipe, recipe.parallel, world_size)
+    if recipe.optim.in_backward and world_size > 1:
+        yield (
+            f"optim.type: {recipe.optim.type} updates parameters in the backward pass, before the gradients of "
+            f"{world_size} processes are added up; remove layerwise, or give another optimizer"
+        )
+    if recipe.optim.type == "badam" and world_size > 1:
+        yield (
+            f"optim.type: badam changes which parameters train, and {world_size} processes agree on that when they "
+            "begin; use badam_ratio"
+        )
     if not recipe.parallel.shards:
         return
     why = "answers would gather all weights anew for every token"
@@ -78,6 +88,8 @@ def _fsdp2(recipe: Recipe, spec: Fsdp2Spec, world_size: int) -> Iterator[str]:
             f"{name} does not go with stage.loss: asft, which asks the reference's output head for one piece of the "
             "tokens after the other; use parallel: {type: ddp}"
         )
+    if recipe.train.compile is not None:
+        yield f"{name} does not go with train.compile: its backward pass fails; remove it"
     if spec.cpu_offload and recipe.train.precision == "fp16":
         yield f"{name}.cpu_offload does not go with train.precision: fp16, whose loss scale needs the device; give bf16"
 

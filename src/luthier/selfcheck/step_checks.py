@@ -31,7 +31,7 @@ def accumulation(bench: Bench) -> Outcome:
     claim = "1 pass = many passes"
     if isinstance(bench.settings.stage, OnlineSpec):
         return left_out("accumulation", claim, _NEEDS_A_ROLLOUT)
-    trainer = _trainer(bench)
+    trainer = trainer_of(bench)
     collate = bench.stage.collate
     cuts = {"one pass": [collate(bench.samples)], "row by row": [collate([one]) for one in bench.samples]}
     found, losses = {}, {}
@@ -53,7 +53,7 @@ def mean(bench: Bench) -> Outcome:
     claim, reason = _claim(bench), _unknown(bench)
     if reason:
         return left_out("mean", claim, reason)
-    trainer = _trainer(bench)
+    trainer = trainer_of(bench)
     batches = [bench.stage.collate([one]) for one in bench.samples]
     found = float(trainer.training_step(bench.model, batches))
     bench.gradients()
@@ -150,7 +150,7 @@ def _log_ratios(bench: Bench, samples: Sequence[Sample]) -> Tensor:
     return torch.stack(ratios).reshape(len(samples), 2)
 
 
-def _trainer(bench: Bench) -> PeftTrainer:
+def trainer_of(bench: Bench) -> PeftTrainer:
     """The training loop of this recipe around the model, without noise: nothing random may differ."""
     recipe = bench.settings
     quiet = recipe.train.model_copy(

@@ -21,6 +21,7 @@ from luthier.selfcheck.bench import Bench
 from luthier.selfcheck.data_checks import learnt, prompts
 from luthier.selfcheck.model_checks import chunked, gradients, packed, saved, shared
 from luthier.selfcheck.outcome import Outcome
+from luthier.selfcheck.process_check import processes
 from luthier.selfcheck.resume_check import resumed
 from luthier.selfcheck.rollout_checks import sampled
 from luthier.selfcheck.step_checks import accumulation, mean
@@ -36,6 +37,7 @@ CHECKS: dict[str, Callable[[Bench], Outcome]] = {
     "chunked": chunked,
     "mean": mean,
     "accumulation": accumulation,
+    "processes": processes,
     "sampled": sampled,
     "saved": saved,
     "resumed": resumed,

@@ -29,6 +29,8 @@ def answers_batch(
         batch = flat_batch(samples)
         assert batch.rows is not None and batch.labels is not None
         batch.rows, batch.labels = batch.rows[:0], batch.labels[:0]
+        if all(sample.reference is not None for sample in samples):
+            batch.reference = torch.zeros(0)
         return batch
     return branch_batch(samples, share_prompts=share_prompts, branches=branches)
 

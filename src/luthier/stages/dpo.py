@@ -58,9 +58,9 @@ class PreferencePairs:
     def weight(self, batch: Batch) -> dict[str, Tensor]:
         return {term: _num_pairs(batch) for term in self.terms}
 
-    def observe(self, policy: Policy, passes: Sequence[Batch]) -> Observed:
+    def observe(self, policy: Policy, passes: Sequence[Batch], *, alone: bool = True) -> Observed:
         """`pair_losses.Step` of all pairs, where a loss depends on them; one pass alone knows them itself."""
-        if len(passes) < 2 or not needs_step(self.spec):
+        if (alone and len(passes) < 2) or not needs_step(self.spec):
             return {}
         steps = [Step.of(self._pairs(policy, batch)).tensors() for batch in passes]
         return {name: torch.cat([step[name] for step in steps]) for name in steps[0]}

@@ -59,7 +59,7 @@ class Feedback:
         weights = {self.terms[0]: torch.ones_like(labels).sum()}
         return weights | {"sft": labels.sum()} if self.spec.sft_weight else weights
 
-    def observe(self, policy: Policy, passes: Sequence[Batch]) -> Observed:
+    def observe(self, policy: Policy, passes: Sequence[Batch], *, alone: bool = True) -> Observed:
         """`mismatched` (rows of the step,): log-ratios of answers to other prompts."""
         if not self.needs_mismatched:
             return {}

@@ -18,7 +18,7 @@ class Separable:
     needs_mismatched = False
     share_prompts = False
 
-    def observe(self, policy: Policy, passes: Sequence[Batch]) -> Observed:
+    def observe(self, policy: Policy, passes: Sequence[Batch], *, alone: bool = True) -> Observed:
         return {}
 
     def derived(self, means: Mapping[str, float]) -> dict[str, float]:

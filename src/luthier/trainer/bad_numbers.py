@@ -53,10 +53,10 @@ class Window:
 
 
 class NumberGuard:
-    """Judges every step before the optimizer sees it."""
+    """Judges every step before the optimizer sees it; of several processes all do, and the first one `writes`."""
 
-    def __init__(self, spec: BadNumbersSpec, run_dir: Path) -> None:
-        self.spec = spec
+    def __init__(self, spec: BadNumbersSpec, run_dir: Path, *, writes: bool = True) -> None:
+        self.spec, self._writes = spec, writes
         self.path = run_dir / RECORD_NAME
         self.losses: deque[float] = deque(maxlen=spec.window)
         self.in_a_row = 0
@@ -134,7 +134,8 @@ class NumberGuard:
 
     def begin(self) -> None:
         """A run that starts anew has no record of another one."""
-        self.path.unlink(missing_ok=True)
+        if self._writes:
+            self.path.unlink(missing_ok=True)
         self.windows = []
 
     def _entries(self) -> list[dict[str, Any]]:
@@ -145,6 +146,8 @@ class NumberGuard:
         return [json.loads(line) for line in lines]
 
     def _write(self, entry: dict[str, Any]) -> None:
+        if not self._writes:
+            return
         with self.path.open("a", encoding="utf-8") as stream:
             stream.write(json.dumps(entry) + "\n")
 

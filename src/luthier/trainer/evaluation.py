@@ -7,6 +7,8 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
+from itertools import pairwise
 from typing import Any, overload
 
 import torch
@@ -17,7 +19,7 @@ from luthier.model.logprobs import ModelPolicy
 from luthier.model.reference import Reference
 from luthier.trainer.ledger import add_terms
 from luthier.trainer.metrics import Metric, RecordingPolicy, joined, measure
-from luthier.trainer.processes import Processes
+from luthier.trainer.processes import ALONE, Processes
 from luthier.trainer.steps import Passes, idle
 from luthier.types import Batch, EvalRow, Observed, Policy, RecipeError, Sample, Stage, Term
 
@@ -53,10 +55,17 @@ class _Batches(Sequence[Batch]):
         return self._stage.collate(samples or [idle(self._eval_set.samples)]).to(self._device)
 
 
-def observe(stage: Stage, policy: Policy, passes: Sequence[Batch], model: nn.Module) -> Observed:
-    """`Stage.observe` of a whole step: without gradients and without dropout, whose draws are not used up."""
+def observe(
+    stage: Stage, policy: Policy, passes: Sequence[Batch], model: nn.Module, processes: Processes = ALONE
+) -> Observed:
+    """`Stage.observe` of a whole step, of which `passes` are those of this process: without gradients and without
+    dropout, whose draws are not used up."""
     with torch.no_grad(), without_dropout(model):
-        return stage.observe(policy, passes)
+        own = stage.observe(policy, passes, alone=processes.count == 1)
+    if processes.count == 1:
+        return own
+    parts = processes.exchange({name: tensor.cpu() for name, tensor in own.items()})
+    return {name: torch.cat([part[name] for part in parts]).to(tensor) for name, tensor in own.items()}
 
 
 @contextmanager
@@ -104,7 +113,8 @@ class Evaluation(Seq2SeqTrainer):
         metrics. Raises RecipeError where, in training, `best_metric` is not among the numbers.
         """
         self.to_evaluated_weights()
-        started, pooled, metrics, num_tokens = time.time(), dict[str, Term](), dict[str, float](), 0
+        processes, num_tokens = Processes.of(self.args), 0.0
+        started, pooled, metrics = time.time(), dict[str, Term](), dict[str, float]()
         named, rows = len(self._eval_sets) > 1, list[EvalRow]()
         for name, eval_set in self._eval_sets.items():
             sums, tokens, evaluated = self._evaluate_set(eval_set)
@@ -120,8 +130,10 @@ class Evaluation(Seq2SeqTrainer):
         seconds = time.time() - started
         speed = {"runtime": round(seconds, 4)}
         if self._eval_sets:
+            (num_tokens,) = processes.total([num_tokens])
             speed["tokens_per_second"] = round(num_tokens / seconds, 3)
         metrics = joined(metrics, {f"{metric_key_prefix}_{name}": value for name, value in speed.items()})
+        metrics = processes.exchange(metrics)[0]  # what is decided by them is decided alike, to the last bit
         self.log(metrics)
         self._evaluated = (self.state.global_step, metrics)
         if self.is_in_train:
@@ -144,29 +156,34 @@ class Evaluation(Seq2SeqTrainer):
 
     @torch.no_grad()
     def _evaluate_set(self, eval_set: EvalSet) -> tuple[dict[str, Term], int, list[EvalRow]]:
-        """Sums, tokens, and, where a metric asks for them, the rows of this process."""
+        """Sums and tokens of this process, and, where a metric asks for them, the rows of all, in their order."""
         model = self.model_wrapped
         training = model.training
         model.eval()
         plain = ModelPolicy(model, self._eval_arithmetic, reference=self._reference)
         recording = RecordingPolicy(plain) if self._metrics else None
-        policy, sums, tokens = recording or plain, dict[str, Term](), 0
+        policy, sums, tokens, ends = recording or plain, dict[str, Term](), 0, list[int]()
         passes = eval_set.passes[self._with_rows.rank]
         self.callback_handler.eval_dataloader = passes
         try:
             batches = _Batches(eval_set, passes, self.stage, self.args.device)
             with self.compute_loss_context_manager():
-                observed = self.stage.observe(plain, batches)
+                observed = observe(self.stage, plain, batches, model, Processes.of(self.args))
             for batch in batches:
                 with self.compute_loss_context_manager():
                     loss_sum = self.stage.loss(policy, batch, observed)
                 add_terms(sums, loss_sum.terms)
                 add_terms(sums, loss_sum.metrics)
                 tokens += batch.num_tokens
+                ends.append(len(recording.rows) if recording is not None else 0)
                 self.control = self.callback_handler.on_prediction_step(self.args, self.state, self.control)
         finally:
             model.train(training)
-        return sums, tokens, recording.rows if recording is not None else []
+        if recording is None:
+            return sums, tokens, []
+        processes, bounds = Processes.of(self.args), [0, *ends]
+        own = [recording.rows[start:end] for start, end in pairwise(bounds)]
+        return sums, tokens, [row for rows in processes.joined(own) for row in rows]
 
     def _report(self, prefix: str, sums: Mapping[str, Term], rows: Sequence[EvalRow]) -> dict[str, float]:
         means = self._means(sums)
@@ -178,26 +195,20 @@ class Evaluation(Seq2SeqTrainer):
         if self.stage.is_likelihood and "loss" in means:
             nll = means.get("nll", means["loss"])
             report[f"{prefix}_perplexity"] = math.exp(nll) if nll < 700 else math.inf
-        return joined(report, measure(self._metrics, rows, prefix)) if rows else report
+        if not rows:
+            return report
+        measured = Processes.of(self.args).first(partial(measure, self._metrics, rows, prefix))
+        return joined(report, measured)
 
     def _means(self, sums: Mapping[str, Term]) -> dict[str, float]:
         """The mean of each sum; a metric that no row counts for has none, as rewards of desirable answers may."""
-        whole = {name: self._of_all(term) for name, term in sums.items()}
-        means = {
-            name: float(term.total / term.weight) if float(term.weight) else math.nan
-            for name, term in whole.items()
-        }
+        whole = Processes.of(self.args).sums(
+            {name: (float(term.total), float(term.weight)) for name, term in sums.items()}
+        )
+        means = {name: total / weight if weight else math.nan for name, (total, weight) in whole.items()}
         terms = self.stage.terms
-        counted = {
-            name: mean for name, mean in means.items() if name in terms or float(whole[name].weight) > 0
-        }
+        counted = {name: mean for name, mean in means.items() if name in terms or whole[name][1] > 0}
         return counted | self.stage.derived(counted)
-
-    def _of_all(self, term: Term) -> Term:
-        """The sums of all processes."""
-        if self.args.world_size == 1:
-            return term
-        return Term(*(self.accelerator.reduce(value, "sum") for value in (term.total, term.weight)))
 
 
 def _term_name(name: str, terms: Sequence[str]) -> str:

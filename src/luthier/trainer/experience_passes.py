@@ -16,9 +16,10 @@ import numpy as np
 from luthier.data.packing import best_fit, by_length
 from luthier.experience import Floats, Rollout
 from luthier.trainer.rollout_steps import shuffled
+from luthier.trainer.steps import NOBODY
 from luthier.types import Sample
 
-IDLE = Sample(np.zeros(1, np.int32), np.zeros(1, np.float32), "", 0)
+IDLE = Sample(np.zeros(1, np.int32), np.zeros(1, np.float32), NOBODY)
 """One token that teaches nothing, for a process that has nothing to do while others work."""
 
 Arrays = Mapping[str, np.ndarray[Any, Any]]

@@ -13,6 +13,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from luthier.trainer.processes import ALONE, Processes
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
+_WISHES = ("should_training_stop", "should_epoch_stop", "should_save", "should_evaluate", "should_log")
 
 
 class Interruption(TrainerCallback):
@@ -21,7 +22,7 @@ class Interruption(TrainerCallback):
     A second signal does what it did before: the handler that was there is put back with the first one. Under torchrun
     it changes nothing: there signals come from several sides at once, and whoever does not end is killed. Outside of
     the main thread signals cannot be handled, and nothing changes. Of several processes all stop after the same step,
-    whichever of them it reached.
+    whichever of them it reached; and so with all that callbacks before this one asked for on any of them.
     """
 
     def __init__(self, processes: Processes = ALONE) -> None:
@@ -56,7 +57,11 @@ class Interruption(TrainerCallback):
         return next((number for number in told if number is not None), None)
 
     def _stop(self, control: TrainerControl) -> None:
-        if self.agree() is not None:
+        wishes = {name: getattr(control, name) for name in _WISHES}
+        told = self._processes.exchange((self.received, wishes))
+        for name in _WISHES:  # a callback that looks at the clock may ask for it on one process alone
+            setattr(control, name, any(wished[name] for _, wished in told))
+        if any(number is not None for number, _ in told):
             control.should_save = True
             control.should_training_stop = True
 

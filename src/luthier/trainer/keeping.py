@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import warnings
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,9 @@ from transformers import (
     TrainerControl,
     TrainerState,
     TrainingArguments,
+    set_seed,
 )
+from transformers.trainer_pt_utils import safe_globals
 
 from luthier.methods.critic import WithCritic
 from luthier.parallel.strategy import Strategy
@@ -24,11 +27,16 @@ from luthier.trainer.callback_states import export_states, load_states
 from luthier.trainer.evaluation import Evaluation
 from luthier.trainer.ledger import Ledger
 from luthier.trainer.optimizer_parts import read_parts
+from luthier.trainer.processes import Processes
 from luthier.trainer.retention import reading
 from luthier.trainer.rollouts import Rollouts
 from luthier.trainer.saving import LOOP_STATE_NAME, CheckpointSaver
+from luthier.trainer.snapshot import random_file, restore_random
 from luthier.trainer.stream_steps import begin_stream, stream_state
 from luthier.types import Method
+
+_SEEDS_APART = 1_000_003
+"""Between the seeds of two processes' dropout."""
 
 
 class Keeping(Evaluation):
@@ -123,28 +131,39 @@ class Keeping(Evaluation):
         load_states(self.callback_handler.callbacks, self.state.stateful_callbacks)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        whole = self.accelerator.unwrap_model(model or self.model)
-        with reading(Path(resume_from_checkpoint)), self.strategy.editing(whole):
-            self.method.load(whole, Path(resume_from_checkpoint))
+        whole, folder = self.accelerator.unwrap_model(model or self.model), Path(resume_from_checkpoint)
+        with reading(folder), self.strategy.editing(whole):
+            Processes.of(self.args).together(partial(self.method.load, whole, folder))
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         if checkpoint is None:
             return
         with reading(Path(checkpoint)), warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="Please also save or load the state of the optimizer")
-            folder = Path(checkpoint)
+            folder, together = Path(checkpoint), Processes.of(self.args).together
             # On the host: a device that has room for its part of it need not have room for the whole.
             # Where only a part is taken of it, only that is read.
-            state = torch.load(
-                folder / "optimizer.pt", map_location="cpu", weights_only=True, mmap=self.strategy.shards
-            )
+            load = partial(torch.load, map_location="cpu", weights_only=True)
+            state = together(partial(load, folder / "optimizer.pt", mmap=self.strategy.shards))
             self.strategy.load_optimizer(self.optimizer, read_parts(folder, state))
             assert self.lr_scheduler is not None
-            self.lr_scheduler.load_state_dict(torch.load(folder / "scheduler.pt", weights_only=True))
+            self.lr_scheduler.load_state_dict(together(partial(load, folder / "scheduler.pt")))
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        """Each process goes on with its own draws; one that the checkpoint's run had not begins to draw."""
+        if checkpoint is None:
+            return
+        rank = Processes.of(self.args).rank
+        file = random_file(Path(checkpoint), rank)
+        if file is None:
+            set_seed(self.args.seed + _SEEDS_APART * rank + self.state.global_step)
+        else:
+            with safe_globals():  # type: ignore[no-untyped-call]
+                restore_random(torch.load(file, map_location="cpu", weights_only=True))
 
     def _load_best_model(self) -> None:
         self.to_evaluated_weights()  # or saving would take what is loaded for the point where gradients are taken
-        self.saver.wait()
+        self.saver.wait()  # on every process: only then has the first one written what all read
         self._load_from_checkpoint(str(self.state.best_model_checkpoint))
 
     # ---- beginning ---------------------------------------------------------------------------------
@@ -158,12 +177,15 @@ class Keeping(Evaluation):
         """A new run begins to count; a resumed one goes on with the sums of its checkpoint."""
         checkpoint, state = self._resumed_from, dict[str, Any]()
         if checkpoint is not None:
-            state = json.loads((checkpoint / LOOP_STATE_NAME).read_text(encoding="utf-8"))
+            path = checkpoint / LOOP_STATE_NAME
+            state = json.loads(Processes.of(self.args).together(partial(path.read_text, encoding="utf-8")))
         begin_stream(self._steps, state, self.state.global_step)
         if self._rollouts is not None:
             self._rollouts.begin(checkpoint, state.get("rollouts"), self.state.global_step)
         if checkpoint is None:
             self.ledger.guard.begin()
+            if (rank := Processes.of(self.args).rank) > 0:  # or all would drop the same places
+                set_seed(self.args.seed + _SEEDS_APART * rank)
             return
         self._tr_loss = torch.tensor(self.ledger.restore(state), device=self.args.device)
         self._globalstep_last_logged = self.state.global_step - self.ledger.window_steps

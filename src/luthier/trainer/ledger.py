@@ -14,6 +14,7 @@ import torch
 
 from luthier.trainer.bad_numbers import NumberGuard
 from luthier.trainer.processes import ALONE, Processes
+from luthier.trainer.steps import NOBODY
 from luthier.types import Term
 
 
@@ -52,7 +53,7 @@ class Ledger:
 
     def add_loss(self, loss: float, metrics: Mapping[str, Term], rows: Iterable[tuple[str, int]]) -> bool:
         """Note the loss of the whole step; returns whether it is a number."""
-        self._loss, self._rows = loss, list(rows)
+        self._loss, self._rows = loss, [row for row in rows if row[0] != NOBODY]
         if not math.isfinite(loss):
             return False
         self.loss_sum += loss
@@ -71,7 +72,9 @@ class Ledger:
             return True
         if not math.isfinite(self._loss):
             self.window_bad += 1  # its loss is in no sum
-        self.guard.bad(step, reason, self._rows)
+        # The sums that were judged are the same everywhere, so every process comes here.
+        rows = [row for rows in self._processes.exchange(self._rows) for row in rows]
+        self.guard.bad(step, reason, rows)
         return False
 
     # ---- the log ---------------------------------------------------------------------------------------
@@ -96,10 +99,9 @@ class Ledger:
     def state(self, window_loss: float) -> dict[str, Any]:
         """JSON values; `window_loss` is this process's part of the losses since the last line. All processes ask."""
         (loss,) = self._processes.total([window_loss])
-        metrics = {
-            name: self._processes.total((float(term.total), float(term.weight)))
-            for name, term in self.metrics.items()
-        }
+        metrics = self._processes.sums(
+            {name: (float(term.total), float(term.weight)) for name, term in self.metrics.items()}
+        )
         return {
             "window_loss": loss / self._processes.count,  # parts are averaged
             "window_steps": self.window_steps,

@@ -8,6 +8,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
@@ -19,6 +20,7 @@ from luthier.data.packing import best_fit, by_length
 from luthier.data.reference_cache import Logprobs, ReferenceCache, Referenced, sample_key
 from luthier.model.logprobs import ModelPolicy
 from luthier.model.reference import Reference
+from luthier.trainer.processes import ALONE, Processes
 from luthier.types import IGNORE_INDEX, Batch, Sample
 
 _WRITE_EVERY = 60.0
@@ -43,18 +45,34 @@ class Precomputation:
     share_prompts: bool
     padded: bool
     say: Callable[[str], None]
+    processes: Processes = ALONE
 
     def __call__(self, samples: Sequence[Sample]) -> Sequence[Sample]:
-        """The samples with the reference's log-probabilities, computed as far as the cache has none."""
+        """The samples with the reference's log-probabilities, computed as far as the cache has none.
+
+        Of several processes each computes its share of what any of them lacks; all of them call this.
+        """
         keys = [sample_key(sample) for sample in samples]
-        known = self.cache.load()
-        missing = {key: number for number, key in enumerate(keys) if key not in known}
+        known, missing = self._load(keys)
         if missing:
-            self._compute(samples, missing)
-            known = self.cache.load()
+            own = dict(self.processes.share(list(missing.items())))
+            self.processes.together(partial(self._compute, samples, own))
+            known, lacking = self._load(keys)
+            if lacking:  # on another machine's disk
+                for part in self.processes.exchange({key: known[key] for key in lacking if key in own}):
+                    known |= part
         return Referenced(samples, [known[key] for key in keys])
 
+    def _load(self, keys: Sequence[bytes]) -> tuple[dict[bytes, Logprobs], dict[bytes, int]]:
+        """What is on this process's disk, and the numbers of the samples that it, or any other one, has not."""
+        known = self.cache.load()
+        lacking = [number for number, key in enumerate(keys) if key not in known]
+        of_any = sorted({number for part in self.processes.exchange(lacking) for number in part})
+        return known, {keys[number]: number for number in reversed(of_any)}
+
     def _compute(self, samples: Sequence[Sample], missing: dict[bytes, int]) -> None:
+        if not missing:
+            return
         keys, numbers = list(missing), list(missing.values())
         policy = ModelPolicy(self.model, self.arithmetic, reference=self.reference())
         self.say(f"computing the reference's log-probabilities of {len(numbers):,} samples, once")

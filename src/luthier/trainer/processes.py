@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
+from operator import add
 from typing import Any, TypeVar
 
 import torch.distributed
@@ -14,6 +15,10 @@ from transformers import TrainingArguments
 from luthier.types import LuthierError
 
 Item = TypeVar("Item")
+
+
+class ProcessError(LuthierError):
+    """Another process of the run failed; its own error is on its own output."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,16 +30,18 @@ class Processes:
 
     rank: int = 0
     count: int = 1
+    local_rank: int = 0
+    """The number among those of the same machine."""
     copies: int = 1
     """How many neighbours do the same, and are one here."""
 
     @classmethod
     def of(cls, args: TrainingArguments) -> Processes:
-        return cls(args.process_index, args.world_size)
+        return cls(args.process_index, args.world_size, args.local_process_index)
 
     def with_rows(self, copies: int) -> Processes:
         """The same processes, where `copies` neighbours have the same rows, and are one."""
-        return Processes(self.rank // copies, self.count // copies, copies)
+        return Processes(self.rank // copies, self.count // copies, self.local_rank, copies)
 
     @property
     def is_first(self) -> bool:
@@ -62,21 +69,31 @@ class Processes:
         """Sums over all processes, the same to the last bit on each."""
         return [sum(column) for column in zip(*self.exchange(list(numbers)), strict=True)]
 
+    def sums(self, numbers: Mapping[str, tuple[float, ...]]) -> dict[str, tuple[float, ...]]:
+        """Sums over all processes by name, of names that some may lack: one that had nothing to do knows none."""
+        found: dict[str, tuple[float, ...]] = {}
+        for part in self.exchange(dict(numbers)):
+            for name, values in part.items():
+                known = found.get(name)
+                found[name] = values if known is None else tuple(map(add, known, values))
+        return found
+
     def together(self, work: Callable[[], Item]) -> Item:
         """What `work` gives here, once it is done everywhere.
 
-        Where it raises a LuthierError on one process, every other raises one of that kind and text, instead of waiting
-        for what will never come.
+        Where it raises on one process, every other raises too, instead of waiting for what will never come: of a
+        LuthierError one of that kind and text, of anything else a ProcessError that names it. `work` itself speaks with
+        nobody.
         """
         if self.count == 1:
             return work()
-        failure: LuthierError | None = None
+        failure: Exception | None = None
         result: Item | None = None
         try:
             result = work()
-        except LuthierError as error:
+        except Exception as error:  # noqa: BLE001 - whatever it is, the others wait
             failure = error
-        failures = self.exchange(None if failure is None else (type(failure), str(failure)))
+        failures = self.exchange(None if failure is None else _told(failure))
         if failure is not None:
             raise failure
         for rank, told in enumerate(failures):
@@ -84,6 +101,27 @@ class Processes:
                 kind, text = told
                 raise kind.__new__(kind, f"process {rank}: {text}")
         return result  # type: ignore[return-value]
+
+    def in_turn(self, work: Callable[[], Item]) -> Item:
+        """`together`, on the first process of each machine before the others, which find what it left on the disk."""
+        if self.count == 1:
+            return work()
+        early = self.local_rank == 0
+        found = self.together(work if early else lambda: None)
+        late = self.together((lambda: None) if early else work)
+        return found if early else late  # type: ignore[return-value]
+
+    def first(self, work: Callable[[], Item]) -> Item:
+        """What `work` gives on the first process, which alone does it; what it raises there, all raise."""
+        found = self.together(work if self.is_first else lambda: None)
+        return self.exchange(found)[0]  # type: ignore[return-value]
+
+
+def _told(error: Exception) -> tuple[type[LuthierError], str]:
+    """A failure as the other processes are told of it."""
+    if isinstance(error, LuthierError):
+        return type(error), str(error)
+    return ProcessError, f"{type(error).__name__}: {error}"
 
 
 def meet_on_cpu(timeout: int) -> None:

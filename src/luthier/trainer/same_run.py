@@ -51,6 +51,8 @@ FREE = {
         "bad_numbers",
         "fit_memory",
         "tokens_per_pass",
+        "rows_per_device",  # `ROWS` is compared instead
+        "accumulation",
     },
     # Any number of processes under any strategy reads a checkpoint; a step is the same in all.
     "parallel": {name for spec in (DdpSpec, Fsdp2Spec, DeepSpeedSpec) for name in spec.model_fields},
@@ -60,10 +62,14 @@ FREE = {
 """What may differ: it changes no step of the training, or its content is compared instead."""
 
 
-def identity(recipe: Recipe, base: str, data: list[str]) -> dict[str, Any]:
+ROWS = "rows of a step (train.rows_per_device x train.accumulation x processes)"
+
+
+def identity(recipe: Recipe, base: str, data: list[str], processes: int = 1) -> dict[str, Any]:
     """What a checkpoint remembers of its run: all settings that decide a step, base model and training data.
 
-    `data` are the cache keys of the training sets in their order.
+    `data` are the cache keys of the training sets in their order; `processes` is how many train it together. Rows of a
+    step are consecutive rows of one order, so how they are divided decides nothing: what counts is how many they are.
     """
     tree, free = recipe.model_dump(mode="json"), FREE
     if isinstance(recipe.stage, OnlineSpec):  # what is drawn decides what is learnt
@@ -74,6 +80,8 @@ def identity(recipe: Recipe, base: str, data: list[str]) -> dict[str, Any]:
         for name, value in values.items()
         if name not in free.get(section, set())
     }
+    if recipe.train.rows_per_device is not None:
+        settings[ROWS] = recipe.train.rows_per_device * recipe.train.accumulation * processes
     return {"settings": settings, "base": base, "data": data}
 
 

@@ -136,6 +136,21 @@ def random_state() -> State:
     return state
 
 
+def restore_random(state: Mapping[str, Any]) -> None:
+    """Go on drawing from where `random_state` was."""
+    random.setstate(state["python"])
+    np.random.set_state(state["numpy"])
+    torch.random.set_rng_state(state["cpu"])
+    if torch.cuda.is_available() and "cuda" in state:
+        torch.cuda.random.set_rng_state(state["cuda"])
+
+
+def random_file(folder: Path, rank: int) -> Path | None:
+    """The state of process `rank` in a checkpoint of however many; None where it was of fewer."""
+    names = (f"rng_state_{rank}.pth", *(["rng_state.pth"] if rank == 0 else []))
+    return next((folder / name for name in names if (folder / name).is_file()), None)
+
+
 @dataclass(frozen=True, slots=True)
 class TrainingState:
     """Optimizer, schedule, loss scaler and generators at one moment, in host memory."""

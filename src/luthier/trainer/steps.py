@@ -22,6 +22,10 @@ Passes = Sequence[Sequence[int]]
 """Sample indices of each pass of one process in one step."""
 
 
+NOBODY = "(nobody)"
+"""The data set that an idle process's token is of."""
+
+
 class StepDataset(Dataset[list[Batch]]):
     """Item i is the list of flat batches of step i of the current epoch, for process `rank`."""
 
@@ -85,7 +89,14 @@ class StepDataset(Dataset[list[Batch]]):
 
 def idle(samples: Sequence[Sample]) -> Sample:
     """One token that teaches nothing, for a process that has nothing to do while others work."""
-    return Sample(samples[0].input_ids[:1], samples[0].weights[:1] * 0)
+    first = samples[0]
+    known = None if first.reference is None else first.reference[:0]
+    return Sample(first.input_ids[:1], first.weights[:1] * 0, NOBODY, reference=known, opener=first.opener)
+
+
+def learnt_tokens(batch: Batch) -> int:
+    """Real tokens of a pass, 0 of one that is `idle`."""
+    return 0 if all(source == NOBODY for source, _ in batch.samples) else batch.num_tokens
 
 
 class Epochs(Protocol):

@@ -29,7 +29,7 @@ from luthier.model.logprobs import ModelPolicy
 from luthier.model.reference import Reference
 from luthier.optim.build import build_optimizer, release
 from luthier.optim.schedule import Factor, build_schedule
-from luthier.parallel.strategy import Replicated, Strategy
+from luthier.parallel.strategy import Replicated, Strategy, may_idle
 from luthier.recipe.schema import AnyOptimSpec, BadNumbersSpec
 from luthier.trainer.bad_numbers import BadNumbersError, NumberGuard, Rewind
 from luthier.trainer.checkpoint import newest_valid, read_manifest
@@ -44,9 +44,9 @@ from luthier.trainer.rollout_steps import RolloutSteps
 from luthier.trainer.rollouts import Asking, Rollouts
 from luthier.trainer.saving import CheckpointSaver, saves_asynchronously
 from luthier.trainer.sources import source_terms
-from luthier.trainer.steps import EpochCallback, StepDataset
+from luthier.trainer.steps import EpochCallback, StepDataset, learnt_tokens
 from luthier.trainer.stream_steps import num_workers, stream_numbers
-from luthier.types import Batch, LossSum, Method, RecipeError, Stage, Term
+from luthier.types import Batch, LossSum, Method, ModelError, RecipeError, Stage, Term
 
 
 class PeftTrainer(Keeping):
@@ -87,11 +87,12 @@ class PeftTrainer(Keeping):
         self.strategy, processes = strategy or Replicated(), Processes.of(args)
         self._with_rows = processes.with_rows(self.strategy.copies)
         self._steps, self._eval_sets, self._metrics = steps, dict(eval_sets), tuple(metrics)
+        asynchronous = saves_asynchronously(async_save, model)
         self.saver = CheckpointSaver(
             Path(str(args.output_dir)),
             method,
             tokenizer,
-            asynchronous=saves_asynchronously(async_save, model),
+            asynchronous=asynchronous,
             limit=save_total_limit,
             only_model=args.save_only_model,
             metadata=checkpoint_metadata or {},
@@ -99,27 +100,38 @@ class PeftTrainer(Keeping):
             strategy=self.strategy,
         )
         self._eval_arithmetic, self._fit_memory = eval_arithmetic, fit_memory
-        self.ledger = Ledger(
-            NumberGuard(bad_numbers or BadNumbersSpec(), self.saver.run_dir), self._with_rows
-        )
+        self.ledger = self._new_ledger(bad_numbers or BadNumbersSpec(), processes)
         super().__init__(
             model=model,
-            args=args,
+            args=self._looking_for_unused(args, model),
             train_dataset=steps,
             eval_dataset=self._eval_sets or (None if answers is None else {}),  # type: ignore[arg-type]
             processing_class=tokenizer,
-            callbacks=[
-                *callbacks,
-                Begin(self),
-                *([EpochCallback(steps)] if steps is not None else []),
-                *([fit_memory] if fit_memory is not None else []),
-            ],
+            callbacks=[*callbacks, *self._own_callbacks()],
         )
         self.remove_callback(PrinterCallback)
         if (scaling := loss_scaling(self.accelerator, model)) is not None:
             self.add_callback(scaling)
         self._scaling = scaling
         self.loss_is_scaled_for_ga = True  # by the weight of the whole step; nothing may divide them again
+
+    def _own_callbacks(self) -> list[TrainerCallback]:
+        steps = [] if self._steps is None else [EpochCallback(self._steps)]
+        return [Begin(self), *steps, *([] if self._fit_memory is None else [self._fit_memory])]
+
+    def _new_ledger(self, bad_numbers: BadNumbersSpec, processes: Processes) -> Ledger:
+        guard = NumberGuard(bad_numbers, self.saver.run_dir, writes=processes.is_first)
+        return Ledger(guard, self._with_rows)
+
+    def _looking_for_unused(
+        self, args: Seq2SeqTrainingArguments, model: nn.Module
+    ) -> Seq2SeqTrainingArguments:
+        """Where nobody decided it: whether DistributedDataParallel looks for parameters without a gradient."""
+        if args.ddp_find_unused_parameters is None:
+            args.ddp_find_unused_parameters = may_idle(model)
+        looks = bool(args.ddp_find_unused_parameters)
+        self._passes_are_whole = looks or self.strategy.shards or args.world_size == 1
+        return args
 
     # ---- data --------------------------------------------------------------------------------------
 
@@ -217,7 +229,7 @@ class PeftTrainer(Keeping):
             running_out(max(batches, key=lambda batch: batch.num_tokens)),
             self.compute_loss_context_manager(),
         ):
-            observed = observe(self.stage, policy, batches, model)
+            observed = observe(self.stage, policy, batches, model, Processes.of(self.args))
         step_loss = torch.zeros((), device=self.args.device)
         for index, batch in enumerate(batches):
             last = index == len(batches) - 1
@@ -233,7 +245,20 @@ class PeftTrainer(Keeping):
             add_terms(metrics, source_terms(batch, loss_sum, getattr(self._steps, "sources", ())))
             if len(loss_sum.terms) > 1:
                 add_terms(metrics, {f"{name}_loss": term for name, term in loss_sum.terms.items()})
+        if not self._passes_are_whole:
+            Processes.of(self.args).together(self._require_gradients)
+            self._passes_are_whole = True
         return step_loss, metrics
+
+    def _require_gradients(self) -> None:
+        """Raise ModelError for a parameter that trains without a gradient, where nobody looks for such: those that are
+        sent together with it would stay this process's own."""
+        for name, parameter in self._trained.named_parameters():
+            if parameter.requires_grad and parameter.grad is None:
+                raise ModelError(
+                    f"{name} trains and had no part in the first step; with several processes give "
+                    "train.extra.ddp_find_unused_parameters=true, or freeze it"
+                )
 
     def _clip_grad_norm(self, model: nn.Module) -> Tensor:
         if self.ledger.left_out:
@@ -254,7 +279,8 @@ class PeftTrainer(Keeping):
     def rewind(self, request: Rewind) -> Path:
         """Prepare to train on from the last checkpoint, without what led to `request`; returns the checkpoint."""
         self.saver.wait()
-        checkpoint, _ = newest_valid(self.saver.run_dir, resumable=True)
+        processes = Processes.of(self.args)
+        checkpoint, _ = processes.first(partial(newest_valid, self.saver.run_dir, resumable=True))
         if checkpoint is None:
             raise BadNumbersError(f"{request.reason}. There is no checkpoint to go back to")
         self.ledger.guard.rewound(read_manifest(checkpoint)["metadata"]["step"], request.step)
@@ -281,7 +307,7 @@ class PeftTrainer(Keeping):
         return weights
 
     def _count_tokens(self, batches: Sequence[Batch]) -> None:
-        tokens = sum(batch.num_tokens for batch in batches)
+        tokens = sum(map(learnt_tokens, batches))
         if self.args.world_size > 1:
             counted = int(self.accelerator.reduce(torch.tensor(tokens, device=self.args.device), "sum"))
             tokens = counted // self.strategy.copies
@@ -291,7 +317,7 @@ class PeftTrainer(Keeping):
         """Six operations per token and parameter, as transformers estimates it for a whole batch."""
         batches = inputs if self._rollouts is None else self._rollouts.current
         # Those of all processes are added up.
-        tokens = sum(batch.num_tokens for batch in batches)
+        tokens = sum(map(learnt_tokens, batches))
         return 6 * tokens * self._num_parameters // self.strategy.copies
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
