@@ -156,7 +156,7 @@ def assert_same_run(found: Path, expected: Path, tolerance: float = 1e-5) -> Non
     """Losses, norms, evaluations, weights, and what the last checkpoint keeps of the optimizer."""
     for key in ("loss", "grad_norm", "eval_loss"):
         values = logged(expected, key)
-        assert values and len(set(values)) > 1
+        assert len(set(values)) > (key != "eval_loss")
         assert logged(found, key) == pytest.approx(values, rel=1e-4, abs=1e-7), key
     assert max(logged(expected, "grad_norm")) > OPTIM["max_grad_norm"]  # clipping was active
     assert furthest(found, expected) < tolerance

@@ -14,13 +14,17 @@ from peft import PeftModel
 from torch import Tensor, nn
 
 from luthier.data.collate import branch_batch
+from luthier.data.encode import EncodeOptions
 from luthier.data.partners import Mismatched
 from luthier.data.reference_cache import ReferenceCache, sample_key
 from luthier.methods import build_method
 from luthier.model.logprobs import ModelPolicy, install_target_forward
 from luthier.model.reference import AdaptersOff, AsItIs, OtherModel, Reference, StartingPoint
-from luthier.recipe.schema import FreezeSpec, FullSpec, LoraSpec
+from luthier.recipe.schema import FreezeSpec, FullSpec, LoraSpec, RmSpec
+from luthier.stages import build_stage
+from luthier.stages.answers import answers_batch
 from luthier.trainer.precompute import Precomputation
+from luthier.trainer.steps import idle
 from luthier.types import DataError, ModelError, Sample
 from tests.tiny import random_answers, random_pairs, tiny_model
 
@@ -210,3 +214,19 @@ def test_no_room_is_said(tmp_path: Path) -> None:
     (tmp_path / "reference").write_text("a file in the way")
     with pytest.raises(DataError, match="cannot write the reference's log-probabilities"):
         precomputation(tmp_path, policy_model("lora"), [])(PAIRS)
+
+
+def test_a_pass_without_work_needs_no_precomputed_reference() -> None:
+    """The one token of a process that waits for others brought nothing along; a pass with work has to."""
+    policy = ModelPolicy(policy_model("full"))
+    waiting = answers_batch([idle(PAIRS)])
+    assert policy.reference_logprobs(waiting).shape == policy.logprobs(waiting).logprobs.shape == (0,)
+    with pytest.raises(ModelError, match="none was built"):
+        policy.reference_logprobs(answers_batch(PAIRS))
+
+
+def test_a_reward_model_waits_for_others_with_one_token() -> None:
+    batch = build_stage(RmSpec(), EncodeOptions(64, "error")).collate([idle(PAIRS)])
+    assert batch.num_tokens == 1
+    assert batch.rows is not None and batch.rows.shape == (0,)
+    assert batch.labels is not None and batch.labels.shape == (0,)

@@ -326,6 +326,9 @@ class ModelPolicy:
         float32, without a graph. What a batch brings along is of the temperature 1."""
         if batch.reference is not None and temperature == 1.0:
             return batch.reference
+        if self._reference is None and not bool((batch.targets != IGNORE_INDEX).any()):
+            # The pass of a process that has nothing to do: no sample of it has brought anything along.
+            return torch.zeros(0, device=batch.targets.device)
         with torch.no_grad(), self._live_reference().active(self._model) as model:
             return ModelPolicy(model, self._arithmetic).logprobs(batch, temperature=temperature).logprobs
 

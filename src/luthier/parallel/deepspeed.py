@@ -53,7 +53,7 @@ class DeepSpeed:
         """Nothing: DeepSpeed divides model and optimizer together, in `wrap`."""
 
     def wrap(self, accelerator: Accelerator, model: nn.Module, optimizer: Any) -> tuple[nn.Module, Any]:
-        """Raises ModelError where weights that train are not float32."""
+        """Raises ModelError where weights that train are not float32, and for a head that ZeRO-3 cannot divide."""
         if self._engine is None:
             _require_float32(model)
             deepspeed = _library(accelerator.device.type)
@@ -63,9 +63,10 @@ class DeepSpeed:
             if not torch.distributed.is_initialized():  # one process that nobody launched
                 backend = "gloo" if accelerator.device.type == "cpu" else None
                 store = torch.distributed.HashStore()  # type: ignore[attr-defined]
+                os.environ.setdefault("LOCAL_RANK", "0")
                 torch.distributed.init_process_group(backend, store=store, rank=0, world_size=1)
             if self.stage == 3:
-                _whole_head(deepspeed, inner)
+                _require_plain_head(model)
             self._engine, *_ = deepspeed.initialize(
                 model=inner, optimizer=optimizer, config=self._complete(model), dist_init_required=False
             )
@@ -275,13 +276,16 @@ def _require_float32(model: nn.Module) -> None:
             )
 
 
-def _whole_head(deepspeed: Any, model: nn.Module) -> None:
-    """Gather the output head with all that an adapter put into it in one go: it is called once for each chunk of
-    targets, and processes have different numbers of them."""
+def _require_plain_head(model: nn.Module) -> None:
+    """The output head is called once, and what is inside of it once for each chunk of targets, of which processes have
+    different numbers; DeepSpeed would gather its weights as often on each."""
     inner: Any = model.get_base_model() if isinstance(model, PeftModel) else model
     head = inner.get_output_embeddings() if hasattr(inner, "get_output_embeddings") else None
     if isinstance(head, nn.Module) and next(head.children(), None) is not None:
-        deepspeed.utils.set_z3_leaf_module(head, True)
+        raise ModelError(
+            "parallel: deepspeed with zero: 3 does not go with an adapter on the output head, or a copy of it that "
+            "trains; give zero: 2, or leave the head out of method.targets and method.modules_to_save"
+        )
 
 
 def _without_auto(value: Any) -> Any:
