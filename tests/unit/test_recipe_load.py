@@ -239,7 +239,7 @@ def test_another_kind_on_the_command_line_does_not_swallow_the_files_fields() ->
         ("trian: {}", "r.yaml:3: trian: unknown key; did you mean train?"),
         (
             "zzz: 1",
-            "r.yaml:3: zzz: unknown key; a recipe has model, data, stage, method, optim, train, generation, export",
+            "r.yaml:3: zzz: unknown key; a recipe has model, data, stage, method, optim, train, parallel, generation, export",
         ),
         ("optim: {lr: fast}", "r.yaml:3: optim.lr: expected a number, found the text 'fast'"),
         ('optim: {lr: "1e-4"}', "r.yaml:3: optim.lr: expected a number, found the text '1e-4'"),

@@ -24,6 +24,7 @@ FIELDS = ("reasoning_content", "thinking", "reasoning")
 """What templates call the reasoning of a message; the first one that a template reads is the one that it gets."""
 
 THINK = ("<think>", "</think>")
+_CALL = {"id": "call0", "type": "function", "function": {"name": "look", "arguments": {"at": "it"}}}
 _INPUTS = ("messages", "tools", "add_generation_prompt", "continue_final_message", "chat_template", "cut")
 _EMPTY_END = re.compile(r"(<think>\s*)?</think>\s*\Z")
 _ASKED, _AGAIN, WHY, _SAID = "How?", "And then?", "Because-so-it-is", "Thus-it-is-said"
@@ -43,7 +44,9 @@ def field_of(source: str, variables: Mapping[str, Any]) -> str | None:
         if re.search(rf"\.{name}\b|\[?['\"]{name}['\"]", source) is None:
             continue
         tried = Habits(source, variables, name)
-        if any(WHY in tried.text(asked(), tried.answer(WHY), enable=mode) for mode in (None, True)):
+        # Some templates show it before a call of a tool alone.
+        answers = (tried.answer(WHY), tried.answer(WHY) | {"tool_calls": [_CALL]})
+        if any(WHY in tried.text(asked(), said, enable=mode) for said in answers for mode in (None, True)):
             return name
     return None
 
