@@ -88,13 +88,13 @@ def logits(model: Any, ids: Tensor = IDS) -> Tensor:
 def ended(monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
     """What the live model says at the moment in which it is saved for good."""
     said: list[Tensor] = []
-    save = PeftTrainer.save_model
+    save = PeftTrainer.save_trained
 
     def saved(self: PeftTrainer, *args: Any, **options: Any) -> None:
         said.append(logits(self.model))
         save(self, *args, **options)
 
-    monkeypatch.setattr(PeftTrainer, "save_model", saved)
+    monkeypatch.setattr(PeftTrainer, "save_trained", saved)
     return said
 
 
