@@ -38,7 +38,6 @@ REFUSED: dict[str, tuple[int, dict[str, dict[str, Any]], str]] = {
     "compiled": (2, {"train": {"compile": {}}}, "train.compile"),
     "offload alone": (1, {"parallel": {"cpu_offload": True}}, "cpu_offload needs several processes"),
     "types alone": (1, {"parallel": {"param_dtype": "bfloat16"}}, "param_dtype needs several processes"),
-    "columns": (2, {"parallel": {"tensor": 2}}, "parallel: fsdp2.tensor"),
     **{
         name: (2, {"optim": {"type": name}}, f"optim.type: {name}")
         for name in ("adafactor", "muon", "galore", "apollo", "badam", "badam_ratio", "adam_mini")

@@ -52,6 +52,7 @@ class TensorParallel(FullyShard):
     """`group` neighbours divide every layer's matrices; of `processes` in all. Files are those of `FullyShard`."""
 
     name = "tensor"
+    writes_parts = False
 
     def __init__(self, group: int, processes: int, arithmetic: torch.dtype | None) -> None:
         """`arithmetic` is the type of the autocast that training uses."""
