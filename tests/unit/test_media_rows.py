@@ -367,13 +367,16 @@ def test_a_start_with_nothing_new_reads_no_row(
     from luthier.data import prepare as module
 
     read: list[int] = []
-    own = module.read_rows
 
-    def counted(*args: Any, **options: Any) -> Any:
-        read.append(1)
-        return own(*args, **options)
+    def counted(own: Any) -> Any:
+        def reading(*args: Any, **options: Any) -> Any:
+            read.append(1)
+            return own(*args, **options)
 
-    monkeypatch.setattr(module, "read_rows", counted)
+        return reading
+
+    monkeypatch.setattr(module, "read_rows", counted(module.read_rows))
+    monkeypatch.setattr(module, "unread_rows", counted(module.unread_rows))
     monkeypatch.chdir(tmp_path)
     how = _preparation(_template(tmp_path, data))
 

@@ -7,7 +7,6 @@ from typing import Annotated, Literal
 
 import typer
 
-from luthier.recipe.sharding_keys import accelerate_overrides
 from luthier.types import RecipeError
 
 AnsweringArgument = Annotated[
@@ -69,6 +68,8 @@ def accelerate_words(file: Path | None) -> list[str]:
     """The overrides that an accelerate config file stands for; its notes are told on stderr."""
     if file is None:
         return []
+    from luthier.recipe.sharding_keys import accelerate_overrides
+
     words, notes = accelerate_overrides(file)
     for note in notes:
         typer.echo(f"note: {note}", err=True)
