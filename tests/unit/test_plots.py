@@ -103,7 +103,9 @@ def png_size(path: Path) -> tuple[int, int]:
 
 
 def test_the_files_of_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delitem(sys.modules, "matplotlib.pyplot", raising=False)  # which another test may have imported
+    monkeypatch.delitem(
+        sys.modules, "matplotlib.pyplot", raising=False
+    )  # which another test may have imported
     write_log(tmp_path, RECORDS)
     written = plot_run(tmp_path)
     assert sorted(tmp_path.iterdir()) == sorted([*written, tmp_path / "trainer_log.jsonl"])
