@@ -113,7 +113,7 @@ class Evaluation(Seq2SeqTrainer):
         metrics. Raises RecipeError where, in training, `best_metric` is not among the numbers.
         """
         self.to_evaluated_weights()
-        processes, num_tokens = Processes.of(self.args), 0.0
+        processes, num_tokens = self._with_rows, 0.0
         started, pooled, metrics = time.time(), dict[str, Term](), dict[str, float]()
         named, rows = len(self._eval_sets) > 1, list[EvalRow]()
         for name, eval_set in self._eval_sets.items():
@@ -168,7 +168,7 @@ class Evaluation(Seq2SeqTrainer):
         try:
             batches = _Batches(eval_set, passes, self.stage, self.args.device)
             with self.compute_loss_context_manager():
-                observed = observe(self.stage, plain, batches, model, Processes.of(self.args))
+                observed = observe(self.stage, plain, batches, model, self._with_rows)
             for batch in batches:
                 with self.compute_loss_context_manager():
                     loss_sum = self.stage.loss(policy, batch, observed)
@@ -181,7 +181,7 @@ class Evaluation(Seq2SeqTrainer):
             model.train(training)
         if recording is None:
             return sums, tokens, []
-        processes, bounds = Processes.of(self.args), [0, *ends]
+        processes, bounds = self._with_rows, [0, *ends]
         own = [recording.rows[start:end] for start, end in pairwise(bounds)]
         return sums, tokens, [row for rows in processes.joined(own) for row in rows]
 
@@ -202,7 +202,7 @@ class Evaluation(Seq2SeqTrainer):
 
     def _means(self, sums: Mapping[str, Term]) -> dict[str, float]:
         """The mean of each sum; a metric that no row counts for has none, as rewards of desirable answers may."""
-        whole = Processes.of(self.args).sums(
+        whole = self._with_rows.sums(
             {name: (float(term.total), float(term.weight)) for name, term in sums.items()}
         )
         means = {name: total / weight if weight else math.nan for name, (total, weight) in whole.items()}

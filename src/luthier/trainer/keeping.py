@@ -156,7 +156,7 @@ class Keeping(Evaluation):
         rank = Processes.of(self.args).rank
         file = random_file(Path(checkpoint), rank)
         if file is None:
-            set_seed(self.args.seed + _SEEDS_APART * rank + self.state.global_step)
+            set_seed(self.args.seed + _SEEDS_APART * self._with_rows.rank + self.state.global_step)
         else:
             with safe_globals():  # type: ignore[no-untyped-call]
                 restore_random(torch.load(file, map_location="cpu", weights_only=True))
@@ -184,7 +184,7 @@ class Keeping(Evaluation):
             self._rollouts.begin(checkpoint, state.get("rollouts"), self.state.global_step)
         if checkpoint is None:
             self.ledger.guard.begin()
-            if (rank := Processes.of(self.args).rank) > 0:  # or all would drop the same places
+            if (rank := self._with_rows.rank) > 0:  # or all would drop the same places
                 set_seed(self.args.seed + _SEEDS_APART * rank)
             return
         self._tr_loss = torch.tensor(self.ledger.restore(state), device=self.args.device)

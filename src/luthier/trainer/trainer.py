@@ -229,7 +229,7 @@ class PeftTrainer(Keeping):
             running_out(max(batches, key=lambda batch: batch.num_tokens)),
             self.compute_loss_context_manager(),
         ):
-            observed = observe(self.stage, policy, batches, model, Processes.of(self.args))
+            observed = observe(self.stage, policy, batches, model, self._with_rows)
         step_loss = torch.zeros((), device=self.args.device)
         for index, batch in enumerate(batches):
             last = index == len(batches) - 1
