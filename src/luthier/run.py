@@ -41,7 +41,7 @@ from luthier.recipe.schema import AdapterSpec, Recipe
 from luthier.references import live_reference, precomputation
 from luthier.show import Say, quiet_libraries, speaker
 from luthier.trainer.agreement import LIBRARIES, agree_to_start, remember_launch, require_alike
-from luthier.trainer.arguments import find_unused, training_arguments
+from luthier.trainer.arguments import require_followable, training_arguments
 from luthier.trainer.callbacks import LogCallback, ProgressCallback
 from luthier.trainer.checkpoint import resolve_resume
 from luthier.trainer.interruption import Interruption
@@ -120,7 +120,7 @@ def _train(loaded: LoadedRecipe, hardware: Hardware, quiet: bool) -> TrainResult
     with trackers as tracked, ProgressCallback(quiet=quiet) as progress, interruption:
         trainer = PeftTrainer(
             model=model,
-            args=find_unused(arguments, settings, model),
+            args=arguments,
             stage=material.stage,
             method=method,
             optim=settings.optim,
@@ -242,7 +242,9 @@ def _model(
         # It holds what the method saw in the data, which need not be looked at again.
         resumed, _ = resolve_resume(Path(train_spec.output), train_spec.resume)
     given: dict[str, Any] = {"longest": longest, "material": material, "resumed": resumed, "on_host": on_host}
-    return build_model(settings, source, hardware, vocabulary, say=say, **given)
+    model, method = build_model(settings, source, hardware, vocabulary, say=say, **given)
+    require_followable(settings, model, hardware.world_size)
+    return model, method
 
 
 def _count(model: nn.Module, hardware: Hardware, settings: Recipe, say: Say) -> ParameterCount:

@@ -80,7 +80,11 @@ class Strategy(Protocol):
 
 def may_idle(model: nn.Module) -> bool:
     """Whether a pass may leave out some of what trains: experts that no token is sent to, towers without media, a
-    critic beside the policy. DistributedDataParallel then has to look for it in each pass."""
+    critic beside the policy. DistributedDataParallel then has to look for it in each pass.
+
+    A parameter that no process used keeps no gradient at all, as in one process. To send an empty image through a tower
+    instead would make its gradient zero, which an optimizer with moments takes for a step.
+    """
     config: Any = getattr(model, "config", None)
     if config is not None and config.get_text_config() is not config:
         return True

@@ -109,28 +109,16 @@ def _many_processes(extra: Mapping[str, Any], timeout: int) -> dict[str, Any]:
     return {"ddp_timeout": timeout, **extra, "ddp_broadcast_buffers": False}
 
 
-def find_unused(
-    arguments: Seq2SeqTrainingArguments, recipe: Recipe, model: nn.Module
-) -> Seq2SeqTrainingArguments:
-    """The same arguments; where a tower trains, DDP is to find what a pass without media leaves without a gradient.
-
-    It would else wait for them for ever, or raise at the next step. A parameter that no process used keeps no gradient
-    at all, as in one process, so weight decay and moments leave it alone in both. Sending an empty image through the
-    tower instead would make its gradient zero, which an optimizer with moments takes for a step.
-
-    Raises RecipeError where activations are computed again in the reentrant way, which DDP cannot follow.
-    """
-    if arguments.ddp_find_unused_parameters is not None or not trains_outside_language(model):
-        return arguments
-    checkpointing = recipe.model.gradient_checkpointing
-    if arguments.world_size > 1 and getattr(checkpointing, "reentrant", False):
+def require_followable(recipe: Recipe, model: nn.Module, processes: int) -> None:
+    """Raise RecipeError where DDP would have to look for what a pass without media left unused, and activations are
+    computed again in the reentrant way, which it cannot follow."""
+    reentrant = getattr(recipe.model.gradient_checkpointing, "reentrant", False)
+    if processes > 1 and reentrant and trains_outside_language(model):
         raise RecipeError(
             "model.gradient_checkpointing.reentrant: true does not go with several processes and a tower that trains, "
             "because a pass without media leaves its parameters unused; set it to false, or freeze the tower "
             "(model.frozen_parts)"
         )
-    arguments.ddp_find_unused_parameters = True
-    return arguments
 
 
 def _strategy(every: int | str | None) -> str:
