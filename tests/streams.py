@@ -50,7 +50,8 @@ def stream_of(
     encode: Numbers = NUMBERS,
     max_length: int = 16,
 ) -> SampleStream:
-    how = Preparation(encode, SimpleNamespace(begin_ids=(), reasoning=_Unreasoned()), "text", {}, seed)  # type: ignore[arg-type]
+    template: Any = SimpleNamespace(begin_ids=(), reasoning=_Unreasoned(), opener=None)
+    how = Preparation(encode, template, "text", {}, seed)
     return SampleStream(
         StreamOrder(sets, mix or MixSpec(), seed, buffer), how, max_length, packing, workers=workers
     )

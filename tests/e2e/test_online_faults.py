@@ -17,8 +17,8 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import luthier
-from luthier import run as verbs
 from luthier.experience import RewardError
+from luthier.launch import verb
 from luthier.recipe.schema import Recipe
 from luthier.trainer.checkpoint import verify
 from luthier.types import RecipeError
@@ -114,7 +114,7 @@ def test_another_engine_is_refused_where_the_model_trains(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Also where the recipe's own rule did not see it."""
-    told = verbs.resolve
+    told = verb.resolve
 
     def changed(recipe: Recipe, *args: Any, **options: Any) -> Any:
         found = told(recipe, *args, **options)
@@ -122,7 +122,7 @@ def test_another_engine_is_refused_where_the_model_trains(
         object.__setattr__(found, "recipe", found.recipe.model_copy(update={"generation": generation}))
         return found
 
-    monkeypatch.setattr(verbs, "resolve", changed)
+    monkeypatch.setattr(verb, "resolve", changed)
     with pytest.raises(
         RecipeError, match="engine: vllm: it would answer with weights of its own, which do not learn"
     ):

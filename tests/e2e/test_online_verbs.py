@@ -82,7 +82,7 @@ def test_selfcheck_holds(stage: dict[str, Any], tmp_path: Path) -> None:
     assert [outcome.check for outcome in result.outcomes] == list(CHECKS)
     assert result.holds, [outcome for outcome in result.outcomes if not outcome.holds]
     left_out = {outcome.check for outcome in result.outcomes if outcome.left_out}
-    assert left_out == {"mean", "accumulation"} | ({"shared"} if stage is PPO else set())
+    assert left_out == {"mean", "accumulation", "processes"} | ({"shared"} if stage is PPO else set())
     measured = {outcome.check: outcome.measured for outcome in result.outcomes}
     assert measured["prompts"] == measured["learnt"] == measured["resumed"] == 0
     assert 0 < measured["sampled"] < 1e-4

@@ -90,7 +90,7 @@ def test_optimizer_state_is_copied_and_written_as_torch_would(tmp_path: Path) ->
     optimizer.step()
     schedule.step()
     torch.save(optimizer.state_dict(), tmp_path / "expected.pt")
-    state = training_state(optimizer, schedule, None, HostCopies())
+    state = training_state(HostCopies().tree("optimizer", optimizer.state_dict()), schedule, None)
     model.head(model.embed(torch.tensor([1, 2]))).sum().backward()
     optimizer.step()
     schedule.step()
