@@ -23,7 +23,7 @@ from transformers import (
 
 from luthier.data.collate import branch_batch, flat_batch
 from luthier.types import Batch, Sample
-from tests.media import Kind, tiny_processor
+from tests.media import Kind, tiny_processor, tiny_sound_processor
 
 VOCAB = 97
 PLACEHOLDER = 90
@@ -96,7 +96,7 @@ def _audio() -> PreTrainedConfig:
             "encoder_attention_heads": 2,
             "encoder_ffn_dim": 24,
             "d_model": 16,
-            "max_source_positions": 16,
+            "max_source_positions": 50,  # those of a second
         },
         audio_token_index=PLACEHOLDER,
     )
@@ -108,7 +108,9 @@ KINDS: dict[str, Kind] = {"qwen2.5-vl": "qwen2_5_vl", "gemma3": "gemma3", "llava
 
 def media_model(folder: Path, family: str) -> Path:
     """A tiny model with its processor in `folder`, as a hub has them; the smallest weights that still see."""
-    tokenizer: Any = tiny_processor(KINDS[family], folder).tokenizer  # type: ignore[attr-defined]
+    hears = family == "qwen2-audio"
+    processor: Any = tiny_sound_processor(folder) if hears else tiny_processor(KINDS[family], folder)
+    tokenizer = processor.tokenizer
     config, ids = MULTIMODAL[family](), tokenizer.convert_tokens_to_ids
     text = config.get_text_config()
     text.vocab_size = len(tokenizer)
@@ -128,6 +130,7 @@ def media_model(folder: Path, family: str) -> Path:
             "eoi_token_index": "<end_of_image>",
         },
         "llava": {"image_token_id": "<image>"},
+        "qwen2-audio": {"audio_token_id": "<|AUDIO|>"},
     }
     for name, token in marks[family].items():
         assert hasattr(config, name), name

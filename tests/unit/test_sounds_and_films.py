@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import base64
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -21,14 +18,12 @@ from luthier.data.media_files import Extent, Film, MediaRules, measure, opened
 from luthier.recipe.media import MediaSpec
 from luthier.run import prepare
 from luthier.types import Media, RowError
+from tests.films import with_torchvision
 from tests.media import SOUND_RATE, film, picture, tiny_processor, tiny_sound_processor, tone
 
 av = pytest.importorskip("av", reason="films need PyAV: pip install av")
 soundfile = pytest.importorskip("soundfile", reason="sounds need soundfile: pip install soundfile")
 soxr = pytest.importorskip("soxr", reason="other rates need soxr: pip install soxr")
-
-TORCHVISION = Path(sys.prefix) / "torchvision"
-"""Where `make env` puts torchvision, apart: what a registry has of it does not fit a CPU's torch as it is."""
 
 
 # --------------------------------------------------------------------------------------------------
@@ -197,7 +192,7 @@ def test_rows_with_sounds_are_what_the_processor_makes_of_them(tmp_path: Path) -
 def test_rows_with_films_are_what_the_processor_makes_of_them(tmp_path: Path) -> None:
     """Files and lists of frames; with the limits of the recipe, which the processor itself keeps."""
     if not is_torchvision_available():
-        _with_torchvision(tmp_path)
+        with_torchvision(f"{__file__}::test_rows_with_films_are_what_the_processor_makes_of_them", tmp_path)
         return
     processor: Any = tiny_processor("qwen2_5_vl", tmp_path / "model")
     Qwen2_5_VLConfig().save_pretrained(tmp_path / "model")
@@ -258,22 +253,3 @@ def _image(file: Path) -> Any:
     from PIL import Image
 
     return Image.open(file).convert("RGB")
-
-
-def _with_torchvision(folder: Path) -> None:
-    """The same test in a process that has torchvision, where `make env` put it."""
-    if not (TORCHVISION / "torchvision").is_dir():
-        pytest.skip("films need torchvision; `make env` puts it beside the environment")
-    root = Path(__file__).parents[2]
-    path = os.pathsep.join(filter(None, (str(TORCHVISION), str(root), os.environ.get("PYTHONPATH"))))
-    test = f"{__file__}::test_rows_with_films_are_what_the_processor_makes_of_them"
-    told = [sys.executable, "-m", "pytest", "-q", "-n", "0", "-p", "tests.torchvision_operators", test]
-    done = subprocess.run(
-        [*told, "--basetemp", str(folder / "inner")],
-        cwd=root,
-        env={**os.environ, "PYTHONPATH": path},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert done.returncode == 0 and "1 passed" in done.stdout, done.stdout[-3000:]
