@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import pickle
 import signal
 import sys
@@ -66,6 +67,7 @@ def main(descriptor: int, work: str) -> None:
     connection = Connection(descriptor)
     with Path(work).open("rb") as stream:
         encode: EncodeBatch = pickle.load(stream)
+    gc.freeze()  # what is loaded by now stays
     try:
         connection.send(None)
         while True:

@@ -11,6 +11,7 @@ in `folder`; what goes through the connection is small, so nobody waits for anyb
 
 from __future__ import annotations
 
+import gc
 import logging
 import os
 import pickle
@@ -18,7 +19,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection, Pipe, wait
 from pathlib import Path
@@ -46,14 +47,26 @@ def encode_batches(
     process that died. Whatever ends this, an interruption among it, the other processes end with it. Only this process
     works where there are no pipes to pass on (Windows).
     """
-    if processes <= 1 or os.name != "posix":
-        yield from map(encode, batches)
-        return
-    team = _Team(encode, folder, processes - 1)
+    with _old_objects_at_rest():
+        if processes <= 1 or os.name != "posix":
+            yield from map(encode, batches)
+            return
+        team = _Team(encode, folder, processes - 1)
+        try:
+            yield from team.run(batches)
+        finally:
+            team.close()
+
+
+@contextmanager
+def _old_objects_at_rest() -> Iterator[None]:
+    """Leave out of garbage collection what exists now: imported libraries are a million objects, which are looked
+    through again and again where rows come and go."""
+    gc.freeze()
     try:
-        yield from team.run(batches)
+        yield
     finally:
-        team.close()
+        gc.unfreeze()
 
 
 @dataclass(slots=True)
