@@ -11,7 +11,9 @@ from luthier.cli.app import app
 from luthier.cli.options import (
     AccelerateOption,
     NodesOption,
+    OverridesArgument,
     ProcessesOption,
+    RecipeArgument,
     accelerate_words,
     parallel_words,
 )
@@ -19,10 +21,8 @@ from luthier.cli.options import (
 
 @app.command()
 def launch(
-    recipe: Annotated[Path, typer.Argument(help="A Luthier or LLaMA-Factory recipe (YAML or JSON).")],
-    overrides: Annotated[
-        list[str] | None, typer.Argument(help="KEY=VALUE, for example train.epochs=2.", show_default=False)
-    ] = None,
+    recipe: RecipeArgument,
+    overrides: OverridesArgument = None,
     kind: Annotated[
         Literal["torchrun", "slurm", "kubernetes", "skypilot"],
         typer.Option("--print", help="What to write: commands, a script or a manifest."),

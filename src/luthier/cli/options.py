@@ -9,6 +9,10 @@ import typer
 
 from luthier.types import RecipeError
 
+RecipeArgument = Annotated[Path, typer.Argument(help="A Luthier or LLaMA-Factory recipe (YAML or JSON).")]
+OverridesArgument = Annotated[
+    list[str] | None, typer.Argument(help="KEY=VALUE, for example train.epochs=2.", show_default=False)
+]
 AnsweringArgument = Annotated[
     str,
     typer.Argument(

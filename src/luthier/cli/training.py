@@ -12,7 +12,9 @@ from luthier.cli.app import CLAIM_FAILS, USAGE_ERROR, app
 from luthier.cli.options import (
     AccelerateOption,
     NodesOption,
+    OverridesArgument,
     ProcessesOption,
+    RecipeArgument,
     accelerate_words,
     parallel_words,
 )
@@ -20,10 +22,8 @@ from luthier.cli.options import (
 
 @app.command()
 def train(
-    recipe: Annotated[Path, typer.Argument(help="A Luthier or LLaMA-Factory recipe (YAML or JSON).")],
-    overrides: Annotated[
-        list[str] | None, typer.Argument(help="KEY=VALUE, for example train.epochs=2.", show_default=False)
-    ] = None,
+    recipe: RecipeArgument,
+    overrides: OverridesArgument = None,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print only warnings and errors.")] = False,
     processes: ProcessesOption = None,
     nodes: NodesOption = None,
@@ -68,7 +68,7 @@ def train(
 
 @app.command()
 def selfcheck(
-    recipe: Annotated[Path, typer.Argument(help="A Luthier or LLaMA-Factory recipe (YAML or JSON).")],
+    recipe: RecipeArgument,
     overrides: Annotated[
         list[str] | None,
         typer.Argument(help="KEY=VALUE, for example data.max_samples=50.", show_default=False),
@@ -98,10 +98,8 @@ def selfcheck(
 
 @app.command()
 def check(
-    recipe: Annotated[Path, typer.Argument(help="A Luthier or LLaMA-Factory recipe (YAML or JSON).")],
-    overrides: Annotated[
-        list[str] | None, typer.Argument(help="KEY=VALUE, for example train.epochs=2.", show_default=False)
-    ] = None,
+    recipe: RecipeArgument,
+    overrides: OverridesArgument = None,
     accelerate: AccelerateOption = None,
     samples: Annotated[int, typer.Option("--samples", min=0, help="Samples to show token by token.")] = 3,
     everything: Annotated[
@@ -136,7 +134,7 @@ def check(
 
 @app.command()
 def prepare(
-    recipe: Annotated[Path, typer.Argument(help="A Luthier or LLaMA-Factory recipe (YAML or JSON).")],
+    recipe: RecipeArgument,
     overrides: Annotated[
         list[str] | None, typer.Argument(help="KEY=VALUE, for example data.workers=2.", show_default=False)
     ] = None,
