@@ -8,7 +8,9 @@ import pytest
 from hypothesis import given, settings, strategies as st
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
-from luthier.data.word_tokens import WordTokens
+from luthier.data import word_batches
+from luthier.data.word_batches import WordTable
+from luthier.data.word_tokens import Request, WordTokens
 
 LLAMA3 = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|"
@@ -49,6 +51,7 @@ KINDS: dict[str, Callable[[], Tokenizer]] = {
         pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)
     ),
 }
+TABLES: dict[str, WordTable] = {}
 MADE: dict[str, tuple[Tokenizer, WordTokens]] = {}
 
 
@@ -101,6 +104,43 @@ def test_ids_are_the_tokenizers(kind: str, words: list[str]) -> None:
             assert found == backend.encode(text, add_special_tokens=False).ids
 
 
+@pytest.mark.parametrize("kind", KINDS)
+@settings(max_examples=200, deadline=None)
+@given(
+    texts=st.lists(st.lists(WORDS | st.text(max_size=6), max_size=12), min_size=1, max_size=5),
+    data=st.data(),
+)
+def test_many_texts_are_each_of_them(kind: str, texts: list[list[str]], data: st.DataObject) -> None:
+    """Cut anywhere, with words that the table has and has not."""
+    words = made(kind)[1]
+    table = TABLES.setdefault(kind, WordTable(words))
+    requests = []
+    for text in (join.join(parts) for parts in texts for join in ("", " ")):
+        cuts = data.draw(st.lists(st.integers(0, len(text)), max_size=3)) if text else []
+        places = data.draw(st.lists(st.integers(0, len(text)), max_size=2)) if text else []
+        requests.append(Request.of(text, cuts, places))
+    assert table.pieces(requests) == [words.pieces(request) for request in requests]
+
+
+def test_a_full_table_begins_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+    words = made("llama3")[1]
+    monkeypatch.setattr(word_batches, "_MOST", 40)
+    table = WordTable(words)
+    for turn in range(6):
+        request = Request.of(" ".join(f"w{turn}{k}\n x  y" for k in range(9)), (), ())
+        assert table.pieces([request]) == [words.pieces(request)]
+    assert len(table._spellings) < 80
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_lines_are_told_apart(kind: str) -> None:
+    """What no space divides is cut at the ends of lines, so that few texts are new."""
+    words = made(kind)[1]
+    assert words.lines
+    words.ids("one\nTwo\n Three")
+    assert {"one\n", "Two\n"} <= {*words.heads}
+
+
 def test_text_that_is_to_be_normalized_is_left_to_the_tokenizer() -> None:
     words = made("qwen2")[1]
     assert words.ids("e\u0301") is None and words.ids("\u00e9") is not None
@@ -111,16 +151,18 @@ def test_places(kind: str) -> None:
     backend, words = made(kind)
     text = "<|im_start|>user\nHi  there<|im_end|>\n<|im_start|>assistant\nThe fox.<|im_end|>\n"
     cut, stop = text.index("The"), text.rindex("\n")
-    found = words.pieces(text, (cut,), {cut, stop, len(text)})
+    found = words.pieces(Request.of(text, (cut,), {cut, stop, len(text)}))
     assert found is not None
     ids, at = found
     parts = [text[:cut], text[cut:stop], text[stop:]]
     each = [backend.encode(part, add_special_tokens=False).ids for part in parts]
     assert ids == [*each[0], *each[1], *each[2]]
     assert at == {0: 0, cut: len(each[0]), stop: len(each[0] + each[1]), len(text): len(ids)}
-    assert words.pieces(text, (cut,), {cut + 2}) is None, "in the middle of a word the tokenizer decides"
+    assert words.pieces(Request.of(text, (cut,), {cut + 2})) is None, (
+        "in the middle of a word the tokenizer decides"
+    )
     before = text.index("<|im_start|>", 1)
-    assert words.pieces(text, (cut,), {before}) is not None, "an added token begins there"
+    assert words.pieces(Request.of(text, (cut,), {before})) is not None, "an added token begins there"
 
 
 def with_token(**flags: bool) -> Tokenizer:

@@ -23,27 +23,37 @@ import hashlib
 import json
 import secrets
 from bisect import bisect_left
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
 from types import MappingProxyType
 from typing import Any
 
-from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerBase
 
 from luthier.conversations import MediaKind
 from luthier.data import families
 from luthier.data.ends import end_texts
+from luthier.data.layout_tokens import LayoutTokens
 from luthier.data.parts import Piece, Said, require_shown, tokens_of
 from luthier.data.rendering import ChatMessage, Layout, Renderer, Variables
 from luthier.data.shapes import Shapes
-from luthier.data.specials import SpecialText
 from luthier.data.thinking import FIELDS, Reasoning, require_known
-from luthier.data.word_tokens import WordTokens
 from luthier.recipe.thinking import ThinkingSpec
 from luthier.samples import MediaOpener
-from luthier.types import Conversation, DataError, EncodedConversation, Part, RowError, Span
+from luthier.types import Conversation, DataError, EncodedConversation, LuthierError, Part, RowError, Span
+
+
+@dataclass(frozen=True, slots=True)
+class _Ready:
+    """A conversation that is tokenized already."""
+
+    conversation: Conversation
+    layout: Layout
+    ids: list[int]
+    at: dict[int, int]
 
 
 class ChatTemplate:
@@ -70,12 +80,8 @@ class ChatTemplate:
         self.parse_special_tokens = parse_special_tokens
         self.pieces = marked is not None
         # a copy: others may switch padding, truncation or special tokens on the shared one
-        description = tokenizer.backend_tokenizer.to_str()
-        self._backend = Tokenizer.from_str(description)
-        self._description = description
-        self._backend.no_padding()
-        self._backend.no_truncation()
-        self._specials = SpecialText(self._backend)
+        self._tokens = LayoutTokens(tokenizer.backend_tokenizer.to_str(), self.pieces)
+        self._backend, self._specials = self._tokens.backend, self._tokens.specials
         self._mark = chr(0xF0002) + "".join(chr(0xF0100 + secrets.randbelow(0xE00)) for _ in range(8))
         variables = dict(tokenizer.special_tokens_map) | ({"cut": self._mark} if self.pieces else {})
         sources: Any = marked if marked is not None else tokenizer.chat_template
@@ -83,16 +89,16 @@ class ChatTemplate:
         self._renderers = {key: Renderer(source, variables) for key, source in sources.items()}
         rules = thinking or ThinkingSpec()
         self.reasoning = Reasoning(self._renderers["default"].source, {**variables, "cut": ""}, rules)
-        self._splits_freely = self._can_be_split()
         self._end_texts = end_texts(self._renderers, self._backend, str(tokenizer.eos_token), self._mark)
         self.end_token_ids = self._ids_of(self._end_texts)
         stops = (tokenizer.eos_token_id, *self.end_token_ids, *self._ids_of(family.stop if family else ()))
         self._stop_ids = tuple(dict.fromkeys(stops))
         self._document_end = family.document_end if family else None
+        self._ready: dict[int, _Ready] = {}
 
     def __getstate__(self) -> dict[str, Any]:
-        """Without `_shapes`, whose watched template cannot be sent to another process; it learns them anew."""
-        return {key: value for key, value in self.__dict__.items() if key != "_shapes"}
+        """Without `_shapes`, whose watched template cannot be sent to other processes, and what is tokenized already."""
+        return {key: value for key, value in self.__dict__.items() if key != "_shapes"} | {"_ready": {}}
 
     def check_processor(self, conversation: Conversation) -> None:
         """Raise DataError where the model's processor makes other tokens of it; see `media_template`."""
@@ -132,30 +138,46 @@ class ChatTemplate:
 
     def encode(self, conversation: Conversation, parts: Sequence[Part] = ()) -> EncodedConversation:
         """See `luthier.types.Template`. Raises RowError for a part that the template does not show once and whole."""
+        ready = self._ready.get(id(conversation))
+        if ready is not None and ready.conversation is conversation:
+            layout, ids, at = ready.layout, ready.ids, ready.at
+        else:
+            layout, marked = self._laid_out(conversation)
+            ids, at = self._tokens(layout, marked)
+        answers = tuple(Span(at[a.start], at[a.stop], a.message, at[a.end]) for a in layout.answers)
+        found = self._tokens_of(parts, conversation, layout) if parts else ()
+        return EncodedConversation(ids, answers, layout.rewritten, found)
+
+    def tokenize(self, conversations: Iterable[Conversation]) -> None:
+        """Tokenize many at once, which is quicker: `encode` finds them, until others are tokenized. Raises nothing."""
+        laid: list[tuple[Conversation, Layout]] = []
+        for conversation in conversations:
+            with suppress(LuthierError):  # `encode` raises it when its turn comes
+                layout, marked = self._laid_out(conversation)
+                if not marked:
+                    laid.append((conversation, layout))
+        found = self._tokens.of_many([layout for _, layout in laid])
+        self._ready = {
+            id(conversation): _Ready(conversation, layout, *tokens)
+            for (conversation, layout), tokens in zip(laid, found, strict=True)
+            if tokens is not None
+        }
+
+    def _laid_out(self, conversation: Conversation) -> tuple[Layout, bool]:
+        """The layout, and whether special tokens in it are marked."""
         messages, tools, renderer, marked = self._prepared(conversation)
         modes = self.reasoning.modes(conversation)
         shaped = None if tools or marked or modes else self._shapes.layout(messages)
         layout = shaped or self._layout(renderer, messages, tools, modes)
         if shaped is None:
             require_shown(messages, layout, self.reasoning, self.name)
-        if self._splits_freely or self.pieces:
-            ids, at = self._encode_pieces(layout, marked)
-        else:
-            ids, at = self._encode_whole(layout, marked)
-        answers = tuple(Span(at[a.start], at[a.stop], a.message, at[a.end]) for a in layout.answers)
-        found = self._tokens_of(parts, conversation, layout) if parts else ()
-        return EncodedConversation(ids, answers, layout.rewritten, found)
+        return layout, marked
 
     def _layout(
         self, renderer: Renderer, messages: Sequence[ChatMessage], tools: Sequence[Any], modes: Any = None
     ) -> Layout:
         how: Any = {"turn_ends": self.pieces} | ({"modes": modes} if modes else {})
         return self._unmark(renderer.layout(messages, tools, self._end_texts, **how))
-
-    @cached_property
-    def _words(self) -> WordTokens | None:
-        """Made with the first text that is trained: whoever only answers has few, and starts sooner without."""
-        return WordTokens.of(self._description)
 
     @cached_property
     def _shapes(self) -> Shapes:
@@ -172,11 +194,11 @@ class ChatTemplate:
             return renderer.render(turns, tools, variables=mode).replace(self._mark, "")
 
         def pieces(bounds: Sequence[int]) -> Iterator[Piece]:
-            whole = not (self._splits_freely or self.pieces)
-            for left, right in pairwise(sorted({0, len(layout.text), *(() if whole else layout.cuts)})):
+            cuts = layout.cuts if self._tokens.cuts else ()
+            for left, right in pairwise(sorted({0, len(layout.text), *cuts})):
                 wanted = [bound for bound in bounds if left <= bound < right]
-                text, inside = self._piece(layout.text, left, right, wanted, marked)
-                yield Piece(wanted, inside, self._encode(text, marked).offsets)
+                text, inside = self._tokens.piece(layout.text, left, right, wanted, marked)
+                yield Piece(wanted, inside, self._tokens.encode(text, marked).offsets)
 
         spelled = self._specials.mark if marked else str
         said = Said(self.reasoning.split(conversation).messages, messages, self.reasoning.field, spelled)
@@ -188,16 +210,12 @@ class ChatTemplate:
         messages, tools, renderer, marked = self._prepared(conversation)
         how: Any = {"turn_ends": self.pieces, "modes": self.reasoning.modes(conversation)}
         layout = self._unmark(renderer.prompt_layout(messages, tools, variables=variables, **how))
-        if self._splits_freely or self.pieces:
-            return self._encode_pieces(layout, marked, by_words=False)[0]
-        text, _ = self._piece(layout.text, 0, len(layout.text), (), marked)
-        return list(self._encode(text, marked).ids)
+        return self._tokens.prompt(layout, marked)
 
     def text(self, text: str) -> list[int]:
         if not self.parse_special_tokens and self._specials.found_in(text):
             return self._specials.encode_text(text)
-        found = None if self._words is None else self._words.ids(text)
-        return self._ids(text) if found is None else found
+        return self._tokens.text(text)
 
     @property
     def begin_ids(self) -> list[int]:
@@ -231,7 +249,7 @@ class ChatTemplate:
         messages, tools, renderer, marked = self._prepared(conversation)
         mode = self.reasoning.last_mode(conversation)
         text = renderer.render(messages, tools, variables=mode).replace(self._mark, "")
-        return list(self._encode(self._specials.respell(text) if marked else text, marked).ids)
+        return list(self._tokens.encode(self._specials.respell(text) if marked else text, marked).ids)
 
     def rendering(self, conversation: Conversation) -> str:
         """The text of a conversation: what the installed chat template renders."""
@@ -276,65 +294,7 @@ class ChatTemplate:
         """The ids of `encode`, from the tokenizer alone: what remembered words are compared with."""
         messages, tools, renderer, marked = self._prepared(conversation)
         layout = self._layout(renderer, messages, tools, self.reasoning.modes(conversation))
-        if self._splits_freely or self.pieces:
-            return self._encode_pieces(layout, marked, by_words=False)[0]
-        return self._encode_whole(layout, marked)[0]
-
-    def _encode(self, text: str, marked: bool) -> Any:
-        if marked:
-            return self._specials.encode_respelled(text)
-        return self._backend.encode(text, add_special_tokens=False)
-
-    def _encode_pieces(
-        self, layout: Layout, marked: bool, *, by_words: bool = True
-    ) -> tuple[list[int], dict[int, int]]:
-        """Ids, and the token index of every boundary of the layout (character -> token)."""
-        inner = {position for a in layout.answers for position in (a.start, a.stop, a.end)}
-        if by_words and not marked and self._words is not None:
-            found = self._words.pieces(layout.text, layout.cuts, inner)
-            if found is not None:
-                return found
-        cuts = sorted({*layout.cuts, 0, len(layout.text)})
-        ids: list[int] = []
-        at = {0: 0}
-        for left, right in pairwise(cuts):
-            wanted = sorted(position for position in inner if left < position < right)
-            text, places = self._piece(layout.text, left, right, wanted, marked)
-            encoding = self._encode(text, marked)
-            if places:
-                offsets = encoding.offsets
-                for position, place in zip(wanted, places, strict=True):
-                    at[position] = len(ids) + bisect_left(offsets, (place,))
-            ids += encoding.ids
-            at[right] = len(ids)
-        return ids, at
-
-    def _piece(
-        self, text: str, left: int, right: int, wanted: Sequence[int], marked: bool
-    ) -> tuple[str, list[int]]:
-        """A piece of the text as it is tokenized, and the wanted positions inside it."""
-        if not marked:
-            return text[left:right], [position - left for position in wanted]
-        bounds = [left, *wanted, right]
-        parts = [self._specials.respell(text[a:b]) for a, b in pairwise(bounds)]
-        places, length = [], 0
-        for part in parts[:-1]:
-            length += len(part)
-            places.append(length)
-        return "".join(parts), places
-
-    def _encode_whole(self, layout: Layout, marked: bool) -> tuple[list[int], dict[int, int]]:
-        """The same for tokenizers that cannot be given pieces."""
-        whole = Layout(layout.text, (), layout.answers, layout.rewritten)
-        ids, at = self._encode_pieces(whole, marked)
-        for answer in layout.answers:
-            prompt, _ = self._piece(layout.text, 0, answer.start, (), marked)
-            if list(self._encode(prompt, marked).ids) != ids[: at[answer.start]]:
-                raise RowError(
-                    "the tokenizer merges the prompt's end with the answer's beginning",
-                    f"at {layout.text[max(0, answer.start - 15) : answer.start + 15]!r}",
-                )
-        return ids, at
+        return self._tokens.exactly(layout, marked)[0]
 
     def _unmark(self, layout: Layout) -> Layout:
         """With `pieces`, take the marks out of the text and cut there."""
@@ -357,17 +317,6 @@ class ChatTemplate:
         # that tool puts an empty thought between prompt and answer as a piece of its own
         cuts |= {cut + len(empty) for cut in cuts if text.startswith(empty, cut)}
         return Layout(text, tuple(sorted(cuts)), answers, layout.rewritten)
-
-    def _can_be_split(self) -> bool:
-        """Whether tokens of two texts, one after the other, are the tokens of one text."""
-        for left, right in (("ab:", "cd"), ("a\n", "b"), ("a", " b")):
-            ids = [*self._ids(left), *self._ids(right)]
-            if self._backend.decode(ids, skip_special_tokens=False) != left + right:
-                return False
-        return True
-
-    def _ids(self, text: str) -> list[int]:
-        return list(self._backend.encode(text, add_special_tokens=False).ids)
 
     def _ids_of(self, tokens: Sequence[str]) -> tuple[int, ...]:
         ids = (self._backend.token_to_id(token) for token in tokens)

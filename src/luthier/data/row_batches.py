@@ -10,11 +10,10 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 from luthier.data.cache import CountedPart, counted_parts
-from luthier.data.encode_raw import encode_raw
+from luthier.data.encode_raw import encode_all
 from luthier.data.preparation import Preparation
 from luthier.data.read import RawLine, RawRow, SeenColumns
 from luthier.data.registry import DatasetAttr
-from luthier.types import Encoded
 
 _ROWS, _SLOW_ROWS = 1000, 50
 _CHARACTERS = 1 << 22
@@ -69,12 +68,8 @@ class EncodeBatch:
 
     def __call__(self, batch: RowBatch) -> EncodedBatch:
         columns = SeenColumns(self.attr)
-
-        def encoded() -> Iterator[tuple[int, Encoded]]:
-            for row in batch.rows:
-                raw = row.parsed()
-                columns.add(raw.columns)
-                yield raw.index, encode_raw(raw, self.attr, self.how)
-
-        parts = list(counted_parts(encoded(), batch.first))
+        raws = [row.parsed() for row in batch.rows]
+        for raw in raws:
+            columns.add(raw.columns)
+        parts = list(counted_parts(encode_all(raws, self.attr, self.how), batch.first))
         return EncodedBatch(parts, tuple(columns.seen), len(batch.rows))

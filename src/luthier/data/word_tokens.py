@@ -14,7 +14,8 @@ from __future__ import annotations
 import json
 import re
 import unicodedata
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass
 from functools import lru_cache
 from itertools import product
 from typing import Any
@@ -22,10 +23,10 @@ from typing import Any
 import numpy as np
 from tokenizers import Tokenizer
 
-_BESIDE = re.compile(r" (?:(?<=\s )|(?=\s))")
-"""A space beside another kind of white space, or of its own: the pattern decides how they are shared out."""
-_HELD = chr(0xF0006)
-"""Stands for such a space, where words are told from each other by spaces."""
+HELD = chr(0xF0006)
+"""Stands for a space beside another kind of white space, or of its own: the pattern decides how they are shared out."""
+_LINES = re.compile(rf"(?<=[^\s{HELD}]\n)(?={HELD}?[A-Za-z]|[0-9])")
+"""Borders inside of what no space divides: behind the end of a line, before what no pattern takes in with it."""
 _MOST = 1 << 18
 """Words that are remembered: with their ids about 60 MB."""
 _LONGEST = 64
@@ -76,15 +77,36 @@ _TRIED: tuple[str, ...] = (
 )
 
 
+@dataclass(frozen=True, slots=True)
+class Request:
+    """A text that is cut at some of its `bounds`, which end with its length; the others are `inner`.
+
+    Of an inner one it is known how many tokens are before it only where it is the edge of an added token.
+    """
+
+    text: str
+    bounds: tuple[int, ...]
+    inner: tuple[int, ...]
+
+    @classmethod
+    def of(cls, text: str, cuts: Collection[int], places: Collection[int]) -> Request:
+        inner = tuple(place for place in places if 0 < place < len(text) and place not in cuts)
+        return cls(text, tuple(sorted({*cuts, *places, len(text)})), inner)
+
+
 class WordTokens:
     """The ids that `backend` gives, without their places."""
 
-    def __init__(self, backend: Tokenizer, added: dict[str, int], composes: bool) -> None:
-        self._added = {text: _bytes([index]) for text, index in added.items()}
+    def __init__(self, backend: Tokenizer, added: dict[str, int], composes: bool, lines: bool) -> None:
+        self.added = {text: _bytes([index]) for text, index in added.items()}
         self._spellings, self._composes = tuple(added), composes
         pattern = "|".join(map(re.escape, sorted(added, key=len, reverse=True)))
         self._split = re.compile(f"({pattern})") if added else None
-        self._first, self._after = _Words(backend, ""), _Words(backend, " ")
+        self.lines = lines
+        self.heads, self.groups = _Parts(backend, "", lines), _Parts(backend, " ", lines)
+        self.groups.heads = self.heads.heads = self.heads
+        self.groups.groups = self.heads.groups = self.groups
+        self._first, self._after = _Words(self.heads), _Words(self.groups)
 
     @classmethod
     @lru_cache(maxsize=4)
@@ -109,71 +131,122 @@ class WordTokens:
         spellings = {token["content"]: int(token["id"]) for token in added if token["content"]}
         if _overlap(list(spellings)):
             return None
-        found = cls(backend, spellings, composes)
-        same = (found.ids(text) in (None, _ids(backend, text)) for text in _trials(spellings))
-        return found if all(same) else None
+        for lines in (True, False):
+            found = cls(backend, spellings, composes, lines)
+            if all(found.ids(text) in (None, _ids(backend, text)) for text in _trials(spellings)):
+                return found
+        return None
 
     def ids(self, text: str) -> list[int] | None:
         """Ids of a text, without tokens that a tokenizer adds at its ends; None where its words do not tell."""
-        found: list[bytes] = []
-        return _numbers(found) if self._add(text, found) else None
+        found = self.pieces(Request.of(text, (), ()))
+        return None if found is None else found[0]
 
-    def _add(self, text: str, found: list[bytes]) -> bool:
-        """Append the ids of a text, as the bytes of int32; False where its words do not tell."""
-        if not text.isascii() and (
-            _HELD in text or (self._composes and not unicodedata.is_normalized("NFC", text))
-        ):
-            return False
-        if self._split is None:
-            self._add_segment(text, found)
-            return True
-        for number, part in enumerate(self._split.split(text)):
-            if number % 2:
-                found.append(self._added[part])
-            elif part:
-                self._add_segment(part, found)
-        return True
-
-    def pieces(
-        self, text: str, cuts: Collection[int], places: Collection[int]
-    ) -> tuple[list[int], dict[int, int]] | None:
-        """Ids of a text that is cut at `cuts`, and the number of tokens before each of these and of `places`.
-
-        None where that is not known: a place that is no cut has to be the edge of an added token.
-        """
-        for place in places:
-            if 0 < place < len(text) and place not in cuts and not self._is_edge(text, place):
-                return None
+    def pieces(self, request: Request) -> tuple[list[int], dict[int, int]] | None:
+        """Ids of a text that is cut, and the number of tokens before each of its bounds; None where it is not known."""
+        if not self.tells(request):
+            return None
         found: list[bytes] = []
         at = {0: 0}
-        left = counted = length = 0
-        for right in sorted({*cuts, *places, len(text)}):
-            if not self._add(text[left:right], found):
-                return None
-            length += sum(map(len, found[counted:]))
-            counted = len(found)
+        left = length = 0
+        for right in request.bounds:
+            parts: list[Any] = self.segments(request.text[left:right])
+            parts[::2] = map(self._segment, parts[::2])
+            parts[1::2] = map(self.added.__getitem__, parts[1::2])
+            found += parts
+            length += sum(map(len, parts))
             at[right] = length // _ID_BYTES
             left = right
-        return _numbers(found), at
+        return np.frombuffer(b"".join(found), np.int32).tolist(), at
 
-    def _is_edge(self, text: str, place: int) -> bool:
-        return text.endswith(self._spellings, 0, place) or text.startswith(self._spellings, place)
+    def tells(self, request: Request) -> bool:
+        """Whether the tokens of a text are those of its words, and its places are edges of them."""
+        text = request.text
+        if not text.isascii() and (
+            HELD in text or (self._composes and not unicodedata.is_normalized("NFC", text))
+        ):
+            return False
+        return all(
+            text.endswith(self._spellings, 0, place) or text.startswith(self._spellings, place)
+            for place in request.inner
+        )
 
-    def _add_segment(self, text: str, found: list[bytes]) -> None:
-        first, *others = _BESIDE.sub(_HELD, text).split(" ")
-        found.append(self._first[first])
-        found += map(self._after.__getitem__, others)
+    def segments(self, text: str) -> list[str]:
+        """What is between added tokens, and with odd numbers these."""
+        return [text] if self._split is None else self._split.split(text)
+
+    def _segment(self, text: str) -> bytes:
+        """The ids of a text without added tokens."""
+        words = text.split(" ")
+        if len(words) == 1:
+            return self.heads[text]
+        found = [self._first[words[0]], *map(self._after.__getitem__, words[1:])]
+        try:
+            return b"".join(found)  # type: ignore[arg-type]
+        except TypeError:  # there is a None among them
+            return b"".join(self._mended(words, found))
+
+    def _mended(self, words: Sequence[str], found: Sequence[bytes | None]) -> Iterator[bytes]:
+        """What was found, and for words with white space at their ends what they are with their neighbours."""
+
+        def shared(before: int) -> bool:
+            return not (words[before][-1:].strip() and words[before + 1][:1].strip())
+
+        at = 0
+        for number, ids in enumerate(found):
+            if ids is not None or number < at:
+                continue
+            start = stop = number
+            while start > at and shared(start - 1):
+                start -= 1
+            while stop + 1 < len(words) and shared(stop):
+                stop += 1
+            yield from found[at:start]  # type: ignore[misc]
+            held = HELD.join(words[start : stop + 1])
+            yield self.groups[held] if start else self.heads[held]
+            at = stop + 1
+        yield from found[at:]  # type: ignore[misc]
 
 
-class _Words(dict[str, bytes]):
-    """Ids of words that stand behind `before`, as the bytes of int32: one object for a word, however many its ids."""
+class _Parts(dict[str, bytes]):
+    """Ids of texts that stand behind `before`, as the bytes of int32: one object for a text, however many its ids."""
 
-    def __init__(self, backend: Tokenizer, before: str) -> None:
+    heads: _Parts
+    """Those that stand behind nothing."""
+    groups: _Parts
+    """Those that stand behind a space."""
+
+    def __init__(self, backend: Tokenizer, before: str, lines: bool) -> None:
         super().__init__()
-        self._backend, self._before = backend, before
+        self._backend, self.before, self._lines = backend, before, lines
 
-    def __missing__(self, word: str) -> bytes:
-        ids = _bytes(_ids(self._backend, self._before + word.replace(_HELD, " ")))
+    def __missing__(self, text: str) -> bytes:
+        ids = self.make(text)
+        if len(self) < _MOST and len(text) <= _LONGEST:
+            self[text] = ids
+        return ids
+
+    def make(self, text: str) -> bytes:
+        """The ids, from those of the lines in it where these are told from each other."""
+        if self._lines and "\n" in text:
+            first, *others = _LINES.split(text)
+            if others:
+                rest = (self.groups[o[1:]] if o[0] == HELD else self.heads[o] for o in others)
+                return b"".join((self[first], *rest))
+        return _bytes(_ids(self._backend, self.before + text.replace(HELD, " ")))
+
+
+class _Words(dict[str, "bytes | None"]):
+    """The same of words between spaces; None for one with white space at an end, which its neighbours share."""
+
+    def __init__(self, parts: _Parts) -> None:
+        super().__init__()
+        self._parts = parts
+
+    def __missing__(self, word: str) -> bytes | None:
+        begins, ends = word[:1].strip(), word[-1:].strip()
+        known = ends and (begins or not self._parts.before)
+        ids = self._parts.make(word) if known else None if word or self._parts.before else b""
         if len(self) < _MOST and len(word) <= _LONGEST:
             self[word] = ids
         return ids
@@ -181,11 +254,6 @@ class _Words(dict[str, bytes]):
 
 def _bytes(ids: Sequence[int]) -> bytes:
     return np.asarray(ids, np.int32).tobytes()
-
-
-def _numbers(found: Iterable[bytes]) -> list[int]:
-    ids: list[int] = np.frombuffer(b"".join(found), np.int32).tolist()
-    return ids
 
 
 def _ids(backend: Tokenizer, text: str) -> list[int]:
@@ -225,7 +293,7 @@ def _overlap(tokens: Sequence[str]) -> bool:
 def _trials(added: dict[str, int]) -> Iterator[str]:
     tokens = list(added)[:4]
     for left, right in product(_TRIED, repeat=2):
-        yield f"{left} {right}"
+        yield f"{left} {right}\n{left}\n {right}\n\n {left}\n\n{right} \n{left} \n {right}"
     for token, other in product(tokens, _TRIED):
         yield f"{other} {token} {other}{token}{other}\n{other}"
     yield "".join(f"{other}  {other}\n {other} \n\n  {other}\t {other}  " for other in _TRIED)
