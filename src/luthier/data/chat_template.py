@@ -97,7 +97,7 @@ class ChatTemplate:
         self._ready: dict[int, _Ready] = {}
 
     def __getstate__(self) -> dict[str, Any]:
-        """Without `_shapes`, whose watched template cannot be sent to other processes, and what is tokenized already."""
+        """Without `_shapes`, whose watched template cannot be sent to others, and what is tokenized already."""
         return {key: value for key, value in self.__dict__.items() if key != "_shapes"} | {"_ready": {}}
 
     def check_processor(self, conversation: Conversation) -> None:
@@ -210,7 +210,7 @@ class ChatTemplate:
         messages, tools, renderer, marked = self._prepared(conversation)
         how: Any = {"turn_ends": self.pieces, "modes": self.reasoning.modes(conversation)}
         layout = self._unmark(renderer.prompt_layout(messages, tools, variables=variables, **how))
-        return self._tokens.prompt(layout, marked)
+        return self._tokens.ids_of(layout, marked)
 
     def text(self, text: str) -> list[int]:
         if not self.parse_special_tokens and self._specials.found_in(text):
@@ -294,7 +294,7 @@ class ChatTemplate:
         """The ids of `encode`, from the tokenizer alone: what remembered words are compared with."""
         messages, tools, renderer, marked = self._prepared(conversation)
         layout = self._layout(renderer, messages, tools, self.reasoning.modes(conversation))
-        return self._tokens.exactly(layout, marked)[0]
+        return self._tokens.ids_of(layout, marked)
 
     def _unmark(self, layout: Layout) -> Layout:
         """With `pieces`, take the marks out of the text and cut there."""

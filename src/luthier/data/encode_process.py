@@ -17,6 +17,9 @@ from luthier.data.cache import CountedPart
 from luthier.data.row_batches import EncodeBatch, EncodedBatch
 from luthier.data.table import write_batches
 
+MANY_OBJECTS = (100_000, 10, 10)
+"""After so many new objects garbage is searched for, while rows are encoded (`gc.set_threshold`)."""
+
 
 @dataclass(frozen=True, slots=True)
 class Task:
@@ -68,6 +71,7 @@ def main(descriptor: int, work: str) -> None:
     with Path(work).open("rb") as stream:
         encode: EncodeBatch = pickle.load(stream)
     gc.freeze()  # what is loaded by now stays
+    gc.set_threshold(*MANY_OBJECTS)
     try:
         connection.send(None)
         while True:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections.abc import Sequence
-from functools import cached_property
+from functools import cached_property, lru_cache
 from itertools import pairwise
 from typing import Any
 
@@ -24,6 +24,9 @@ from luthier.types import RowError
 Tokens = tuple[list[int], dict[int, int]]
 """Ids, and the number of tokens before every boundary of the layout (character -> token)."""
 
+_REMEMBERED = 16
+"""Pieces: the prompts of a conversation begin with the same ones."""
+
 
 class LayoutTokens:
     """Tokenizes the texts of one tokenizer; `pieces`: they are cut even where its tokens do not allow it."""
@@ -34,12 +37,17 @@ class LayoutTokens:
         self.backend.no_padding()
         self.backend.no_truncation()
         self.specials = SpecialText(self.backend)
+        self._remembered = lru_cache(_REMEMBERED)(self._ids_of_piece)
         self.cuts = pieces or self._can_be_split()
         """Whether the pieces of a text are tokenized one by one."""
 
     def __getstate__(self) -> dict[str, Any]:
         """Without the table, which is made anew from the words."""
-        return {key: value for key, value in self.__dict__.items() if key != "_table"}
+        return {key: value for key, value in self.__dict__.items() if key not in ("_table", "_remembered")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._remembered = lru_cache(_REMEMBERED)(self._ids_of_piece)
 
     @cached_property
     def _words(self) -> WordTokens | None:
@@ -68,9 +76,11 @@ class LayoutTokens:
         """By the tokenizer itself."""
         return self._checked(layout, marked, self._encoded(layout if self.cuts else _uncut(layout), marked))
 
-    def prompt(self, layout: Layout, marked: bool) -> list[int]:
-        """The ids of what a model is to go on with, by the tokenizer itself."""
-        return self._encoded(layout if self.cuts else _uncut(layout), marked)[0]
+    def ids_of(self, layout: Layout, marked: bool) -> list[int]:
+        """The ids alone, by the tokenizer itself."""
+        bounds = sorted({0, len(layout.text), *(layout.cuts if self.cuts else ())})
+        pieces = (self.piece(layout.text, a, b, (), marked)[0] for a, b in pairwise(bounds))
+        return [index for piece in pieces for index in self._remembered(piece, marked)]
 
     def text(self, text: str) -> list[int]:
         """The ids of a text without special tokens in it."""
@@ -86,6 +96,12 @@ class LayoutTokens:
         if marked:
             return self.specials.encode_respelled(text)
         return self.backend.encode(text, add_special_tokens=False)
+
+    def _ids_of_piece(self, text: str, marked: bool) -> list[int]:
+        if marked:
+            return list(self.specials.encode_respelled(text).ids)
+        found = self.backend.encode_batch_fast([text], add_special_tokens=False)  # without places in the text
+        return list(found[0].ids)
 
     def _encoded(self, layout: Layout, marked: bool) -> Tokens:
         inner = _inner(layout)

@@ -56,9 +56,9 @@ class SpecialText:
         """Whether any text inside a message or tool list holds a special token."""
         if isinstance(value, str):
             return self._shared in value and self._pattern.search(value) is not None
-        if isinstance(value, Mapping):
-            return any(self.found_in(v) for v in value.values())
-        return isinstance(value, list | tuple) and any(self.found_in(v) for v in value)
+        if type(value) is dict or isinstance(value, Mapping):  # the first is quicker, and most are
+            value = list(value.values())
+        return isinstance(value, list | tuple) and any(map(self.found_in, value))
 
     def mark(self, value: Any) -> Any:
         """The same value with every special token in its texts replaced by a mark (keys are left alone)."""

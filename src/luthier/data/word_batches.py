@@ -56,8 +56,8 @@ class WordTable:
             if counts is None:
                 found.append(None)
                 continue
-            places = ends[counts].tolist()
-            at = {0: 0} | {b: n - places[0] for b, n in zip(request.bounds, places[1:], strict=True)}
+            places = ends[counts]
+            at = dict(zip((0, *request.bounds), (places - places[0]).tolist(), strict=True))
             found.append((ids[places[0] : places[-1]].tolist(), at))
         return found
 

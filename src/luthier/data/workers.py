@@ -24,7 +24,7 @@ from dataclasses import dataclass, field
 from multiprocessing.connection import Connection, Pipe, wait
 from pathlib import Path
 
-from luthier.data.encode_process import Done, Failed, Task, read_batch, written
+from luthier.data.encode_process import MANY_OBJECTS, Done, Failed, Task, read_batch, written
 from luthier.data.row_batches import EncodeBatch, EncodedBatch, RowBatch
 from luthier.types import DataError
 
@@ -60,13 +60,16 @@ def encode_batches(
 
 @contextmanager
 def _old_objects_at_rest() -> Iterator[None]:
-    """Leave out of garbage collection what exists now: imported libraries are a million objects, which are looked
-    through again and again where rows come and go."""
+    """Search less for garbage in cycles, of which rows make none: not among what exists now (imported libraries are a
+    million objects), and only where much was made."""
+    before = gc.get_threshold()
+    gc.set_threshold(*MANY_OBJECTS)
     gc.freeze()
     try:
         yield
     finally:
         gc.unfreeze()
+        gc.set_threshold(*before)
 
 
 @dataclass(slots=True)
