@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import numpy as np
+
 from luthier.types import Conversation, EncodedConversation, RowError, Span
 
 END, NEWLINE, EOS, BOS = 900, 901, 902, 903
@@ -38,7 +40,7 @@ class Words:
                 rewritten.append(k)
             elif message.role == "assistant":
                 answers.append(Span(start, len(ids) - 1, k, len(ids)))
-        return EncodedConversation(ids, tuple(answers), tuple(rewritten))
+        return EncodedConversation(np.asarray(ids, np.int32), tuple(answers), tuple(rewritten))
 
     def prompt(self, conversation: Conversation) -> list[int]:
         return [*self.encode(conversation).input_ids, self.ROLES["assistant"]]

@@ -188,7 +188,7 @@ class EncodedConversation:
     with them.
     """
 
-    input_ids: list[int]
+    ids: np.ndarray[Any, np.dtype[np.int32]]
     answers: tuple[Span, ...]
     rewritten: tuple[int, ...] = ()
     parts: tuple[tuple[int, int], ...] = ()
@@ -196,6 +196,20 @@ class EncodedConversation:
     the template does not show."""
     media: tuple[tuple[int, int], ...] = ()
     """Tokens [start, stop) of each image, film and sound, in the order of the messages' media."""
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, EncodedConversation):
+            return NotImplemented
+        mine, others = (
+            (one.input_ids, one.answers, one.rewritten, one.parts, one.media) for one in (self, other)
+        )
+        return mine == others
+
+    @property
+    def input_ids(self) -> list[int]:
+        """The ids as a list."""
+        found: list[int] = self.ids.tolist()
+        return found
 
 
 class Policy(Protocol):

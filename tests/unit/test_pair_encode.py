@@ -175,7 +175,7 @@ def test_an_answer_needs_a_prompt() -> None:
             shown = super().encode(Conversation(conversation.messages[-1:]))
             (span,) = shown.answers
             answers = (Span(0, span.stop - 1, len(conversation.messages) - 1, span.end - 1),)
-            return EncodedConversation(shown.input_ids[1:], answers)
+            return EncodedConversation(shown.ids[1:], answers)
 
     assert pair_sample(pair("ccc", "dddd"), Bare(), options()) == Encoded(lost=Lost("no prompt"))
 

@@ -31,6 +31,7 @@ from itertools import pairwise
 from types import MappingProxyType
 from typing import Any
 
+import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from luthier.conversations import MediaKind
@@ -52,7 +53,7 @@ class _Ready:
 
     conversation: Conversation
     layout: Layout
-    ids: list[int]
+    ids: np.ndarray[Any, np.dtype[np.int32]]
     at: dict[int, int]
 
 
@@ -143,10 +144,11 @@ class ChatTemplate:
             layout, ids, at = ready.layout, ready.ids, ready.at
         else:
             layout, marked = self._laid_out(conversation)
-            ids, at = self._tokens(layout, marked)
+            found, at = self._tokens(layout, marked)
+            ids = np.asarray(found, np.int32)
         answers = tuple(Span(at[a.start], at[a.stop], a.message, at[a.end]) for a in layout.answers)
-        found = self._tokens_of(parts, conversation, layout) if parts else ()
-        return EncodedConversation(ids, answers, layout.rewritten, found)
+        places = self._tokens_of(parts, conversation, layout) if parts else ()
+        return EncodedConversation(ids, answers, layout.rewritten, places)
 
     def tokenize(self, conversations: Iterable[Conversation]) -> None:
         """Tokenize many at once, which is quicker: `encode` finds them, until others are tokenized. Raises nothing."""

@@ -186,7 +186,7 @@ def _weights(
     only: int | None,
 ) -> Weights:
     base = 1.0 if options.train_on_prompt else 0.0
-    weights = np.full(len(encoded.input_ids), base, np.float32)
+    weights = np.full(len(encoded.ids), base, np.float32)
     for span in encoded.answers:
         weight = _weight_of(messages[span.message], options) if only in (None, span.message) else 0.0
         weights[span.start : span.stop] = weight
@@ -248,7 +248,7 @@ def _fit(row: Row, parts: Sequence[_Part], options: EncodeOptions) -> Encoded:
     samples: list[Sample] = []
     tokens = answers = 0
     for encoded, weights, spans in parts:
-        ids = np.asarray(encoded.input_ids, np.int32)
+        ids = np.asarray(encoded.ids, np.int32)
         media = media_of(row.conversation)[: len(encoded.media)]
         sample = Sample(ids, weights, row.source, row.index, media=media)
         if len(ids) <= options.max_length:

@@ -17,7 +17,7 @@ from tokenizers import Tokenizer
 
 from luthier.data.rendering import Layout
 from luthier.data.specials import SpecialText
-from luthier.data.word_batches import WordTable
+from luthier.data.word_batches import Ids, WordTable
 from luthier.data.word_tokens import Request, WordTokens
 from luthier.types import RowError
 
@@ -66,7 +66,7 @@ class LayoutTokens:
                 return self._checked(layout, marked, found)
         return self.exactly(layout, marked)
 
-    def of_many(self, layouts: Sequence[Layout]) -> list[Tokens | None]:
+    def of_many(self, layouts: Sequence[Layout]) -> list[tuple[Ids, dict[int, int]] | None]:
         """The same of many unmarked ones at once; None where the words of one do not tell, or it has to be checked."""
         if not self.cuts or self._table is None:
             return [None] * len(layouts)

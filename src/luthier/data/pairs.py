@@ -131,7 +131,7 @@ def _answered(conversation: Conversation, template: Template, options: EncodeOpt
     span = encoded.answers[-1]
     if not span.start:
         raise RowError("no prompt")
-    ids = np.asarray(encoded.input_ids, np.int32)
+    ids = np.asarray(encoded.ids, np.int32)
     if any(stop > span.start for _, stop in encoded.media):
         raise RowError("an answer that is compared holds an image, film or sound")
     answer = ids[span.start : span.end if options.train_after_stop else span.stop]

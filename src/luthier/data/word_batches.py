@@ -21,6 +21,7 @@ _MOST, _MOST_BYTES = 1 << 18, 1 << 26
 """Words of a table, and bytes of their spellings; it is begun anew before it has more."""
 _EMPTY, _LEADS, _TRAILS, _BREAKS, _LETTER = 1, 2, 4, 8, 16
 
+Ids = np.ndarray[Any, np.dtype[np.int32]]
 Bools = np.ndarray[Any, np.dtype[np.bool_]]
 Ints = np.ndarray[Any, np.dtype[np.int64]]
 
@@ -46,19 +47,19 @@ class WordTable:
         for number, ids in enumerate(self._words.added.values()):
             self._keep(2 * number, np.frombuffer(ids, np.int32))
 
-    def pieces(self, requests: Sequence[Request]) -> list[tuple[list[int], dict[int, int]] | None]:
-        """For each request what `WordTokens.pieces` gives."""
+    def pieces(self, requests: Sequence[Request]) -> list[tuple[Ids, dict[int, int]] | None]:
+        """For each request what `WordTokens.pieces` gives, the ids as an array."""
         segments: list[str] = []
         cut = [self._cut(request, segments) for request in requests]
         ids, ends = self._tokens(segments) if segments else (np.zeros(0, np.int32), np.zeros(1, np.int64))
-        found: list[tuple[list[int], dict[int, int]] | None] = []
+        found: list[tuple[Ids, dict[int, int]] | None] = []
         for request, counts in zip(requests, cut, strict=True):
             if counts is None:
                 found.append(None)
                 continue
             places = ends[counts]
             at = dict(zip((0, *request.bounds), (places - places[0]).tolist(), strict=True))
-            found.append((ids[places[0] : places[-1]].tolist(), at))
+            found.append((ids[places[0] : places[-1]], at))
         return found
 
     def _cut(self, request: Request, segments: list[str]) -> list[int] | None:
@@ -72,7 +73,7 @@ class WordTable:
             left = right
         return counts
 
-    def _tokens(self, segments: list[str]) -> tuple[np.ndarray[Any, np.dtype[np.int32]], Ints]:
+    def _tokens(self, segments: list[str]) -> tuple[Ids, Ints]:
         """The ids of segments one after the other, and how many there are before each of them, and in all."""
         if len(self._spellings) > _MOST or self._spellings.nbytes > _MOST_BYTES:
             self._begin()
@@ -102,7 +103,7 @@ class WordTable:
         firsts, stops = np.flatnonzero(edges == 1), np.flatnonzero(edges == -1) + 1
         return np.stack((firsts, stops), axis=1)
 
-    def _gathered(self, rows: Ints, bounds: Ints) -> tuple[np.ndarray[Any, np.dtype[np.int32]], Ints]:
+    def _gathered(self, rows: Ints, bounds: Ints) -> tuple[Ids, Ints]:
         self._make(np.unique(rows[self._lengths[rows] < 0]))
         lengths = self._lengths[rows]
         ends = np.concatenate(([0], np.cumsum(lengths)))
@@ -149,7 +150,7 @@ class WordTable:
         for row, text in zip(rows.tolist(), texts, strict=True):
             self._keep(row, np.frombuffer(parts[row & 1].make(text), np.int32))
 
-    def _keep(self, row: int, ids: np.ndarray[Any, np.dtype[np.int32]]) -> None:
+    def _keep(self, row: int, ids: Ids) -> None:
         stop = self._used + len(ids)
         if stop > len(self._ids):
             self._ids = np.concatenate((self._ids, np.zeros(max(len(self._ids), len(ids)), np.int32)))
