@@ -38,7 +38,7 @@ SHORT: dict[str, Case] = {
 }
 LONG: dict[str, Case] = {
     "rm-lora": Case(stage={"type": "rm"}, method=LORA),
-    "kto": Case(stage={"type": "kto"}, optim=ADAM),
+    "kto": Case(stage={"type": "kto"}),
     "asft-lora": Case(stage={"type": "sft", "loss": "asft"}, method=LORA),
     "precomputed": Case(stage={"type": "dpo", "reference": "precompute"}),
     "dpo-other": Case(stage={"type": "dpo", "reference": {"path": "llama"}}),
@@ -90,6 +90,8 @@ def assert_same(found: Path, runs: Runs, name: str, count: int = 2) -> None:
     for line, other in zip(lines, wanted, strict=True):
         assert line.keys() == other.keys()
         for key, value in other.items():
+            if key == "rewards/accuracies" and abs(other["rewards/margins"]) < 1e-6:
+                continue  # the answers of a pair are as good as each other, until something is rounded
             assert line[key] == pytest.approx(value, rel=case.rounded or 1e-4, abs=1e-6), (key, line)
     part = case.rounded or FURTHER.get(case.optim["type"], 2e-4)
     assert furthest(found, expected, Path(runs.recipes[name]["model"]["path"]), part) < 1
