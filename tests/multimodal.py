@@ -96,7 +96,7 @@ def _audio() -> PreTrainedConfig:
             "encoder_attention_heads": 2,
             "encoder_ffn_dim": 24,
             "d_model": 16,
-            "max_source_positions": 50,  # those of a second
+            "max_source_positions": 16,
         },
         audio_token_index=PLACEHOLDER,
     )
@@ -117,6 +117,8 @@ def media_model(folder: Path, family: str) -> Path:
     for one in (config, text):
         one.pad_token_id, one.bos_token_id, one.eos_token_id = 0, 1, tokenizer.eos_token_id
     text.max_position_embeddings = 512
+    if hears:
+        config.audio_config.max_source_positions = 50  # those of a second
     marks = {
         "qwen2.5-vl": {
             "image_token_id": "<|image_pad|>",
