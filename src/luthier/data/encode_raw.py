@@ -31,8 +31,11 @@ def encode_all(raws: Sequence[RawRow], attr: DatasetAttr, how: Preparation) -> I
     rows = [_row(raw, attr, how) for raw in raws]
     both = [(row.conversation, row.rejected) for row in rows if isinstance(row, Row)]
     how.template.tokenize(one for pair in both for one in pair if one is not None)
-    for raw, row in zip(raws, rows, strict=True):
-        yield raw.index, _encoded(row, how)
+    try:
+        for raw, row in zip(raws, rows, strict=True):
+            yield raw.index, _encoded(row, how)
+    finally:
+        how.template.tokenize(())  # the template outlives these rows, and shall not hold them
 
 
 def _row(raw: RawRow, attr: DatasetAttr, how: Preparation) -> Row | Encoded:
